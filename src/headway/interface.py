@@ -1,0 +1,597 @@
+"""The public functions: arguments in, :class:`~headway.problem.Problem` out, one dispatch call.
+
+Argument names and order are FlashAttention 3's, joined by what FlashAttention 4 and sgl_kernel add.
+Every argument is honoured, or refused with a reason. Semantics are those of :mod:`headway.reference`.
+
+Shapes used below: B sequences; Sq, Sk tokens; Hq query heads, Hkv key/value heads (Hkv divides Hq); D
+head_dim of q and k, Dv of v. ``window_size`` is (left, right), inclusive; -1 and None are unbounded on
+that side. ``num_splits``, ``pack_gqa``, ``sm_margin`` and ``deterministic`` are hints: they may change
+speed, never results (every Headway kernel is deterministic). ``ver`` is 3, 4 or None; ``backend`` names
+a provider that must run the call.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from headway import dispatch, reference
+from headway.errors import InvalidInputError, UnsupportedError
+from headway.plan import MAX_SPLITS, Plan, PlanKey, plan_splits
+from headway.problem import (
+    Append,
+    Descales,
+    Hints,
+    KVLayout,
+    MaskMod,
+    Problem,
+    Rotary,
+    ScoreMod,
+    Scores,
+    check,
+    lengths_as_tensor,
+    normalise_mask,
+)
+
+Window = Sequence[int | None]
+Version = Literal[3, 4]
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    qv: Tensor | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    window_size: Window = (-1, -1),
+    attention_chunk: int | None = 0,
+    softcap: float = 0.0,
+    num_splits: int = 1,
+    pack_gqa: bool | None = None,
+    deterministic: bool = False,
+    sm_margin: int = 0,
+    return_attn_probs: bool = False,
+    *,
+    only_qv: bool = False,
+    sinks: Tensor | None = None,
+    learnable_sink: Tensor | None = None,
+    score_mod: ScoreMod | None = None,
+    mask_mod: MaskMod | None = None,
+    aux_tensors: Sequence[Tensor] | None = None,
+    aux_scalars: Sequence[float] | None = None,
+    gather_kv_indices: Tensor | None = None,
+    block_sparse_tensors: object | None = None,
+    return_lse: bool = False,
+    return_softmax_lse: bool = False,
+    out: Tensor | None = None,
+    ver: Version | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over dense tensors.
+
+    Args:
+        q: (B, Sq, Hq, D); k: (B, Sk, Hkv, D); v: (B, Sk, Hkv, Dv).
+        qv: (B, Sq, Hq, Dv); adds qv·vᵀ to the scores (absorbed MLA). With ``only_qv``, replaces q·kᵀ.
+        softmax_scale: default 1/√D, with ``qv`` 1/√(D + Dv), with ``only_qv`` 1/√Dv.
+        q_descale, k_descale, v_descale: float32 (B, Hkv), only beside float8 tensors.
+        sinks (or ``learnable_sink``): (Hq,); adds exp(sink) to each row's denominator and to its LSE.
+        score_mod: ``f(score, b, h, q_idx, kv_idx[, aux])`` on scaled, soft-capped scores.
+        mask_mod: ``f(b, h, q_idx, kv_idx[, aux])``; true keeps. Joins causal and window by "and".
+            In both, q_idx and kv_idx are absolute positions (the last query sits at Sk - 1) and ``aux``
+            is the tuple of ``aux_tensors``, passed when there are any.
+        out: (B, Sq, Hq, Dv), filled and returned.
+
+    Returns:
+        ``out``, or ``(out, lse)`` with lse float32 (B, Hq, Sq) when any of ``return_attn_probs``,
+        ``return_lse``, ``return_softmax_lse`` is true.
+
+    Raises:
+        InvalidInputError: an argument is wrong. UnsupportedError: no provider can run the call.
+    """
+    return _solve(_dense_problem(SimpleNamespace(**locals())))
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    qv: Tensor | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    window_size: Window = (-1, -1),
+    attention_chunk: int | None = 0,
+    softcap: float = 0.0,
+    num_splits: int = 1,
+    pack_gqa: bool | None = None,
+    deterministic: bool = False,
+    sm_margin: int = 0,
+    return_attn_probs: bool = False,
+    *,
+    page_table: Tensor | None = None,
+    only_qv: bool = False,
+    sinks: Tensor | None = None,
+    learnable_sink: Tensor | None = None,
+    score_mod: ScoreMod | None = None,
+    mask_mod: MaskMod | None = None,
+    aux_tensors: Sequence[Tensor] | None = None,
+    aux_scalars: Sequence[float] | None = None,
+    gather_kv_indices: Tensor | None = None,
+    block_sparse_tensors: object | None = None,
+    min_seqlen_k: int | None = None,
+    seqlen_k_per_split: int | None = None,
+    scheduler_metadata: Plan | None = None,
+    disable_scheduler_metadata: bool = False,
+    return_lse: bool = False,
+    return_softmax_lse: bool = False,
+    out: Tensor | None = None,
+    ver: Version | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over sequences of different lengths.
+
+    Args:
+        q: (total_q, Hq, D) with ``cu_seqlens_q`` (B + 1,) int32, or dense (B, Sq, Hq, D) without.
+        k, v: (total_k, Hkv, D / Dv) with ``cu_seqlens_k``; or pages (num_pages, page_size, Hkv, D / Dv)
+            with ``page_table`` (B, max_pages) int32; or dense (B, Sk, Hkv, D / Dv).
+        seqused_q, seqused_k: (B,) int32 lengths in use, counted from each sequence's first row. With
+            ``page_table``, lengths come from seqused_k, or else from the differences of cu_seqlens_k.
+        max_seqlen_q, max_seqlen_k: upper bounds; default: what the shapes allow (exact on a CPU).
+        min_seqlen_k, seqlen_k_per_split, disable_scheduler_metadata: hints, like ``num_splits``.
+        Others as in :func:`flash_attn_func`; ragged ``qv`` and ``out`` are (total_q, Hq, Dv).
+
+    Returns:
+        ``out``, or ``(out, lse)`` with lse float32 (Hq, total_q), dense (B, Hq, Sq). Rows of padding
+        (behind seqused_q) are not written.
+
+    Raises:
+        InvalidInputError: an argument is wrong. UnsupportedError: no provider can run the call.
+    """
+    return _solve(_varlen_problem(SimpleNamespace(**locals())))
+
+
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    qv: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    page_table: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k_new: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    rotary_seqlens: Tensor | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    attention_chunk: int | None = 0,
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    scheduler_metadata: Plan | None = None,
+    num_splits: int = 0,
+    pack_gqa: bool | None = None,
+    sm_margin: int = 0,
+    return_softmax_lse: bool = False,
+    *,
+    max_seqlen_k: int | None = None,
+    only_qv: bool = False,
+    sinks: Tensor | None = None,
+    learnable_sink: Tensor | None = None,
+    score_mod: ScoreMod | None = None,
+    mask_mod: MaskMod | None = None,
+    aux_tensors: Sequence[Tensor] | None = None,
+    return_lse: bool = False,
+    out: Tensor | None = None,
+    ver: Version | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention against a KV cache, with optional in-place append of new tokens and rotary embedding.
+
+    Args:
+        q: (B, Sq, Hq, D), or (total_q, Hq, D) with ``cu_seqlens_q``.
+        k_cache, v_cache: (rows, max_len, Hkv, D / Dv); with ``page_table`` (B, max_pages) int32, pages
+            (num_pages, page_size, Hkv, D / Dv). Any page size. Never copied.
+        k, v: (B, Snew, Hkv, D / Dv), or ragged with ``cu_seqlens_k_new``: rotated (if rotary is given)
+            and written behind ``cache_seqlens`` before attention sees them. Into a float8 cache wider
+            values are divided by the descale and saturated.
+        cache_seqlens: int or (B,) int32, lengths *before* the append. Default: the whole cache.
+        cache_batch_idx: (B,) int32, the cache row (with pages: the page_table row) of each sequence.
+        cache_leftpad: (B,) int32, first valid row of each sequence's cache.
+        rotary_cos, rotary_sin: (max_pos, rotary_dim / 2); need ``k``. Position of new token i:
+            ``rotary_seqlens[b]`` (default cache_seqlens) + i. Queries likewise if causal or local, else
+            all at the first position. ``rotary_interleaved`` pairs (0, 1), (2, 3)..
+        scheduler_metadata: a :class:`~headway.plan.Plan` from :func:`get_scheduler_metadata`.
+        max_seqlen_k: upper bound of the lengths after the append; default: what the cache can hold.
+        Others as in :func:`flash_attn_func`.
+
+    Returns:
+        ``out``, or ``(out, lse)``: dense (B, Hq, Sq), ragged (Hq, total_q).
+
+    Raises:
+        InvalidInputError: an argument is wrong. UnsupportedError: no provider can run the call.
+    """
+    return _solve(_kvcache_problem(SimpleNamespace(**locals())))
+
+
+def flash_attn_combine(
+    out_partial: Tensor,
+    lse_partial: Tensor,
+    out: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    *,
+    return_lse: bool = True,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Merge partial results over disjoint keys, as split-KV attention leaves them.
+
+    Args:
+        out_partial: float32 (n, B, Sq, Hq, Dv) or ragged (n, total_q, Hq, Dv), each part normalised.
+        lse_partial: float32 (n, B, Sq, Hq) or (n, total_q, Hq). Parts that saw no key carry -inf (+inf
+            and NaN are read as that too).
+        out: where to put the result; out_dtype: its dtype otherwise, default that of out_partial.
+
+    Returns:
+        ``(out, lse)``, lse (B, Sq, Hq) or (total_q, Hq), float32; or ``out`` without ``return_lse``.
+    """
+    if out_partial.dim() not in (4, 5):
+        raise InvalidInputError(
+            "out_partial",
+            f"shape {tuple(out_partial.shape)}",
+            "(n, B, Sq, Hq, Dv) or (n, total_q, Hq, Dv)",
+        )
+    if lse_partial.shape != out_partial.shape[:-1]:
+        raise InvalidInputError(
+            "lse_partial", f"shape {tuple(lse_partial.shape)}", f"{tuple(out_partial.shape[:-1])}"
+        )
+    if out is not None and out.shape != out_partial.shape[1:]:
+        raise InvalidInputError(
+            "out", f"shape {tuple(out.shape)}", f"{tuple(out_partial.shape[1:])}"
+        )
+    if out is not None and out_dtype not in (None, out.dtype):
+        raise InvalidInputError("out_dtype", out_dtype, f"the dtype of out, {out.dtype}, or None")
+    merged, lse = reference.combine(out_partial, lse_partial)
+    result = merged.to(out_dtype or out_partial.dtype) if out is None else out.copy_(merged)
+    return (result, lse.float()) if return_lse else result
+
+
+def merge_states(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Merge results of attention over disjoint keys (a shared prefix and each request's own keys).
+
+    Args:
+        outs: each (B, Sq, Hq, Dv) or ragged (total_q, Hq, Dv).
+        lses: each (B, Hq, Sq) or (Hq, total_q), as the attention functions return them.
+
+    Returns:
+        ``(out, lse)`` in the same layouts; where no part saw a key, 0 and -inf.
+    """
+    return reference.merge_states(outs, lses)
+
+
+def get_scheduler_metadata(
+    batch_size: int,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    num_heads_q: int,
+    num_heads_kv: int,
+    headdim: int,
+    cache_seqlens: Tensor,
+    qkv_dtype: torch.dtype = torch.bfloat16,
+    headdim_v: int | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k_new: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    page_size: int | None = None,
+    max_seqlen_k_new: int = 0,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    attention_chunk: int | None = 0,
+    has_softcap: bool = False,
+    num_splits: int = 0,
+    pack_gqa: bool | None = None,
+    sm_margin: int = 0,
+) -> Plan:
+    """The schedule of one step, to be passed as ``scheduler_metadata`` to each of its layers.
+
+    Args:
+        cache_seqlens: (B,) int32 lengths before any append; ``max_seqlen_k_new`` tokens are added.
+        max_seqlen_k: capacity of a sequence's cache (max_pages * page_size, or the cache's rows).
+        num_splits: upper bound of the pieces a sequence is cut into; 0: automatic.
+
+    Returns:
+        A :class:`~headway.plan.Plan`; a call of another geometry refuses it.
+    """
+    if tuple(cache_seqlens.shape) != (batch_size,):
+        raise InvalidInputError(
+            "cache_seqlens", f"shape {tuple(cache_seqlens.shape)}", f"({batch_size},)"
+        )
+    mask = normalise_mask(causal, window_size, attention_chunk)
+    lengths = cache_seqlens + max_seqlen_k_new
+    if cache_leftpad is not None:
+        lengths = lengths - cache_leftpad
+    if mask.window_left is not None:
+        lengths = lengths.clamp(max=mask.window_left + max_seqlen_q + (mask.window_right or 0))
+    workers = max(1, _num_workers(cache_seqlens.device) - sm_margin)
+    key = PlanKey(
+        device=cache_seqlens.device,
+        batch_size=batch_size,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        num_q_heads=num_heads_q,
+        num_kv_heads=num_heads_kv,
+        head_dim=headdim,
+        head_dim_v=headdim if headdim_v is None else headdim_v,
+        page_size=page_size,
+        causal=mask.causal,
+        window_left=mask.window_left,
+        window_right=mask.window_right,
+        attention_chunk=mask.attention_chunk,
+    )
+    bound = min(num_splits or MAX_SPLITS, MAX_SPLITS)
+    splits = plan_splits(lengths, num_kv_heads=num_heads_kv, num_workers=workers, max_splits=bound)
+    return Plan(key, splits)
+
+
+def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> dispatch.Explanation:
+    """What would run this call, and why: ``explain(flash_attn_func, q, k, v, causal=True)``.
+
+    Takes one of the attention functions and the arguments of a call to it, prints the table of
+    providers, and returns it. Nothing is computed and no cache is written.
+    """
+    builder = _BUILDERS.get(function)
+    if builder is None:
+        names = ", ".join(f.__name__ for f in _BUILDERS)
+        raise InvalidInputError(
+            "function", getattr(function, "__name__", function), f"one of {names}"
+        )
+    bound = inspect.signature(function).bind(*args, **kwargs)
+    bound.apply_defaults()
+    explanation = dispatch.explain(builder(SimpleNamespace(**bound.arguments)))
+    print(explanation)
+    return explanation
+
+
+# --- from arguments to problems -------------------------------------------------------------------------
+
+
+def _solve(problem: Problem) -> Tensor | tuple[Tensor, Tensor]:
+    out, lse = dispatch.choose(problem).run(problem)
+    return out if lse is None else (out, lse)
+
+
+def _num_workers(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return torch.get_num_threads()
+
+
+def _dense_problem(a: SimpleNamespace) -> Problem:
+    _require_dims("q", a.q, 4)
+    _require_dims("k", a.k, 4)
+    return check(
+        Problem(
+            **_common(a, a.k, a.v),
+            kv_layout=KVLayout.DENSE,
+            batch_size=a.q.shape[0],
+            max_seqlen_q=a.q.shape[1],
+            max_seqlen_k=a.k.shape[1],
+            return_lse=a.return_attn_probs or a.return_lse or a.return_softmax_lse,
+        )
+    )
+
+
+def _varlen_problem(a: SimpleNamespace) -> Problem:
+    _require_dims("q", a.q, 4 if a.cu_seqlens_q is None else 3)
+    layout, batch_size, seqlens_k = _varlen_keys(a)
+    for name in ("min_seqlen_k", "seqlen_k_per_split"):
+        if getattr(a, name) is not None and getattr(a, name) < 0:
+            raise InvalidInputError(name, getattr(a, name), "a non-negative length or None")
+    return check(
+        Problem(
+            **_common(a, a.k, a.v),
+            kv_layout=layout,
+            batch_size=batch_size,
+            max_seqlen_q=_max_rows(a.max_seqlen_q, a.cu_seqlens_q, a.q),
+            max_seqlen_k=_max_keys(a.max_seqlen_k, a.cu_seqlens_k, a.page_table, a.k),
+            cu_seqlens_q=a.cu_seqlens_q,
+            seqused_q=a.seqused_q,
+            cu_seqlens_k=a.cu_seqlens_k if layout is KVLayout.RAGGED else None,
+            seqlens_k=seqlens_k,
+            page_table=a.page_table,
+            return_lse=a.return_attn_probs or a.return_lse or a.return_softmax_lse,
+            plan=None if a.disable_scheduler_metadata else _plan(a.scheduler_metadata),
+        )
+    )
+
+
+def _varlen_keys(a: SimpleNamespace) -> tuple[KVLayout, int, Tensor | None]:
+    """Layout of k and v, the batch size, and the KV lengths in use."""
+    if a.cu_seqlens_q is not None:
+        batch_size = a.cu_seqlens_q.shape[0] - 1
+    else:
+        batch_size = a.q.shape[0]
+    if a.page_table is None:
+        layout = KVLayout.DENSE if a.cu_seqlens_k is None else KVLayout.RAGGED
+        return layout, batch_size, a.seqused_k
+    if a.cu_seqlens_k is None:
+        return KVLayout.PAGED, batch_size, a.seqused_k
+    if a.seqused_k is not None:
+        raise InvalidInputError(
+            "cu_seqlens_k", "a tensor beside page_table and seqused_k", "one source of KV lengths"
+        )
+    return KVLayout.PAGED, batch_size, a.cu_seqlens_k[1:] - a.cu_seqlens_k[:-1]
+
+
+def _kvcache_problem(a: SimpleNamespace) -> Problem:
+    _require_dims("q", a.q, 4 if a.cu_seqlens_q is None else 3)
+    _require_dims("k_cache", a.k_cache, 4)
+    if a.cu_seqlens_q is not None:
+        batch_size = a.cu_seqlens_q.shape[0] - 1
+    else:
+        batch_size = a.q.shape[0]
+    seqlens_k = lengths_as_tensor("cache_seqlens", a.cache_seqlens, batch_size, a.q.device)
+    return check(
+        Problem(
+            **_common(a, a.k_cache, a.v_cache),
+            kv_layout=KVLayout.DENSE if a.page_table is None else KVLayout.PAGED,
+            batch_size=batch_size,
+            max_seqlen_q=_max_rows(a.max_seqlen_q, a.cu_seqlens_q, a.q),
+            max_seqlen_k=_max_keys(a.max_seqlen_k, None, a.page_table, a.k_cache),
+            cu_seqlens_q=a.cu_seqlens_q,
+            seqlens_k=seqlens_k,
+            leftpad_k=a.cache_leftpad,
+            cache_batch_idx=a.cache_batch_idx,
+            page_table=a.page_table,
+            append=_append(a),
+            return_lse=a.return_softmax_lse or a.return_lse,
+            plan=_plan(a.scheduler_metadata),
+        )
+    )
+
+
+def _common(a: SimpleNamespace, k: Tensor, v: Tensor) -> dict[str, Any]:
+    """The parts of a Problem that all entry points build alike."""
+    _refuse_untranslatable(a)
+    q, qv = a.q, a.qv
+    dims = q.shape[-1]
+    if a.only_qv:
+        if qv is None:
+            raise InvalidInputError("only_qv", True, "qv given")
+        if getattr(a, "k_cache", None) is not None and a.k is not None:
+            raise InvalidInputError(
+                "only_qv", "True with appended k", "k appended by a call before"
+            )
+        q, k, qv, dims = qv, v, None, v.shape[-1]
+    elif qv is not None:
+        dims = q.shape[-1] + v.shape[-1]
+    sinks = a.sinks
+    if a.learnable_sink is not None:
+        if sinks is not None:
+            raise InvalidInputError(
+                "learnable_sink", "a tensor beside sinks", "one of the two names"
+            )
+        sinks = a.learnable_sink
+    scale = 1.0 / math.sqrt(dims) if a.softmax_scale is None else float(a.softmax_scale)
+    return {
+        "q": q,
+        "k": k,
+        "v": v,
+        "qv": qv,
+        "mask": normalise_mask(a.causal, a.window_size, a.attention_chunk, a.mask_mod),
+        "scores": Scores(scale, float(a.softcap or 0.0), sinks, a.score_mod),
+        "descales": Descales(a.q_descale, a.k_descale, a.v_descale),
+        "aux_tensors": tuple(a.aux_tensors or ()),
+        "out": a.out,
+        "hints": Hints(a.num_splits, a.pack_gqa, a.sm_margin, getattr(a, "deterministic", False)),
+        "ver": a.ver,
+        "backend": a.backend,
+    }
+
+
+def _refuse_untranslatable(a: SimpleNamespace) -> None:
+    """Arguments of FlashAttention 4 that no provider takes, each with the way to say it here."""
+    instead = {
+        "aux_scalars": "put them into aux_tensors, as tensors of no dimension",
+        "gather_kv_indices": "gather k and v first, or use page_table with pages of one token",
+        "block_sparse_tensors": "mask_mod alone gives the same result",
+    }
+    for name, advice in instead.items():
+        if getattr(a, name, None) is not None:
+            raise UnsupportedError(f"{name} is not supported: {advice}")
+
+
+def _append(a: SimpleNamespace) -> Append | None:
+    if (a.k is None) != (a.v is None):
+        raise InvalidInputError(
+            "k" if a.k is None else "v", None, "k and v given together, or neither"
+        )
+    if (a.rotary_cos is None) != (a.rotary_sin is None):
+        raise InvalidInputError("rotary_sin", "one of cos and sin", "both, or neither")
+    if a.k is None:
+        if a.rotary_cos is not None:
+            raise InvalidInputError(
+                "rotary_cos", "a tensor without new k", "k and v to be appended"
+            )
+        if a.cu_seqlens_k_new is not None:
+            raise InvalidInputError("cu_seqlens_k_new", "a tensor without new k", "k and v as well")
+        return None
+    if a.rotary_cos is None:
+        if a.rotary_seqlens is not None:
+            raise InvalidInputError(
+                "rotary_seqlens", "a tensor", "rotary_cos and rotary_sin as well"
+            )
+        return Append(a.k, a.v, a.cu_seqlens_k_new, None)
+    rotary = Rotary(a.rotary_cos, a.rotary_sin, a.rotary_interleaved, a.rotary_seqlens)
+    return Append(a.k, a.v, a.cu_seqlens_k_new, rotary)
+
+
+def _plan(metadata: object) -> Plan | None:
+    if metadata is None or isinstance(metadata, Plan):
+        return metadata
+    raise InvalidInputError(
+        "scheduler_metadata",
+        type(metadata).__name__,
+        "the Plan that get_scheduler_metadata returned",
+    )
+
+
+def _require_dims(name: str, tensor: object, dims: int) -> None:
+    """The few shapes that must hold before a Problem can be built at all."""
+    want = f"a tensor of {dims} dimensions"
+    if not isinstance(tensor, Tensor):
+        raise InvalidInputError(name, type(tensor).__name__, want)
+    if tensor.dim() != dims:
+        raise InvalidInputError(name, f"shape {tuple(tensor.shape)}", want)
+
+
+def _max_rows(given: int | None, cu_seqlens: Tensor | None, rows: Tensor) -> int:
+    """Longest query: given, or what shapes allow; on a CPU, where looking is free, the true one."""
+    if given is not None:
+        return int(given)
+    if cu_seqlens is None:
+        return rows.shape[1]
+    if cu_seqlens.device.type == "cpu" and cu_seqlens.numel() > 1:
+        return int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
+    return rows.shape[0]
+
+
+def _max_keys(
+    given: int | None, cu_seqlens: Tensor | None, page_table: Tensor | None, k: Tensor
+) -> int:
+    if given is not None:
+        return int(given)
+    if page_table is not None and page_table.dim() == 2:
+        return page_table.shape[1] * k.shape[1]
+    return _max_rows(None, cu_seqlens, k)
+
+
+_BUILDERS: dict[Callable[..., Any], Callable[[SimpleNamespace], Problem]] = {
+    flash_attn_func: _dense_problem,
+    flash_attn_varlen_func: _varlen_problem,
+    flash_attn_with_kvcache: _kvcache_problem,
+}

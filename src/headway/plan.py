@@ -1,0 +1,117 @@
+"""Plan: how the work of one step is spread over the device. It says *how*, never *what*.
+
+A plan is made once per step from the lengths of the batch, owned by the caller, and handed to every
+layer of the step. It changes speed, never results. It carries the geometry it was made for, and a call
+of another geometry is refused rather than run on the wrong schedule.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from headway.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from headway.problem import Problem
+
+#: Keys of one block of work in the host planner; splits are whole blocks.
+BLOCK_K = 128
+
+#: No sequence is cut into more pieces than this, whatever the device.
+MAX_SPLITS = 128
+
+
+@dataclass(frozen=True)
+class PlanKey:
+    """Everything a schedule depends on, lengths aside."""
+
+    device: torch.device
+    batch_size: int
+    max_seqlen_q: int
+    max_seqlen_k: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    head_dim_v: int
+    page_size: int | None
+    causal: bool
+    window_left: int | None
+    window_right: int | None
+    attention_chunk: int
+
+    @staticmethod
+    def of(problem: Problem) -> PlanKey:
+        mask = problem.mask
+        return PlanKey(
+            device=problem.device,
+            batch_size=problem.batch_size,
+            max_seqlen_q=problem.max_seqlen_q,
+            max_seqlen_k=problem.max_seqlen_k,
+            num_q_heads=problem.num_q_heads,
+            num_kv_heads=problem.num_kv_heads,
+            head_dim=problem.head_dim,
+            head_dim_v=problem.head_dim_v,
+            page_size=problem.page_size,
+            causal=mask.causal,
+            window_left=mask.window_left,
+            window_right=mask.window_right,
+            attention_chunk=mask.attention_chunk,
+        )
+
+    def differences(self, other: PlanKey) -> list[str]:
+        """The names of the fields that differ, with both values."""
+        names = (field.name for field in dataclasses.fields(self))
+        pairs = ((name, getattr(self, name), getattr(other, name)) for name in names)
+        return [
+            f"{name} {mine} (plan) / {theirs} (call)"
+            for name, mine, theirs in pairs
+            if mine != theirs
+        ]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A schedule: ``num_splits`` (B,) int32 on the device says into how many pieces each KV is cut."""
+
+    key: PlanKey
+    num_splits: Tensor
+
+    def check_matches(self, problem: Problem) -> None:
+        """Raise InvalidInputError unless this plan was made for calls of the problem's geometry."""
+        differences = self.key.differences(PlanKey.of(problem))
+        if differences:
+            raise InvalidInputError(
+                "scheduler_metadata",
+                "a plan made for another call: " + ", ".join(differences),
+                "the result of get_scheduler_metadata with this call's arguments",
+            )
+
+
+def plan_splits(
+    seqlens_k: Tensor,
+    *,
+    num_kv_heads: int,
+    num_workers: int,
+    max_splits: int = MAX_SPLITS,
+    block_k: int = BLOCK_K,
+) -> Tensor:
+    """Into how many pieces to cut each sequence's keys so that every worker gets about the same.
+
+    The rule is FA3's dynamic split: a worker's share is the total number of blocks over all heads, with
+    10% slack, divided by the workers; a sequence gets as many pieces as it has shares.
+
+    Args:
+        seqlens_k: (B,) int32 lengths, on any device.
+        num_workers: processors that work at once (multiprocessors, threads).
+
+    Returns:
+        (B,) int32 on the device of ``seqlens_k``; at least 1 each. No copy to the host is made.
+    """
+    blocks = (seqlens_k.to(torch.int32) + (block_k - 1)) // block_k
+    share = torch.ceil(blocks.sum() * 1.1 * num_kv_heads / num_workers).clamp_(min=1)
+    return torch.ceil(blocks / share).clamp_(1, max_splits).to(torch.int32)

@@ -1,0 +1,632 @@
+"""Problem: one attention call, checked and normalised. It says *what* is computed, never *how*.
+
+The functions of :mod:`headway.interface` put their arguments into one of these; providers read it and
+never look at user arguments. Checks that need only shapes, dtypes, strides and devices always run.
+Checks that need the *values* of a tensor run where looking costs no device synchronisation (CPU
+tensors), and everywhere inside :func:`debug_checks`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import enum
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from headway.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from headway.plan import Plan
+
+FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz)
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+#: ``score_mod(score, b, h, q_idx, kv_idx[, aux])`` and ``mask_mod(b, h, q_idx, kv_idx[, aux])``.
+ScoreMod = Callable[..., Any]
+MaskMod = Callable[..., Any]
+
+_debug = contextvars.ContextVar("headway_debug_checks", default=False)
+
+
+class KVLayout(enum.Enum):
+    """How keys and values lie in memory."""
+
+    DENSE = "dense"  # (rows, seqlen, num_kv_heads, head_dim)
+    RAGGED = "ragged"  # (total_k, num_kv_heads, head_dim) with cu_seqlens_k
+    PAGED = "paged"  # (num_pages, page_size, num_kv_heads, head_dim) with page_table
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which keys a query sees. ``causal`` always implies ``window_right == 0``.
+
+    A query at absolute position p sees keys in [p - window_left, p + window_right] (None: unbounded),
+    of its own chunk p // attention_chunk (0: no chunks), for which mask_mod is true.
+    """
+
+    causal: bool = False
+    window_left: int | None = None
+    window_right: int | None = None
+    attention_chunk: int = 0
+    mask_mod: MaskMod | None = None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether a query's view is bounded by its position on any side (causal alone is not)."""
+        right = self.window_right is not None and not self.causal
+        return self.window_left is not None or right or self.attention_chunk > 0
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How scaled dot products become softmax inputs: scale, softcap, score_mod, and the sinks."""
+
+    softmax_scale: float
+    softcap: float = 0.0
+    sinks: Tensor | None = None  # (Hq,)
+    score_mod: ScoreMod | None = None
+
+
+@dataclass(frozen=True)
+class Descales:
+    """Factors, float32 (B, Hkv), that turn stored float8 values back into numbers. None: 1."""
+
+    q: Tensor | None = None
+    k: Tensor | None = None
+    v: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary embedding applied to appended keys and to queries. cos/sin: (max_pos, rotary_dim / 2)."""
+
+    cos: Tensor
+    sin: Tensor
+    interleaved: bool
+    seqlens: Tensor | None  # (B,) first position of each sequence's new tokens; None: cache_seqlens
+
+
+@dataclass(frozen=True)
+class Append:
+    """New keys and values, written behind ``seqlens_k`` in place before attention sees them."""
+
+    k: Tensor  # (B, Snew, Hkv, D), or (total_new, Hkv, D) with cu_seqlens
+    v: Tensor
+    cu_seqlens: Tensor | None
+    rotary: Rotary | None
+
+
+@dataclass(frozen=True)
+class Hints:
+    """Wishes about *how*. They change speed and never results, so a provider may overrule them."""
+
+    num_splits: int = 0
+    pack_gqa: bool | None = None
+    sm_margin: int = 0
+    deterministic: bool = False
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One attention call. Shapes: B sequences, Hq query heads, Hkv key/value heads, D and Dv head dims."""
+
+    q: Tensor  # (B, Sq, Hq, D) or (total_q, Hq, D)
+    k: Tensor
+    v: Tensor
+    kv_layout: KVLayout
+    batch_size: int
+    max_seqlen_q: int
+    max_seqlen_k: int
+    mask: Mask
+    scores: Scores
+    cu_seqlens_q: Tensor | None = None
+    seqused_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    seqlens_k: Tensor | None = None  # (B,) keys present before any append; None: all of them
+    leftpad_k: Tensor | None = None
+    cache_batch_idx: Tensor | None = None
+    page_table: Tensor | None = None
+    qv: Tensor | None = None
+    append: Append | None = None
+    descales: Descales = Descales()
+    aux_tensors: tuple[Tensor, ...] = ()
+    out: Tensor | None = None
+    return_lse: bool = False
+    hints: Hints = Hints()
+    plan: Plan | None = None
+    ver: Literal[3, 4] | None = None
+    backend: str | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.q.device
+
+    @property
+    def ragged_q(self) -> bool:
+        return self.cu_seqlens_q is not None
+
+    @property
+    def num_q_heads(self) -> int:
+        return self.q.shape[-2]
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.k.shape[-2]
+
+    @property
+    def head_dim(self) -> int:
+        return self.q.shape[-1]
+
+    @property
+    def head_dim_v(self) -> int:
+        return self.v.shape[-1]
+
+    @property
+    def page_size(self) -> int | None:
+        return self.k.shape[1] if self.kv_layout is KVLayout.PAGED else None
+
+    @property
+    def is_decode(self) -> bool:
+        """One query token per sequence, known without looking at lengths."""
+        return self.max_seqlen_q == 1
+
+    @cached_property
+    def out_dtype(self) -> torch.dtype:
+        if self.out is not None:
+            return self.out.dtype
+        return torch.bfloat16 if self.q.dtype in FLOAT8_DTYPES else self.q.dtype
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        return (*self.q.shape[:-1], self.head_dim_v)
+
+    @property
+    def lse_shape(self) -> tuple[int, ...]:
+        if self.ragged_q:
+            return (self.num_q_heads, self.q.shape[0])
+        return (self.batch_size, self.num_q_heads, self.q.shape[1])
+
+    def empty_out(self) -> Tensor:
+        """The caller's ``out``, or a new one."""
+        if self.out is not None:
+            return self.out
+        return torch.empty(self.out_shape, dtype=self.out_dtype, device=self.device)
+
+    def empty_lse(self) -> Tensor:
+        return torch.empty(self.lse_shape, dtype=torch.float32, device=self.device)
+
+
+@contextlib.contextmanager
+def debug_checks(enabled: bool = True) -> Iterator[None]:
+    """Inside this context, also check what only a device synchronisation can see.
+
+    Lengths against capacities, order of cu_seqlens, page numbers against the pool. Slow on a GPU, and
+    not allowed under CUDA graph capture. ``HEADWAY_DEBUG_CHECKS=1`` switches it on for a process.
+    """
+    token = _debug.set(enabled)
+    try:
+        yield
+    finally:
+        _debug.reset(token)
+
+
+def _values_visible(device: torch.device) -> bool:
+    return device.type == "cpu" or _debug.get() or os.environ.get("HEADWAY_DEBUG_CHECKS") == "1"
+
+
+# --- normalisation of arguments ---------------------------------------------------------------------
+
+
+def normalise_mask(
+    causal: bool,
+    window_size: Sequence[int | None],
+    attention_chunk: int | None,
+    mask_mod: MaskMod | None = None,
+) -> Mask:
+    """One meaning for the window conventions in use: -1 and None are both unbounded, per side."""
+    if isinstance(window_size, int) or len(window_size) != 2:
+        raise InvalidInputError("window_size", window_size, "a pair (left, right)")
+    sides: list[int | None] = []
+    for side in window_size:
+        if side is not None and (isinstance(side, bool) or not isinstance(side, int) or side < -1):
+            raise InvalidInputError(
+                "window_size", tuple(window_size), "non-negative widths, -1 or None for unbounded"
+            )
+        sides.append(None if side in (None, -1) else side)
+    chunk = attention_chunk or 0
+    if chunk < 0:
+        raise InvalidInputError("attention_chunk", attention_chunk, "0 (off) or a positive length")
+    if mask_mod is not None and not callable(mask_mod):
+        raise InvalidInputError("mask_mod", type(mask_mod).__name__, "a callable or None")
+    return Mask(bool(causal), sides[0], 0 if causal else sides[1], chunk, mask_mod)
+
+
+def lengths_as_tensor(
+    name: str, lengths: int | Tensor | None, batch_size: int, device: torch.device
+) -> Tensor | None:
+    """An int length stands for every sequence of the batch."""
+    if isinstance(lengths, int):
+        return torch.full((batch_size,), lengths, dtype=torch.int32, device=device)
+    if lengths is not None and not isinstance(lengths, Tensor):
+        raise InvalidInputError(name, type(lengths).__name__, "an int or an int32 tensor (B,)")
+    return lengths
+
+
+# --- checks -----------------------------------------------------------------------------------------
+
+
+def check(problem: Problem) -> Problem:
+    """Every check of every argument; returns the problem or raises InvalidInputError."""
+    _check_tensors(problem)
+    _check_queries(problem)
+    _check_keys(problem)
+    _check_heads(problem)
+    _check_qv(problem)
+    _check_scores(problem)
+    _check_descales(problem)
+    if problem.append is not None:
+        _check_append(problem, problem.append)
+    _check_out(problem)
+    _check_hints(problem)
+    if _values_visible(problem.device):
+        _check_values(problem)
+    return problem
+
+
+def _check_tensors(p: Problem) -> None:
+    for name, tensor in (("q", p.q), ("k", p.k), ("v", p.v)):
+        if not isinstance(tensor, Tensor):
+            raise InvalidInputError(name, type(tensor).__name__, "a torch.Tensor")
+        if tensor.device != p.q.device:
+            raise InvalidInputError(name, tensor.device, f"the device of q, {p.q.device}")
+        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            raise InvalidInputError(
+                name, f"last-dimension stride {tensor.stride(-1)}", "1 (call .contiguous() on it)"
+            )
+        if tensor.dtype not in FLOAT_DTYPES and tensor.dtype not in FLOAT8_DTYPES:
+            raise InvalidInputError(name, tensor.dtype, "a floating-point or float8 dtype")
+    if p.v.dtype != p.k.dtype:
+        raise InvalidInputError("v", p.v.dtype, f"the dtype of k, {p.k.dtype}")
+    if p.q.dtype != p.k.dtype and not (
+        p.k.dtype in FLOAT8_DTYPES and p.q.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    ):
+        raise InvalidInputError(
+            "q", p.q.dtype, f"the dtype of k, {p.k.dtype} (or k and v float8 beside a wider q)"
+        )
+
+
+def _check_int32(name: str, tensor: object, shape: tuple[int | None, ...], p: Problem) -> None:
+    text = "(" + ", ".join("any" if n is None else str(n) for n in shape) + ")"
+    if not isinstance(tensor, Tensor):
+        raise InvalidInputError(name, type(tensor).__name__, f"an int32 tensor of shape {text}")
+    if tensor.dtype != torch.int32:
+        raise InvalidInputError(name, tensor.dtype, "torch.int32")
+    if tensor.device != p.device:
+        raise InvalidInputError(name, tensor.device, f"the device of q, {p.device}")
+    if tensor.dim() != len(shape) or any(
+        want is not None and have != want for have, want in zip(tensor.shape, shape, strict=True)
+    ):
+        raise InvalidInputError(name, f"shape {tuple(tensor.shape)}", text)
+    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+        raise InvalidInputError(name, f"last-dimension stride {tensor.stride(-1)}", "1")
+
+
+def _check_queries(p: Problem) -> None:
+    if p.ragged_q:
+        if p.q.dim() != 3:
+            raise InvalidInputError(
+                "q", f"shape {tuple(p.q.shape)}", "(total_q, num_heads, head_dim) with cu_seqlens_q"
+            )
+        _check_int32("cu_seqlens_q", p.cu_seqlens_q, (p.batch_size + 1,), p)
+    elif p.q.dim() != 4:
+        raise InvalidInputError(
+            "q",
+            f"shape {tuple(p.q.shape)}",
+            "(batch, seqlen_q, num_heads, head_dim), or three dimensions with cu_seqlens_q",
+        )
+    if p.seqused_q is not None:
+        _check_int32("seqused_q", p.seqused_q, (p.batch_size,), p)
+    if p.max_seqlen_q < 0:
+        raise InvalidInputError("max_seqlen_q", p.max_seqlen_q, "a non-negative length")
+
+
+def _check_keys(p: Problem) -> None:
+    b = p.batch_size
+    want_dims = 3 if p.kv_layout is KVLayout.RAGGED else 4
+    shapes = {
+        KVLayout.DENSE: "(batch, seqlen_k, num_kv_heads, head_dim)",
+        KVLayout.RAGGED: "(total_k, num_kv_heads, head_dim) with cu_seqlens_k",
+        KVLayout.PAGED: "(num_pages, page_size, num_kv_heads, head_dim) with page_table",
+    }
+    for name, t in (("k", p.k), ("v", p.v)):
+        if t.dim() != want_dims:
+            raise InvalidInputError(name, f"shape {tuple(t.shape)}", shapes[p.kv_layout])
+    if p.v.shape[:-1] != p.k.shape[:-1]:
+        raise InvalidInputError(
+            "v",
+            f"shape {tuple(p.v.shape)}",
+            f"the shape of k, {tuple(p.k.shape)}, but for head_dim",
+        )
+    if p.kv_layout is KVLayout.RAGGED:
+        _check_int32("cu_seqlens_k", p.cu_seqlens_k, (b + 1,), p)
+        if p.cache_batch_idx is not None:
+            raise InvalidInputError(
+                "cache_batch_idx", "a tensor", "None with cu_seqlens_k (it picks cache rows)"
+            )
+    if p.seqlens_k is not None:
+        _check_int32("seqused_k / cache_seqlens", p.seqlens_k, (b,), p)
+    if p.leftpad_k is not None:
+        _check_int32("cache_leftpad", p.leftpad_k, (b,), p)
+    if p.cache_batch_idx is not None:
+        _check_int32("cache_batch_idx", p.cache_batch_idx, (b,), p)
+    if p.kv_layout is KVLayout.PAGED:
+        rows = None if p.cache_batch_idx is not None else b
+        _check_int32("page_table", p.page_table, (rows, None), p)
+        if p.k.shape[1] == 0:
+            raise InvalidInputError("k", "page_size 0", "a page_size of at least 1")
+    elif p.kv_layout is KVLayout.DENSE and p.cache_batch_idx is None and p.k.shape[0] != b:
+        raise InvalidInputError(
+            "k",
+            f"{p.k.shape[0]} rows",
+            f"{b}, the batch size of q (or cache_batch_idx, or page_table)",
+        )
+
+
+def _check_heads(p: Problem) -> None:
+    if p.q.shape[-1] != p.k.shape[-1]:
+        raise InvalidInputError("q", f"head_dim {p.head_dim}", f"that of k, {p.k.shape[-1]}")
+    if p.head_dim == 0 or p.head_dim_v == 0:
+        raise InvalidInputError("head_dim", 0, "at least 1")
+    if p.num_kv_heads == 0 or p.num_q_heads % p.num_kv_heads:
+        raise InvalidInputError(
+            "q", f"{p.num_q_heads} heads", f"a multiple of the {p.num_kv_heads} key/value heads"
+        )
+
+
+def _check_qv(p: Problem) -> None:
+    if p.qv is None:
+        return
+    want = (*p.q.shape[:-1], p.head_dim_v)
+    if tuple(p.qv.shape) != want:
+        raise InvalidInputError(
+            "qv", f"shape {tuple(p.qv.shape)}", f"{want}, q's with v's head_dim"
+        )
+    if p.qv.dtype != p.q.dtype or p.qv.device != p.device:
+        raise InvalidInputError(
+            "qv", f"{p.qv.dtype} on {p.qv.device}", f"q's {p.q.dtype} on {p.device}"
+        )
+
+
+def _check_scores(p: Problem) -> None:
+    s = p.scores
+    if not math.isfinite(s.softmax_scale):
+        raise InvalidInputError("softmax_scale", s.softmax_scale, "a finite number")
+    if not (math.isfinite(s.softcap) and s.softcap >= 0):
+        raise InvalidInputError("softcap", s.softcap, "0 (off) or a positive number")
+    if s.score_mod is not None and not callable(s.score_mod):
+        raise InvalidInputError("score_mod", type(s.score_mod).__name__, "a callable or None")
+    if s.sinks is not None:
+        if tuple(s.sinks.shape) != (p.num_q_heads,):
+            raise InvalidInputError(
+                "sinks", f"shape {tuple(s.sinks.shape)}", f"({p.num_q_heads},), one per query head"
+            )
+        if s.sinks.dtype not in FLOAT_DTYPES or s.sinks.device != p.device:
+            raise InvalidInputError(
+                "sinks", f"{s.sinks.dtype} on {s.sinks.device}", f"a float dtype on {p.device}"
+            )
+    for i, aux in enumerate(p.aux_tensors):
+        if not isinstance(aux, Tensor) or aux.device != p.device:
+            raise InvalidInputError(
+                f"aux_tensors[{i}]", getattr(aux, "device", type(aux).__name__), f"on {p.device}"
+            )
+    if p.aux_tensors and s.score_mod is None and p.mask.mask_mod is None:
+        raise InvalidInputError("aux_tensors", "tensors", "a score_mod or mask_mod that uses them")
+
+
+def _check_descales(p: Problem) -> None:
+    want = (p.batch_size, p.num_kv_heads)
+    for name, t, of in (
+        ("q", p.descales.q, p.q),
+        ("k", p.descales.k, p.k),
+        ("v", p.descales.v, p.v),
+    ):
+        if t is None:
+            continue
+        if of.dtype not in FLOAT8_DTYPES:
+            raise InvalidInputError(
+                f"{name}_descale",
+                f"a tensor beside {name} of {of.dtype}",
+                f"None unless {name} is float8",
+            )
+        if t.dtype != torch.float32 or tuple(t.shape) != want or t.device != p.device:
+            raise InvalidInputError(
+                f"{name}_descale",
+                f"{t.dtype} {tuple(t.shape)} on {t.device}",
+                f"float32 {want}, (batch, num_kv_heads), on {p.device}; expand() a scalar to it",
+            )
+
+
+def _check_append(p: Problem, a: Append) -> None:
+    if p.kv_layout is KVLayout.RAGGED:
+        raise InvalidInputError("k", "new tokens beside ragged k_cache", "a dense or paged cache")
+    if p.seqlens_k is None:
+        raise InvalidInputError("cache_seqlens", None, "given when k and v are appended")
+    rows = ("k", a.k, p.head_dim), ("v", a.v, p.head_dim_v)
+    for name, t, dim in rows:
+        if a.cu_seqlens is not None:
+            want: tuple[int, ...] = (a.k.shape[0], p.num_kv_heads, dim)
+        else:
+            want = (p.batch_size, a.k.shape[1] if a.k.dim() > 1 else 0, p.num_kv_heads, dim)
+        if tuple(t.shape) != want:
+            raise InvalidInputError(name, f"shape {tuple(t.shape)}", f"{want} for the new tokens")
+        if t.device != p.device or t.stride(-1) != 1:
+            raise InvalidInputError(
+                name, f"{t.device}, strides {t.stride()}", f"{p.device}, last 1"
+            )
+        if t.dtype != p.k.dtype and not (p.k.dtype in FLOAT8_DTYPES and t.dtype in FLOAT_DTYPES):
+            raise InvalidInputError(
+                name,
+                t.dtype,
+                f"the dtype of the cache, {p.k.dtype} (float8 caches quantise wider ones)",
+            )
+    if a.cu_seqlens is not None:
+        _check_int32("cu_seqlens_k_new", a.cu_seqlens, (p.batch_size + 1,), p)
+    if a.rotary is not None:
+        _check_rotary(p, a.rotary)
+
+
+def _check_rotary(p: Problem, r: Rotary) -> None:
+    for name, t in (("rotary_cos", r.cos), ("rotary_sin", r.sin)):
+        if not isinstance(t, Tensor) or t.dim() != 2 or t.shape != r.cos.shape:
+            raise InvalidInputError(
+                name, getattr(t, "shape", t), "(max_position, rotary_dim / 2), cos and sin alike"
+            )
+        if t.device != p.device or t.dtype not in FLOAT_DTYPES or t.stride(-1) != 1:
+            raise InvalidInputError(
+                name,
+                f"{t.dtype} on {t.device}, strides {t.stride()}",
+                f"a float dtype on {p.device}",
+            )
+    rotary_dim = 2 * r.cos.shape[1]
+    if rotary_dim > p.head_dim:
+        raise InvalidInputError(
+            "rotary_cos", f"rotary_dim {rotary_dim}", f"at most head_dim, {p.head_dim}"
+        )
+    if r.seqlens is not None:
+        _check_int32("rotary_seqlens", r.seqlens, (p.batch_size,), p)
+
+
+def _check_out(p: Problem) -> None:
+    if p.out is None:
+        return
+    if tuple(p.out.shape) != p.out_shape:
+        raise InvalidInputError("out", f"shape {tuple(p.out.shape)}", str(p.out_shape))
+    if p.out.device != p.device or p.out.stride(-1) != 1:
+        raise InvalidInputError(
+            "out",
+            f"{p.out.device}, strides {p.out.stride()}",
+            f"{p.device}, last-dimension stride 1",
+        )
+    if p.out.dtype not in FLOAT_DTYPES:
+        raise InvalidInputError("out", p.out.dtype, "a 16-, 32- or 64-bit floating-point dtype")
+
+
+def _check_hints(p: Problem) -> None:
+    if p.hints.num_splits < 0:
+        raise InvalidInputError(
+            "num_splits", p.hints.num_splits, "0 (automatic) or a positive count"
+        )
+    if p.hints.sm_margin < 0:
+        raise InvalidInputError("sm_margin", p.hints.sm_margin, "0 or more multiprocessors")
+    if p.ver not in (None, 3, 4):
+        raise InvalidInputError("ver", p.ver, "3, 4, or None for the fastest")
+    if p.plan is not None:
+        p.plan.check_matches(p)
+
+
+# --- checks of values ---------------------------------------------------------------------------------
+
+
+def _check_values(p: Problem) -> None:
+    if p.cu_seqlens_q is not None:
+        _check_cu_seqlens("cu_seqlens_q", p.cu_seqlens_q, p.q.shape[0])
+    if p.cu_seqlens_k is not None:
+        _check_cu_seqlens("cu_seqlens_k", p.cu_seqlens_k, p.k.shape[0])
+    if p.append is not None and p.append.cu_seqlens is not None:
+        _check_cu_seqlens("cu_seqlens_k_new", p.append.cu_seqlens, p.append.k.shape[0])
+    if p.seqused_q is not None:
+        rows = _row_capacity(p.cu_seqlens_q, p.q, p)
+        if bool(((p.seqused_q > rows) | (p.seqused_q < 0)).any()):
+            raise InvalidInputError(
+                "seqused_q", p.seqused_q.tolist(), f"at most the rows of q, {rows.tolist()}"
+            )
+    longest = int(query_lengths(p).max()) if p.batch_size else 0
+    if longest > p.max_seqlen_q:
+        raise InvalidInputError("max_seqlen_q", p.max_seqlen_q, f"at least {longest}")
+    _check_key_values(p)
+
+
+def _check_cu_seqlens(name: str, cu: Tensor, total: int) -> None:
+    values = cu.tolist()
+    if values[0] != 0 or any(a > b for a, b in itertools.pairwise(values)):
+        raise InvalidInputError(name, values, "0 first, then never decreasing")
+    if values[-1] > total:
+        raise InvalidInputError(
+            name, f"last value {values[-1]}", f"at most the {total} rows there are"
+        )
+
+
+def _row_capacity(cu: Tensor | None, t: Tensor, p: Problem) -> Tensor:
+    if cu is not None:
+        return cu[1:] - cu[:-1]
+    return torch.full((p.batch_size,), t.shape[1], dtype=torch.int32, device=p.device)
+
+
+def query_lengths(p: Problem) -> Tensor:
+    """(B,) int32, on the problem's device: query rows in use per sequence."""
+    return p.seqused_q if p.seqused_q is not None else _row_capacity(p.cu_seqlens_q, p.q, p)
+
+
+def append_lengths(p: Problem) -> Tensor | None:
+    """(B,) int32: new tokens per sequence, or None where nothing is appended."""
+    return None if p.append is None else _row_capacity(p.append.cu_seqlens, p.append.k, p)
+
+
+def key_ends(p: Problem) -> Tensor:
+    """(B,) int32: first row, within a sequence's own KV rows, behind the last valid key."""
+    if p.seqlens_k is not None:
+        new = append_lengths(p)
+        return p.seqlens_k if new is None else p.seqlens_k + new
+    if p.kv_layout is KVLayout.PAGED:
+        assert p.page_table is not None
+        rows = p.page_table.shape[1] * p.k.shape[1]
+        return torch.full((p.batch_size,), rows, dtype=torch.int32, device=p.device)
+    return _row_capacity(p.cu_seqlens_k, p.k, p)
+
+
+def _check_key_values(p: Problem) -> None:
+    ends = key_ends(p)
+    if p.kv_layout is KVLayout.PAGED:
+        assert p.page_table is not None
+        capacity = torch.full_like(ends, p.page_table.shape[1] * p.k.shape[1])
+    else:
+        capacity = _row_capacity(p.cu_seqlens_k, p.k, p)
+    if bool((ends > capacity).any()) or bool((ends < 0).any()):
+        raise InvalidInputError(
+            "seqused_k / cache_seqlens",
+            f"keys up to {ends.tolist()} (appended ones included)",
+            f"between 0 and the capacity of each sequence, {capacity.tolist()}",
+        )
+    if p.leftpad_k is not None and bool(((p.leftpad_k < 0) | (p.leftpad_k > ends)).any()):
+        raise InvalidInputError(
+            "cache_leftpad", p.leftpad_k.tolist(), "between 0 and cache_seqlens"
+        )
+    if p.cache_batch_idx is not None:
+        rows = p.page_table.shape[0] if p.page_table is not None else p.k.shape[0]
+        if bool(((p.cache_batch_idx < 0) | (p.cache_batch_idx >= rows)).any()):
+            raise InvalidInputError(
+                "cache_batch_idx", p.cache_batch_idx.tolist(), f"rows 0 to {rows - 1}"
+            )
+    if p.page_table is not None:
+        _check_page_numbers(p, p.page_table, ends)
+
+
+def _check_page_numbers(p: Problem, table: Tensor, ends: Tensor) -> None:
+    if p.cache_batch_idx is not None:
+        table = table.index_select(0, p.cache_batch_idx)
+    page_size, num_pages = p.k.shape[1], p.k.shape[0]
+    column = torch.arange(table.shape[1], dtype=torch.int32, device=p.device)
+    first = p.leftpad_k // page_size if p.leftpad_k is not None else torch.zeros_like(ends)
+    used = (column >= first[:, None]) & (column * page_size < ends[:, None])
+    if bool((used & ((table < 0) | (table >= num_pages))).any()):
+        bad = table[used & ((table < 0) | (table >= num_pages))]
+        raise InvalidInputError("page_table", f"page {int(bad[0])}", f"pages 0 to {num_pages - 1}")
