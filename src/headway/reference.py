@@ -146,7 +146,8 @@ def apply_score_mod(problem: Problem, scores: Tensor, b: int, pos: Tensor, keys:
     if mod is None:
         return scores
     aux = (problem.aux_tensors,) if problem.aux_tensors else ()
-    return torch.as_tensor(mod(scores, *_indices(problem, b, pos, keys), *aux)).expand_as(scores)
+    changed = torch.as_tensor(mod(scores, *_indices(problem, b, pos, keys), *aux))
+    return changed.to(scores.dtype).expand_as(scores)
 
 
 def visible_keys(problem: Problem, b: int, pos: Tensor, keys: Tensor) -> Tensor:

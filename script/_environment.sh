@@ -1,0 +1,33 @@
+# Sourced by the other scripts: a virtual environment in .venv with Headway installed from this tree.
+#   ensure_environment EXTRA     installs headway[EXTRA] unless this tree's requirements are there already
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$root"
+export PIP_DISABLE_PIP_VERSION_CHECK=1
+
+find_python() {
+  local name
+  for name in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do
+    if command -v "$name" >/dev/null && "$name" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
+      echo "$name"
+      return
+    fi
+  done
+  echo "Headway needs Python 3.10 or newer; 'python3' is older or missing." >&2
+  return 1
+}
+
+ensure_environment() {
+  local extra=$1 stamp wanted python
+  wanted=$(cat pyproject.toml constraints.txt | cksum)-$extra
+  stamp=.venv/.headway-installed-$extra
+  python=$(find_python)
+  [ -x .venv/bin/python ] || "$python" -m venv .venv
+  if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+    echo "Installing headway[$extra] into .venv (a few minutes the first time) ..."
+    # torch first and by its pin: where there is no GPU this is the build the constraints name.
+    .venv/bin/python -m pip install --quiet --constraint constraints.txt torch triton numpy
+    .venv/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[$extra]"
+    echo "$wanted" > "$stamp"
+  fi
+}

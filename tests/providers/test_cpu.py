@@ -1,0 +1,29 @@
+"""The cpu provider equals the reference over every feature, drawn together."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+
+from tests.calls import Call, assert_matches, calls
+
+
+@settings(
+    max_examples=300,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+@given(call=calls())
+def test_any_call_equals_the_reference(call: Call) -> None:
+    assert_matches(call.run("cpu"), call.run("reference"), call)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_long_prefill_equals_the_reference(dtype: torch.dtype, causal: bool) -> None:
+    torch.manual_seed(0)
+    q = torch.randn(1, 700, 6, 64, dtype=dtype)
+    k, v = (torch.randn(1, 1500, 2, 64, dtype=dtype) for _ in range(2))
+    call = Call("dense", {"q": q, "k": k, "v": v, "causal": causal}, "long prefill")
+    assert_matches(call.run("cpu"), call.run("reference"), call)

@@ -1,0 +1,198 @@
+"""Wrong arguments are refused by name, with what was given and what is wanted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import headway
+from headway import InvalidInputError, UnsupportedError
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape).to(dtype)
+
+
+def int32(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def dense(**changes: Any) -> Any:
+    arguments = {"q": normal(2, 3, 4, 8), "k": normal(2, 5, 2, 8), "v": normal(2, 5, 2, 8)}
+    return headway.flash_attn_func(**(arguments | changes))
+
+
+def ragged(**changes: Any) -> Any:
+    arguments: dict[str, Any] = {
+        "q": normal(5, 4, 8),
+        "k": normal(9, 2, 8),
+        "v": normal(9, 2, 8),
+        "cu_seqlens_q": int32(0, 2, 5),
+        "cu_seqlens_k": int32(0, 4, 9),
+        "max_seqlen_q": 3,
+        "max_seqlen_k": 5,
+    }
+    return headway.flash_attn_varlen_func(**(arguments | changes))
+
+
+def paged(**changes: Any) -> Any:
+    arguments: dict[str, Any] = {
+        "q": normal(2, 1, 4, 8),
+        "k_cache": normal(6, 4, 2, 8),
+        "v_cache": normal(6, 4, 2, 8),
+        "cache_seqlens": int32(7, 3),
+        "page_table": torch.tensor([[0, 5, 1], [2, 0, 0]], dtype=torch.int32),
+    }
+    return headway.flash_attn_with_kvcache(**(arguments | changes))
+
+
+CALLS = {"dense": dense, "ragged": ragged, "paged": paged}
+
+WRONG: list[tuple[str, dict[str, Any], str, str]] = [
+    ("dense", {"q": normal(2, 3, 8)}, "q", "4 dimensions"),
+    ("dense", {"q": "text"}, "q", "tensor"),
+    ("dense", {"q": normal(2, 3, 3, 8)}, "q", "multiple of the 2"),
+    ("dense", {"q": normal(2, 3, 4, 16)}, "q", "head_dim"),
+    ("dense", {"q": normal(3, 3, 4, 8)}, "k", "batch size"),
+    ("dense", {"v": normal(2, 6, 2, 8)}, "v", "shape of k"),
+    ("dense", {"v": normal(2, 5, 2, 8, dtype=torch.float16)}, "v", "dtype of k"),
+    ("dense", {"q": normal(2, 3, 4, 8, dtype=torch.bfloat16)}, "q", "dtype of k"),
+    ("dense", {"q": torch.ones(2, 3, 4, 8, dtype=torch.int32)}, "q", "floating-point"),
+    ("dense", {"k": normal(2, 5, 2, 16)[..., ::2]}, "k", "contiguous"),
+    ("dense", {"window_size": (-2, 0)}, "window_size", "non-negative"),
+    ("dense", {"window_size": 3}, "window_size", "pair"),
+    ("dense", {"window_size": (1.5, 0)}, "window_size", "non-negative"),
+    ("dense", {"attention_chunk": -1}, "attention_chunk", "positive"),
+    ("dense", {"softcap": -1.0}, "softcap", "positive"),
+    ("dense", {"softmax_scale": float("nan")}, "softmax_scale", "finite"),
+    ("dense", {"num_splits": -1}, "num_splits", "automatic"),
+    ("dense", {"sm_margin": -1}, "sm_margin", "multiprocessors"),
+    ("dense", {"sinks": normal(3)}, "sinks", "query head"),
+    (
+        "dense",
+        {"sinks": normal(4), "learnable_sink": normal(4)},
+        "learnable_sink",
+        "one of the two",
+    ),
+    ("dense", {"score_mod": 3}, "score_mod", "callable"),
+    ("dense", {"mask_mod": 3}, "mask_mod", "callable"),
+    ("dense", {"aux_tensors": [normal(3)]}, "aux_tensors", "score_mod"),
+    ("dense", {"qv": normal(2, 3, 4, 7)}, "qv", "head_dim"),
+    ("dense", {"only_qv": True}, "only_qv", "qv given"),
+    ("dense", {"k_descale": torch.ones(2, 2)}, "k_descale", "float8"),
+    ("dense", {"out": normal(2, 3, 4, 9)}, "out", "(2, 3, 4, 8)"),
+    ("dense", {"ver": 2}, "ver", "3, 4"),
+    ("dense", {"backend": "fa9"}, "backend", "reference"),
+    ("ragged", {"cu_seqlens_q": torch.tensor([0, 2, 5])}, "cu_seqlens_q", "int32"),
+    ("ragged", {"cu_seqlens_q": int32(0, 2, 9)}, "cu_seqlens_q", "5 rows"),
+    ("ragged", {"cu_seqlens_q": int32(1, 2, 5)}, "cu_seqlens_q", "0 first"),
+    ("ragged", {"cu_seqlens_k": int32(0, 6, 4)}, "cu_seqlens_k", "never decreasing"),
+    ("ragged", {"cu_seqlens_k": int32(0, 4)}, "cu_seqlens_k", "(3)"),
+    ("ragged", {"max_seqlen_q": 1}, "max_seqlen_q", "at least 3"),
+    ("ragged", {"seqused_q": int32(1, 9)}, "seqused_q", "rows of q"),
+    ("ragged", {"seqused_k": int32(5, 1)}, "seqused_k", "capacity"),
+    ("ragged", {"seqused_k": int32(1, 1, 1)}, "seqused_k", "(2)"),
+    ("ragged", {"k": normal(9, 2, 8, 1)}, "k", "total_k"),
+    ("ragged", {"min_seqlen_k": -1}, "min_seqlen_k", "non-negative"),
+    ("paged", {"page_table": int32(0, 1)}, "page_table", "(2, any)"),
+    (
+        "paged",
+        {"page_table": torch.tensor([[0, 6], [1, 1]], dtype=torch.int32)},
+        "page_table",
+        "page 6",
+    ),
+    (
+        "paged",
+        {"page_table": torch.tensor([[0, -1], [1, 1]], dtype=torch.int32)},
+        "page_table",
+        "page -1",
+    ),
+    ("paged", {"cache_seqlens": int32(7, 13)}, "cache_seqlens", "capacity"),
+    ("paged", {"cache_seqlens": 3.5}, "cache_seqlens", "int"),
+    ("paged", {"cache_leftpad": int32(8, 0)}, "cache_leftpad", "between 0 and"),
+    ("paged", {"cache_batch_idx": int32(0, 2)}, "cache_batch_idx", "rows 0 to 1"),
+    ("paged", {"k": normal(2, 1, 2, 8)}, "v", "together"),
+    ("paged", {"rotary_cos": normal(9, 4)}, "rotary_sin", "both"),
+    ("paged", {"rotary_cos": normal(9, 4), "rotary_sin": normal(9, 4)}, "rotary_cos", "appended"),
+    ("paged", {"cu_seqlens_k_new": int32(0, 1, 2)}, "cu_seqlens_k_new", "k and v"),
+    ("paged", {"scheduler_metadata": int32(1)}, "scheduler_metadata", "get_scheduler_metadata"),
+    (
+        "paged",
+        {"k": normal(2, 1, 2, 8), "v": normal(2, 1, 2, 8), "cache_seqlens": None},
+        "cache_seqlens",
+        "given when k and v",
+    ),
+    ("paged", {"k": normal(2, 1, 1, 8), "v": normal(2, 1, 2, 8)}, "k", "new tokens"),
+    (
+        "paged",
+        {"k": normal(2, 6, 2, 8), "v": normal(2, 6, 2, 8)},
+        "cache_seqlens",
+        "appended ones included",
+    ),
+    (
+        "paged",
+        {
+            "k": normal(2, 1, 2, 8),
+            "v": normal(2, 1, 2, 8),
+            "rotary_cos": normal(9, 8),
+            "rotary_sin": normal(9, 8),
+        },
+        "rotary_cos",
+        "at most head_dim",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "changes", "argument", "wanted"), WRONG)
+def test_a_wrong_argument_is_named(
+    call: str, changes: dict[str, Any], argument: str, wanted: str
+) -> None:
+    with pytest.raises(InvalidInputError) as caught:
+        CALLS[call](**changes)
+    assert argument in caught.value.argument
+    assert wanted in str(caught.value)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_the_unchanged_calls_run(call: str) -> None:
+    assert torch.isfinite(CALLS[call]()).all()
+
+
+@pytest.mark.parametrize("name", ["aux_scalars", "gather_kv_indices", "block_sparse_tensors"])
+def test_arguments_no_provider_takes_are_refused_with_advice(name: str) -> None:
+    with pytest.raises(UnsupportedError, match=name):
+        dense(**{name: [1.0]})
+
+
+def test_an_int_length_counts_for_each_sequence_of_a_ragged_query() -> None:
+    """Elsewhere an int is expanded to q.shape[0], which counts tokens, not sequences, when ragged."""
+    k, v = normal(2, 8, 2, 8), normal(2, 8, 2, 8)
+    q, cu = normal(5, 4, 8), int32(0, 2, 5)
+    out = headway.flash_attn_with_kvcache(q, k, v, cache_seqlens=6, cu_seqlens_q=cu, causal=True)
+    want = headway.flash_attn_with_kvcache(
+        q, k, v, cache_seqlens=int32(6, 6), cu_seqlens_q=cu, causal=True
+    )
+    assert torch.equal(out, want)
+
+
+def test_debug_checks_is_a_scope() -> None:
+    from headway import problem
+
+    meta = torch.device("meta")
+    assert not problem._values_visible(meta)
+    with headway.debug_checks():
+        assert problem._values_visible(meta)
+        with headway.debug_checks(False):
+            assert not problem._values_visible(meta)
+    assert not problem._values_visible(meta)
+
+
+def test_a_plan_of_another_geometry_is_refused() -> None:
+    plan = headway.get_scheduler_metadata(
+        2, 1, 12, num_heads_q=4, num_heads_kv=2, headdim=8, cache_seqlens=int32(7, 3), page_size=4
+    )
+    paged(scheduler_metadata=plan)
+    with pytest.raises(InvalidInputError, match=r"causal False \(plan\) / True \(call\)"):
+        paged(scheduler_metadata=plan, causal=True)
