@@ -1,0 +1,162 @@
+"""Where transformers' models meet Headway: the attention function they call, and what it needs.
+
+The function is registered under one name and holds no state: the object that knows the current step
+travels through the model call as the keyword argument ``headway``. Which layers a model has, and what
+each stores and masks, is learnt by running it once on a few tokens: no model is known by name here.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PretrainedConfig
+
+from headway.engine.kv_cache import KVCache, KVShape
+from headway.errors import UnsupportedError
+from headway.problem import Mask
+from headway.serving.base import AttentionBackend, AttentionLayer
+
+#: The name under which transformers finds :func:`paged_attention`. transformers builds no mask for a
+#: name that has no mask function of its own, so the masks are Headway's alone.
+ATTENTION_NAME = "headway_paged"
+
+#: Layers whose memory is keys and values of past tokens, in transformers' words.
+LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+
+
+class Attend(Protocol):
+    """What travels as ``headway=``. q (T, Hq, D), k (T, Hkv, D), v (T, Hkv, Dv) -> (T, Hq, Dv)."""
+
+    def __call__(
+        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
+    ) -> Tensor: ...
+
+
+def paged_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    headway: Attend,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: query (1, Hq, T, D) -> (1, T, Hq, Dv)."""
+    options["attention_mask"] = attention_mask
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    return headway(module, q, k, v, options).unsqueeze(0), None
+
+
+AttentionInterface.register(ATTENTION_NAME, paged_attention)
+
+
+class PagedAttention:
+    """The ``headway=`` of the engine's steps: a backend, the layers, and their caches."""
+
+    def __init__(
+        self, backend: AttentionBackend, layers: dict[int, AttentionLayer], cache: KVCache
+    ) -> None:
+        self._backend = backend
+        self._layers = {
+            index: (layer, cache.layers[position])
+            for position, (index, layer) in enumerate(sorted(layers.items()))
+        }
+
+    def __call__(
+        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
+    ) -> Tensor:
+        layer, kv_cache = self._layers[module.layer_idx]  # type: ignore[index]
+        return self._backend.forward(q, k, v, kv_cache, layer)
+
+
+class LayerProbe:
+    """A ``headway=`` that attends to nothing and writes down what each layer asks for."""
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        self.config = config
+        self.layers: dict[int, AttentionLayer] = {}
+        self.dtypes: set[torch.dtype] = set()
+
+    def __call__(
+        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
+    ) -> Tensor:
+        index = getattr(module, "layer_idx", None)
+        if index is None or index in self.layers:
+            raise UnsupportedError(
+                f"{type(module).__name__}: layer_idx {index}; every attention layer needs its own"
+            )
+        self.layers[index] = attention_layer(self.config, module, q, k, v, options)
+        self.dtypes.add(k.dtype)
+        return q.new_zeros(*q.shape[:-1], v.shape[-1])
+
+    def shapes(self) -> list[KVShape]:
+        """What the layers store, in order."""
+        layers = (self.layers[index] for index in sorted(self.layers))
+        return [KVShape(one.num_kv_heads, one.head_dim, one.head_dim_v) for one in layers]
+
+
+def attention_layer(
+    config: PretrainedConfig,
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    options: dict[str, Any],
+) -> AttentionLayer:
+    """Translate one call of transformers' interface; UnsupportedError for what Headway would drop."""
+    name, index = type(module).__name__, int(module.layer_idx)  # type: ignore[arg-type]
+    for option in ("attention_mask", "position_bias"):
+        if options.get(option) is not None:
+            raise UnsupportedError(f"{name} (layer {index}) passes {option}: paged calls take none")
+    causal = options.get("is_causal")
+    if not (getattr(module, "is_causal", True) if causal is None else causal):
+        raise UnsupportedError(f"{name} (layer {index}) is not causal: the engine runs decoders")
+    scaling = options.get("scaling")
+    return AttentionLayer(
+        layer_id=index,
+        num_q_heads=q.shape[1],
+        num_kv_heads=k.shape[1],
+        head_dim=q.shape[2],
+        head_dim_v=v.shape[2],
+        softmax_scale=q.shape[2] ** -0.5 if scaling is None else float(scaling),
+        mask=_mask(config, name, index, options.get("sliding_window")),
+        softcap=float(options.get("softcap") or 0.0),
+        sinks=None if options.get("s_aux") is None else options["s_aux"].detach(),
+    )
+
+
+def _mask(config: PretrainedConfig, name: str, index: int, window: int | None) -> Mask:
+    """transformers counts the token itself in a window's width; chunks are known to the config alone."""
+    types = getattr(config, "layer_types", None)
+    kind = types[index] if types is not None else None
+    if kind is not None and kind not in LAYER_TYPES:
+        raise UnsupportedError(f"{name} (layer {index}) is a {kind} layer: not an attention layer")
+    if kind == "sliding_attention" and window is None:
+        raise UnsupportedError(f"{name} (layer {index}) is sliding but passes no sliding_window")
+    chunk = int(config.attention_chunk_size) if kind == "chunked_attention" else 0
+    left = None if window is None else int(window) - 1
+    return Mask(causal=True, window_left=left, window_right=0, attention_chunk=chunk)
+
+
+def probe_layers(model: nn.Module, config: PretrainedConfig) -> LayerProbe:
+    """Run the model on two tokens and report its attention layers.
+
+    Raises:
+        UnsupportedError: some layer keeps another memory than keys and values, or takes them elsewhere.
+    """
+    probe = LayerProbe(config)
+    device = next(model.parameters()).device
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
+    positions = torch.arange(2, device=device)[None]
+    with torch.inference_mode():
+        model(input_ids=ids, position_ids=positions, use_cache=False, headway=probe)
+    expected = getattr(config, "num_hidden_layers", len(probe.layers))
+    if len(probe.layers) != expected or not probe.layers:
+        raise UnsupportedError(
+            f"{type(model).__name__}: {len(probe.layers)} of {expected} layers are attention over "
+            "keys and values of their own; the engine runs models in which all are"
+        )
+    return probe

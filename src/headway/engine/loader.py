@@ -1,0 +1,308 @@
+"""Loading: a folder of safetensors, a GGUF file or a hub name becomes a model and a tokenizer."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers.utils import logging as transformers_logging
+
+from headway.engine.attention import ATTENTION_NAME
+from headway.engine.config import EngineConfig
+from headway.errors import InvalidInputError, UnsupportedError
+
+#: Rotary embeddings whose frequencies depend on the longest position of a call. In a batch they would
+#: mix up its sequences, so such models run within the range where the frequencies are constant.
+LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run, and what the engine must know about it."""
+
+    model: nn.Module
+    config: PretrainedConfig  # of the text model
+    tokenizer: Any  # a transformers tokenizer, or None
+    name: str
+    max_model_len: int
+    eos_token_ids: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from, in the words of ``from_pretrained``."""
+
+    name_or_path: str
+    gguf_file: str | None = None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+
+
+def load(config: EngineConfig, *, progress: bool = False) -> LoadedModel:
+    """Load a model and its tokenizer as the configuration says.
+
+    Raises:
+        InvalidInputError: nothing to load there, or not what ``load_format`` says.
+        UnsupportedError: a model the engine cannot run.
+    """
+    source = find(config)
+    device = choose_device(config.device)
+    with _progress(f"Loading {Path(config.model).name}", show=progress):
+        model_config = _load_config(config, source)
+        tokenizer = _load_tokenizer(config, source)
+        model = _load_model(config, source, model_config)
+    nn.Module.to(model, device).eval().requires_grad_(False)
+    text_config = model.config.get_text_config()
+    return LoadedModel(
+        model=model,
+        config=text_config,
+        tokenizer=tokenizer,
+        name=config.model,
+        max_model_len=_max_model_len(config, text_config),
+        eos_token_ids=_eos_token_ids(model, tokenizer),
+    )
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` is the first GPU where there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InvalidInputError("device", name, "auto, cpu or a GPU that is there") from error
+    return device
+
+
+def find(config: EngineConfig) -> Source:
+    """What ``config.model`` names, as far as the file system can tell."""
+    path = Path(config.model)
+    if (
+        path.is_file()
+        and path.suffix == ".gguf"
+        and config.load_format in ("auto", "gguf", "dummy")
+    ):
+        return Source(str(path.parent), path.name)
+    if config.load_format == "gguf":
+        files = sorted(path.glob("*.gguf")) if path.is_dir() else []
+        if len(files) != 1:
+            raise InvalidInputError(
+                "model", config.model, f"a .gguf file, or a folder with one (found {len(files)})"
+            )
+        return Source(str(path), files[0].name)
+    if path.is_file():
+        if config.load_format != "dummy":
+            raise InvalidInputError(
+                "model", config.model, "a folder, a .gguf file, or a config with load_format=dummy"
+            )
+        return Source(str(path))
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise InvalidInputError("model", config.model, "a folder that has a config.json")
+    if not path.is_dir() and (path.is_absolute() or config.model.startswith((".", "~"))):
+        raise InvalidInputError("model", config.model, "a path that exists, or a hub name")
+    return Source(config.model)
+
+
+def _load_config(config: EngineConfig, source: Source) -> PretrainedConfig:
+    with _hub_errors(config):
+        return AutoConfig.from_pretrained(
+            source.name_or_path,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            **source.arguments,
+        )
+
+
+def _load_model(
+    config: EngineConfig, source: Source, model_config: PretrainedConfig
+) -> transformers.PreTrainedModel:
+    arguments = {
+        "dtype": _dtype(config, source, model_config),
+        "attn_implementation": ATTENTION_NAME,
+        "trust_remote_code": config.trust_remote_code,
+    }
+    if config.load_format == "dummy":
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            model = AutoModelForCausalLM.from_config(model_config, **arguments)
+    else:
+        with _hub_errors(config):
+            model = AutoModelForCausalLM.from_pretrained(
+                source.name_or_path,
+                config=model_config,
+                revision=config.revision,
+                **source.arguments,
+                **arguments,
+            )
+    if not model.is_backend_compatible():
+        raise UnsupportedError(
+            f"{type(model).__name__} does not pass attention arguments through its layers "
+            "(transformers: _supports_attention_backend)"
+        )
+    return model
+
+
+def _dtype(config: EngineConfig, source: Source, model_config: PretrainedConfig) -> torch.dtype:
+    """The checkpoint's dtype; bfloat16 for GGUF, whose tensors are quantised and unpacked on loading."""
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    if source.gguf_file is not None:
+        return torch.bfloat16
+    stored = getattr(model_config.get_text_config(), "dtype", None) or model_config.dtype
+    return stored if isinstance(stored, torch.dtype) else torch.float32
+
+
+def _load_tokenizer(config: EngineConfig, source: Source) -> Any:
+    """The model's own tokenizer or the one asked for; None for a bare config, which has none."""
+    arguments: dict[str, Any] = {
+        "revision": config.revision,
+        "trust_remote_code": config.trust_remote_code,
+    }
+    if config.tokenizer is not None:
+        named = find(EngineConfig(model=config.tokenizer)) if _is_gguf(config.tokenizer) else None
+        place = Source(config.tokenizer) if named is None else named
+        return AutoTokenizer.from_pretrained(place.name_or_path, **place.arguments, **arguments)
+    path = Path(source.name_or_path)
+    bare = path.is_file() or (
+        path.is_dir() and source.gguf_file is None and not any(path.glob("tokenizer*"))
+    )
+    if bare:
+        return None
+    with _hub_errors(config):
+        return AutoTokenizer.from_pretrained(source.name_or_path, **source.arguments, **arguments)
+
+
+def _is_gguf(name: str) -> bool:
+    return name.endswith(".gguf")
+
+
+@contextlib.contextmanager
+def _hub_errors(config: EngineConfig) -> Iterator[None]:
+    """transformers says OSError for all that is missing, here or on the hub."""
+    try:
+        yield
+    except OSError as error:
+        first_line = (
+            str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        )
+        raise InvalidInputError(
+            "model",
+            f"{config.model} ({first_line})",
+            "a folder, a .gguf file, or a reachable hub name",
+        ) from error
+
+
+def _max_model_len(config: EngineConfig, text_config: PretrainedConfig) -> int:
+    """The model's own limit, or the smaller one asked for."""
+    limit = getattr(text_config, "max_position_embeddings", None)
+    reason = "the model's max_position_embeddings"
+    for rope in _rope_parameters(text_config):
+        if rope.get("rope_type") in LENGTH_DEPENDENT_ROPE:
+            limit = rope.get("original_max_position_embeddings") or getattr(
+                text_config, "original_max_position_embeddings", limit
+            )
+            reason = f"where its {rope['rope_type']} rotary embedding is the same for all lengths"
+    if limit is None:
+        if config.max_model_len is None:
+            raise InvalidInputError("max_model_len", None, "a length: the model states no limit")
+        return config.max_model_len
+    if config.max_model_len is not None and config.max_model_len > limit:
+        raise InvalidInputError("max_model_len", config.max_model_len, f"at most {limit}, {reason}")
+    return config.max_model_len or int(limit)
+
+
+def _rope_parameters(text_config: PretrainedConfig) -> list[dict[str, Any]]:
+    """One set of parameters, or one per layer type."""
+    parameters = getattr(text_config, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    return nested or [parameters]
+
+
+def _eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Everything that ends an answer: the generation config's tokens and the tokenizer's."""
+    ids: set[int] = set()
+    for owner in (model.generation_config, tokenizer):
+        stated = getattr(owner, "eos_token_id", None)
+        ids.update([stated] if isinstance(stated, int) else stated or ())
+    return frozenset(ids)
+
+
+# --- progress ---------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _progress(title: str, *, show: bool) -> Iterator[None]:
+    """Draw transformers' progress with rich, or not at all, and give its hooks back afterwards."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from transformers import modeling_gguf_pytorch_utils as gguf
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, disable=not show) as bars:
+        total = bars.add_task(title, total=None)
+
+        def draw(
+            factory: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]
+        ) -> Any:
+            return _Bar(bars, *arguments, **options)
+
+        previous_hook = transformers_logging.set_tqdm_hook(draw)
+        # The GGUF reader alone imports tqdm by itself.
+        previous_tqdm, gguf.tqdm = gguf.tqdm, transformers_logging.tqdm
+        try:
+            yield
+        finally:
+            gguf.tqdm = previous_tqdm
+            transformers_logging.set_tqdm_hook(previous_hook)
+            bars.update(total, total=1, completed=1)
+
+
+class _Bar:
+    """The part of tqdm that transformers uses while loading, drawn as a task of a rich display."""
+
+    def __init__(
+        self, bars: Any, iterable: Iterable[Any] | None = None, *_: Any, **options: Any
+    ) -> None:
+        self._bars = bars
+        self._iterable = iterable
+        total = options.get("total")
+        if total is None and hasattr(iterable, "__len__"):
+            total = len(iterable)  # type: ignore[arg-type]
+        self._task = bars.add_task(f"  {options.get('desc') or 'working'}", total=total)
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self._iterable or ():
+            yield item
+            self._bars.advance(self._task)
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def update(self, n: float = 1) -> None:
+        self._bars.advance(self._task, n)
+
+    def set_description(self, text: str, *_: object, **__: object) -> None:
+        self._bars.update(self._task, description=f"  {text}")
+
+    def set_postfix(self, *_: object, **__: object) -> None:
+        """Details behind the bar are not shown."""
+
+    def close(self) -> None:
+        """The display closes all its bars together."""

@@ -1,0 +1,206 @@
+"""Scheduler: which tokens of which sequences are computed in the next step.
+
+Continuous batching: sequences join and leave at every step. Each running sequence with one token left to
+compute decodes; the others, and as many waiting ones as fit, get chunks of their prompts under a common
+token budget. When pages run out the newest sequence goes back to the queue and is computed again later
+(what the prefix cache still holds of it is not). The oldest sequence can always claim every page, so the
+engine never stalls as long as one sequence of full length fits, which ``Scheduler`` insists on.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from headway.engine.kv_cache import pages_for
+from headway.engine.prefix_cache import PrefixCache, extend_digests
+from headway.errors import InvalidInputError
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One request's tokens and where their keys and values are."""
+
+    request_id: str
+    tokens: list[int]  # prompt, then output
+    num_prompt_tokens: int
+    num_computed: int = 0  # leading tokens whose keys and values are in the cache
+    pages: list[int] = field(default_factory=list)
+    digests: list[bytes] = field(default_factory=list)  # of the full pages of ``tokens``
+    num_inserted: int = 0  # leading pages the prefix cache knows of
+    admissions: int = 0  # times it has been given pages; changes whenever they do, but for growth
+    cached_tokens: int | None = None  # prompt tokens found in the prefix cache; None until admitted
+
+    @property
+    def num_remaining(self) -> int:
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.tokens) - self.num_prompt_tokens
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """``num_tokens`` tokens of a sequence, from its first one not computed yet."""
+
+    sequence: Sequence
+    num_tokens: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether it ends with the sequence's last token, whose logits give the next one."""
+        return self.num_tokens == self.sequence.num_remaining
+
+
+class Scheduler:
+    """Keeps the queue and the running set.
+
+    Invariant: running sequences are older than waiting ones, and both are in order of arrival.
+
+    Args:
+        max_model_len: longest sequence, in tokens, that will ever be asked for; must fit the pool.
+    """
+
+    def __init__(
+        self,
+        cache: PrefixCache,
+        *,
+        page_size: int,
+        max_model_len: int,
+        chunked_prefill_size: int,
+        max_running_requests: int,
+    ) -> None:
+        if pages_for(max_model_len, page_size) > cache.pool.num_pages:
+            raise InvalidInputError(
+                "kv_cache_tokens",
+                f"{cache.pool.num_pages} pages of {page_size} tokens",
+                f"room for one sequence of max_model_len={max_model_len} tokens",
+            )
+        self.cache = cache
+        self.page_size = page_size
+        self.chunked_prefill_size = chunked_prefill_size
+        self.max_running_requests = max_running_requests
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+        self.hit_tokens = 0
+        self.query_tokens = 0
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence, finished or not; its pages come back."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        else:
+            self.waiting.remove(sequence)
+        self._release(sequence)
+
+    def schedule(self) -> list[Chunk]:
+        """The next step's work: decodes first, then chunks of prompts. Empty only with nothing to do."""
+        chunks = self._decodes()
+        budget = self.chunked_prefill_size
+        decoding = {chunk.sequence.request_id for chunk in chunks}
+        for sequence in self.running:
+            if budget and sequence.request_id not in decoding:
+                chunk = Chunk(sequence, min(budget, sequence.num_remaining))
+                budget -= chunk.num_tokens
+                chunks.append(chunk)
+        while budget and self._admit():
+            sequence = self.running[-1]
+            chunk = Chunk(sequence, min(budget, sequence.num_remaining))
+            budget -= chunk.num_tokens
+            chunks.append(chunk)
+        return chunks
+
+    def advance(self, chunk: Chunk) -> None:
+        """Record that a chunk has been computed; call it before the next token is appended."""
+        sequence = chunk.sequence
+        sequence.num_computed += chunk.num_tokens
+        full = sequence.num_computed // self.page_size
+        if self.cache.enabled and full > sequence.num_inserted:
+            extend_digests(sequence.digests, sequence.tokens, self.page_size)
+            for index in range(sequence.num_inserted, full):
+                self.cache.insert(sequence.pages[index], sequence.digests[index])
+            sequence.num_inserted = full
+
+    def _decodes(self) -> list[Chunk]:
+        """One token for each sequence that is past its prompt, making room by preemption."""
+        chunks = []
+        index = 0
+        while index < len(self.running):  # preemption shortens the list, from its end
+            sequence = self.running[index]
+            if sequence.num_remaining == 1 and self._grow(sequence):
+                chunks.append(Chunk(sequence, 1))
+            index += 1
+        return chunks
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Get the page for the sequence's next token; false if the sequence itself had to go."""
+        missing = pages_for(len(sequence.tokens), self.page_size) - len(sequence.pages)
+        while missing > self.cache.num_available:
+            newest = self.running[-1]
+            self._preempt(newest)
+            if newest is sequence:
+                return False
+        if missing > 0:
+            sequence.pages += self.cache.allocate(missing)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._release(sequence)
+        self.waiting.appendleft(sequence)
+        self.num_preemptions += 1
+
+    def _release(self, sequence: Sequence) -> None:
+        self.cache.release(sequence.pages)
+        sequence.pages = []
+        sequence.num_computed = sequence.num_inserted = 0
+
+    def _admit(self) -> bool:
+        """Move the head of the queue into the running set, with pages for all its tokens; or say no."""
+        if not self.waiting or len(self.running) >= self.max_running_requests:
+            return False
+        sequence = self.waiting[0]
+        wanted = self._wanted_digests(sequence)
+        cached = self.cache.acquire(wanted)
+        missing = pages_for(len(sequence.tokens), self.page_size) - len(cached)
+        # One spare page for each running sequence: admitting into the last pages would only preempt.
+        if missing + len(self.running) > self.cache.num_available or self._being_computed(
+            wanted, len(cached)
+        ):
+            self.cache.release(cached)
+            return False
+        self.waiting.popleft()
+        sequence.pages = cached + self.cache.allocate(missing)
+        sequence.num_computed = len(cached) * self.page_size
+        sequence.num_inserted = len(cached)
+        sequence.admissions += 1
+        if sequence.cached_tokens is None:
+            sequence.cached_tokens = sequence.num_computed
+            self.hit_tokens += sequence.num_computed
+            self.query_tokens += sequence.num_prompt_tokens
+        self.running.append(sequence)
+        return True
+
+    def _wanted_digests(self, sequence: Sequence) -> list[bytes]:
+        """Digests of the pages worth looking up: at least one token must be left to compute."""
+        if not self.cache.enabled:
+            return []
+        extend_digests(sequence.digests, sequence.tokens, self.page_size)
+        return sequence.digests[: (len(sequence.tokens) - 1) // self.page_size]
+
+    def _being_computed(self, wanted: list[bytes], page: int) -> bool:
+        """Whether a running sequence is about to fill the page this one needs next.
+
+        Waiting for it a step or more computes a shared prefix once instead of side by side.
+        """
+        if page >= len(wanted):
+            return False
+        return any(
+            other.num_inserted <= page < len(other.digests) and other.digests[page] == wanted[page]
+            for other in self.running
+        )
