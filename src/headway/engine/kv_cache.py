@@ -34,7 +34,10 @@ class KVShape:
 
 
 class KVCache:
-    """The tensors: per layer k (num_pages, page_size, Hkv, D) and v (num_pages, page_size, Hkv, Dv)."""
+    """The tensors: per layer k (num_pages, page_size, Hkv, D) and v (num_pages, page_size, Hkv, Dv).
+
+    Pages start with undefined content: on a CPU, memory is taken only as pages are written.
+    """
 
     def __init__(
         self,
@@ -48,7 +51,7 @@ class KVCache:
         self.page_size = page_size
 
         def pages(heads: int, dim: int) -> Tensor:
-            return torch.zeros(num_pages, page_size, heads, dim, dtype=dtype, device=device)
+            return torch.empty(num_pages, page_size, heads, dim, dtype=dtype, device=device)
 
         self.layers: tuple[tuple[Tensor, Tensor], ...] = tuple(
             (pages(s.num_kv_heads, s.head_dim), pages(s.num_kv_heads, s.head_dim_v)) for s in shapes

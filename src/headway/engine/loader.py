@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from headway.engine.attention import ATTENTION_NAME
@@ -143,6 +143,7 @@ def _load_model(
                 revision=config.revision,
                 **source.arguments,
                 **arguments,
+                **_unpacked(source),
             )
     if not model.is_backend_compatible():
         raise UnsupportedError(
@@ -150,6 +151,13 @@ def _load_model(
             "(transformers: _supports_attention_backend)"
         )
     return model
+
+
+def _unpacked(source: Source) -> dict[str, Any]:
+    """GGUF weights become plain tensors: modules that keep them packed compute in float32 only."""
+    if source.gguf_file is None:
+        return {}
+    return {"quantization_config": GgufConfig(gguf_file=source.gguf_file, dequantize=True)}
 
 
 def _dtype(config: EngineConfig, source: Source, model_config: PretrainedConfig) -> torch.dtype:
