@@ -1,18 +1,24 @@
 """Flash attention for LLM serving: one interface, every feature, any device."""
 
-from headway.dispatch import Explanation
-from headway.errors import HeadwayError, HeadwayWarning, InvalidInputError, UnsupportedError
-from headway.interface import (
-    explain,
-    flash_attn_combine,
-    flash_attn_func,
-    flash_attn_varlen_func,
-    flash_attn_with_kvcache,
-    get_scheduler_metadata,
-    merge_states,
-)
-from headway.plan import Plan
-from headway.problem import debug_checks
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from headway.dispatch import Explanation
+    from headway.errors import HeadwayError, HeadwayWarning, InvalidInputError, UnsupportedError
+    from headway.interface import (
+        explain,
+        flash_attn_combine,
+        flash_attn_func,
+        flash_attn_varlen_func,
+        flash_attn_with_kvcache,
+        get_scheduler_metadata,
+        merge_states,
+    )
+    from headway.plan import Plan
+    from headway.problem import debug_checks
 
 __version__ = "0.1.0"
 
@@ -32,3 +38,27 @@ __all__ = [
     "get_scheduler_metadata",
     "merge_states",
 ]
+
+#: Where each public name that is not in ``interface`` lives. Names are imported when first asked for:
+#: the command line and the load generator work without torch, and answer before it would be loaded.
+_HOMES = {
+    "Explanation": "dispatch",
+    "HeadwayError": "errors",
+    "HeadwayWarning": "errors",
+    "InvalidInputError": "errors",
+    "Plan": "plan",
+    "UnsupportedError": "errors",
+    "debug_checks": "problem",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"headway.{_HOMES.get(name, 'interface')}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
