@@ -111,7 +111,7 @@ def test_explain_prints_the_table_and_agrees_with_the_run(
     )
     printed = capsys.readouterr().out
     assert explanation.chosen == "cpu"
-    assert printed.strip() == str(explanation)
+    assert printed == f"{explanation}\n"
     assert "-> cpu" in printed
     assert {row.provider for row in explanation.rows} == set(headway.providers.NAMES)  # type: ignore
 

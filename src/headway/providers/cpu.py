@@ -1,16 +1,24 @@
-"""Attention on a CPU, every feature: compiled kernels where numba is installed, torch operations else."""
+"""Attention on a CPU, every feature.
+
+Compiled kernels where numba is installed (``pip install headway[cpu]``). What they do not take (score_mod,
+mask_mod, qv, float64), and everything where numba is missing, runs in torch operations.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from headway import reference
 from headway.kernels.cpu import blockwise
-from headway.problem import FLOAT8_DTYPES, FLOAT_DTYPES, Problem
+from headway.problem import FLOAT8_DTYPES, FLOAT_DTYPES, Append, Problem, append_lengths
 from headway.providers.base import ALL_FEATURES, Capabilities, HeadDims, Provider
+
+COMPILED_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 
 class CpuProvider(Provider):
@@ -20,19 +28,108 @@ class CpuProvider(Provider):
         return None if device.type == "cpu" else "runs on CPU tensors"
 
     def capabilities(self, device: torch.device) -> Capabilities:
-        dtypes = FLOAT_DTYPES + FLOAT8_DTYPES
-        return Capabilities(
-            device_types=frozenset({"cpu"}),
-            dtypes=frozenset(itertools.product(dtypes, dtypes)),
-            features=ALL_FEATURES,
-            head_dims=HeadDims(maximum=1 << 20, multiple_of=1),
-        )
+        return _CAPABILITIES
 
     def run(self, problem: Problem) -> tuple[Tensor, Tensor | None]:
-        q = problem.q
-        if problem.append is not None:
-            q = reference.append(problem, problem.append)
+        q, new = problem.q, problem.append
+        if new is not None:
+            compiled = _numba_installed() and _append_is_compiled(problem, new)
+            q = _append(problem, new) if compiled else reference.append(problem, new)
+        if _numba_installed() and _attention_is_compiled(problem):
+            return _attend(problem, q)
         return blockwise.attention(problem, q)
+
+
+_ALL_DTYPES = FLOAT_DTYPES + FLOAT8_DTYPES
+_CAPABILITIES = Capabilities(
+    device_types=frozenset({"cpu"}),
+    dtypes=frozenset(itertools.product(_ALL_DTYPES, _ALL_DTYPES)),
+    features=ALL_FEATURES,
+    head_dims=HeadDims(maximum=1 << 20, multiple_of=1),
+)
+
+
+@cache
+def _numba_installed() -> bool:
+    return importlib.util.find_spec("numba") is not None
+
+
+def _attention_is_compiled(p: Problem) -> bool:
+    return (
+        p.scores.score_mod is None
+        and p.mask.mask_mod is None
+        and p.qv is None
+        and p.q.dtype is not torch.float64
+        and p.out_dtype in COMPILED_DTYPES
+    )
+
+
+def _append_is_compiled(p: Problem, new: Append) -> bool:
+    return {p.q.dtype, p.k.dtype, new.k.dtype, new.v.dtype} <= COMPILED_DTYPES
+
+
+def _append(p: Problem, new: Append) -> Tensor:
+    """Write the new tokens into the cache; returns the query, rotated where there is a rotary."""
+    from headway.kernels.cpu.append import append
+
+    assert p.seqlens_k is not None
+    rotary = new.rotary
+    q = p.q if rotary is None else torch.empty_like(p.q)
+    append(
+        new.k,
+        new.v,
+        p.k,
+        p.v,
+        seqlens_k=p.seqlens_k,
+        cu_seqlens_new=new.cu_seqlens,
+        page_table=p.page_table,
+        cache_batch_idx=p.cache_batch_idx,
+        rotary_cos=None if rotary is None else rotary.cos,
+        rotary_sin=None if rotary is None else rotary.sin,
+        rotary_interleaved=rotary is not None and rotary.interleaved,
+        rotary_seqlens=None if rotary is None else rotary.seqlens,
+        q=None if rotary is None else p.q,
+        q_out=None if rotary is None else q,
+        cu_seqlens_q=p.cu_seqlens_q,
+        seqused_q=p.seqused_q,
+        q_at_own_positions=p.mask.causal or p.mask.is_local,
+    )
+    return q
+
+
+def _attend(p: Problem, q: Tensor) -> tuple[Tensor, Tensor | None]:
+    from headway.kernels.cpu.attention import attention
+
+    out = p.empty_out()
+    lse = p.empty_lse() if p.return_lse else None
+    seqlens_k = p.seqlens_k
+    if seqlens_k is not None and (new := append_lengths(p)) is not None:
+        seqlens_k = seqlens_k + new
+    sinks = p.scores.sinks
+    attention(
+        q,
+        p.k,
+        p.v,
+        out,
+        lse,
+        softmax_scale=p.scores.softmax_scale,
+        cu_seqlens_q=p.cu_seqlens_q,
+        seqused_q=p.seqused_q,
+        cu_seqlens_k=p.cu_seqlens_k,
+        seqlens_k=seqlens_k,
+        leftpad_k=p.leftpad_k,
+        cache_batch_idx=p.cache_batch_idx,
+        page_table=p.page_table,
+        window_left=p.mask.window_left,
+        window_right=p.mask.window_right,
+        attention_chunk=p.mask.attention_chunk,
+        softcap=p.scores.softcap,
+        sinks=None if sinks is None else sinks.float(),
+        q_descale=p.descales.q,
+        k_descale=p.descales.k,
+        v_descale=p.descales.v,
+    )
+    return out, lse
 
 
 PROVIDER = CpuProvider()
