@@ -1,0 +1,331 @@
+"""Persistent schedules of prefill attention: a list of work for each compute unit, made on the host.
+
+The layout of the lists is that of aiter's persistent-schedule (PS) prefill, so plans can be exchanged
+with it. A *tile* is up to ``qlen_granularity`` query tokens of one request. The KV range that a tile sees
+is cut into *units* of ``kvlen_granularity`` keys; the units of all tiles, laid end to end, are dealt out
+evenly to the compute units. A tile that falls to several of them is attended in parts, which land in
+partial buffers and are merged by :func:`reduce`.
+
+This file holds the planner and, in plain torch, what the lists mean. Kernels that execute them:
+``headway.kernels.portable.mla_prefill``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from headway import reference
+from headway.errors import InvalidInputError
+
+Ints: TypeAlias = "np.ndarray"
+
+
+class Item(NamedTuple):
+    """The eight int32 fields of one row of ``work_info``."""
+
+    request: int
+    partial_row: (
+        int  # first row in the partial buffers; -1: the tile is whole, written to the output
+    )
+    q_start: int  # token rows, over the whole batch
+    q_end: int
+    kv_start: int  # entries of kv_page_indices
+    kv_end: int
+    kv_offset: int  # keys of the request behind this part of a tile that goes on, else 0
+    heads: int  # query heads [low 16 bits, high 16 bits)
+
+
+@dataclass(frozen=True)
+class WorkList:
+    """The lists of one plan, int32 arrays of exact length.
+
+    work_indptr (num_cu + 1): unit c has items ``work_info[work_indptr[c] : work_indptr[c + 1]]``.
+    work_info (items, 8): see :class:`Item`. reduce_indptr (groups + 1): ranges of reduce_partial_map
+    (parts), first rows in the partial buffers, that make up the token rows reduce_final_map (groups, 2).
+    """
+
+    work_indptr: Ints
+    work_info: Ints
+    reduce_indptr: Ints
+    reduce_final_map: Ints
+    reduce_partial_map: Ints
+    partial_rows: int  # rows that the partial buffers need
+
+
+@dataclass(frozen=True)
+class Granularity:
+    """How finely work is cut: query heads per item, query tokens per tile, keys per unit."""
+
+    qhead: int = 1
+    qlen: int = 256
+    kvlen: int = 16
+
+    def check(self, block_size: int) -> None:
+        for name in ("qhead", "qlen", "kvlen"):
+            if getattr(self, name) < 1:
+                raise InvalidInputError(f"{name}_granularity", getattr(self, name), "at least 1")
+        if block_size < 1 or self.kvlen % block_size:
+            given = f"{self.kvlen} with block_size={block_size}"
+            raise InvalidInputError("kvlen_granularity", given, "a multiple of block_size")
+
+
+def clusters(num_heads_k: int, num_cu: int) -> tuple[int, int]:
+    """Compute units form clusters, each for its share of the KV heads: (clusters, units per cluster)."""
+    count = math.gcd(num_heads_k, num_cu)
+    return count, num_cu // count
+
+
+def plan(
+    qo_indptr: Sequence[int] | Ints,
+    kv_indptr: Sequence[int] | Ints,
+    context_lens: Sequence[int] | Ints,
+    *,
+    num_heads_k: int,
+    num_cu: int,
+    granularity: Granularity,
+    block_size: int = 1,
+    is_causal: bool = True,
+) -> WorkList:
+    """Deal the work of a batch out to ``num_cu`` compute units.
+
+    Args:
+        qo_indptr: (B + 1) first query token of each request, and the total.
+        kv_indptr: (B + 1) first entry of each request in kv_page_indices, pages of ``block_size`` keys.
+        context_lens: (B) keys of each request, those of the query tokens included.
+
+    Raises:
+        InvalidInputError: lengths that do not fit together, or a causal request with more query tokens
+            than keys: its first tokens would see nothing and no item could be made for them.
+    """
+    granularity.check(block_size)
+    qo, kv = np.asarray(qo_indptr, np.int64), np.asarray(kv_indptr, np.int64)
+    lens = np.asarray(context_lens, np.int64)
+    _check_lengths(qo, kv, lens, block_size, is_causal)
+    tiles = _tiles(qo, lens, granularity, is_causal)
+    num_clusters, per_cluster = clusters(num_heads_k, num_cu)
+    parts = _deal(tiles, per_cluster)
+    base = _items(parts, tiles, kv, lens, granularity, block_size)
+    info, indptr = _for_all_heads(
+        base, parts.worker, num_heads_k, num_clusters, per_cluster, granularity.qhead
+    )
+    reduce_indptr, final_map, partial_map = _reduce_lists(base)
+    partial_rows = int(np.count_nonzero(base[:, 1] >= 0)) * granularity.qlen
+    return WorkList(indptr, info, reduce_indptr, final_map, partial_map, partial_rows)
+
+
+def _check_lengths(qo: Ints, kv: Ints, lens: Ints, block_size: int, is_causal: bool) -> None:
+    if qo.shape != kv.shape or qo.shape != (lens.shape[0] + 1,):
+        shapes = f"lengths {qo.shape[0]}, {kv.shape[0]}, {lens.shape[0]}"
+        raise InvalidInputError("seqlens_qo_indptr", shapes, "B + 1, B + 1 and B (context_lens)")
+    q_lens, pages = np.diff(qo), np.diff(kv)
+    for name, bad in (("seqlens_qo_indptr", q_lens < 0), ("pages_kv_indptr", pages < 0)):
+        if bad.any():
+            raise InvalidInputError(
+                name, f"a fall at entry {int(bad.argmax())}", "ascending values"
+            )
+    short = pages * block_size < lens
+    if short.any():
+        b = int(short.argmax())
+        given = f"{pages[b]} pages of {block_size} for the {lens[b]} keys of request {b}"
+        raise InvalidInputError("pages_kv_indptr", given, "enough pages for context_lens")
+    blind = (q_lens > lens) if is_causal else np.zeros_like(short)
+    if blind.any():
+        b = int(blind.argmax())
+        given = f"{q_lens[b]} query tokens and {lens[b]} keys in request {b}"
+        wanted = "context_lens that count the query tokens too, or is_causal=False"
+        raise InvalidInputError("context_lens", given, wanted)
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """All tiles of a batch in the order of the walk."""
+
+    request: Ints
+    q_start: Ints
+    q_end: Ints
+    units: Ints
+
+
+def _tiles(qo: Ints, lens: Ints, granularity: Granularity, is_causal: bool) -> _Tiles:
+    """Tiles of each request from both ends inwards, first, last, second..: long beside short."""
+    counts = -(-np.diff(qo) // granularity.qlen)
+    request = np.repeat(np.arange(len(lens)), counts)
+    step = np.arange(len(request)) - np.repeat(np.cumsum(counts) - counts, counts)
+    place = np.where(step % 2 == 0, step // 2, counts[request] - 1 - step // 2)
+    start = place * granularity.qlen
+    end = np.minimum(start + granularity.qlen, np.diff(qo)[request])
+    seen = lens[request]
+    if is_causal:
+        seen = np.minimum(seen - np.diff(qo)[request] + end, seen)
+    return _Tiles(request, qo[request] + start, qo[request] + end, -(-seen // granularity.kvlen))
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The walk of one KV head: parts of tiles in order, and which worker of the cluster has each."""
+
+    tile: Ints
+    worker: Ints
+    begin: Ints  # units, from the tile's first
+    end: Ints
+
+
+def _deal(tiles: _Tiles, workers: int) -> _Parts:
+    """Cut the line of all units at worker boundaries: equal shares, the first ones a unit more."""
+    first = np.concatenate(([0], np.cumsum(tiles.units)))
+    share, extra = divmod(int(first[-1]), workers)
+    bounds = np.concatenate(([0], np.cumsum(share + (np.arange(workers) < extra))))
+    cuts = np.unique(np.concatenate((first, bounds)))
+    begin, end = cuts[:-1], cuts[1:]
+    tile = np.searchsorted(first, begin, side="right") - 1
+    # A tile without keys has no units, but its rows of the output still need an item.
+    empty = np.flatnonzero(tiles.units == 0)
+    begin, end = np.concatenate((begin, first[empty])), np.concatenate((end, first[empty]))
+    tile = np.concatenate((tile, empty))
+    last = max(int(np.searchsorted(bounds, first[-1])) - 1, 0)
+    worker = np.minimum(np.searchsorted(bounds, begin, side="right") - 1, last)
+    order = np.lexsort((tile, worker))
+    begin, end, tile, worker = begin[order], end[order], tile[order], worker[order]
+    return _Parts(tile, worker, begin - first[tile], end - first[tile])
+
+
+def _items(
+    parts: _Parts, tiles: _Tiles, kv: Ints, lens: Ints, granularity: Granularity, block_size: int
+) -> Ints:
+    """Items of one KV head, (parts, 7): all fields but the heads."""
+    blocks_per_unit = granularity.kvlen // block_size
+    request = tiles.request[parts.tile]
+    kv_start = kv[request] + parts.begin * blocks_per_unit
+    kv_end = np.minimum(kv[request] + parts.end * blocks_per_unit, kv[request + 1])
+    goes_on = parts.end < tiles.units[parts.tile]
+    behind = lens[request] - (kv_end - kv[request]) * block_size
+    is_part = goes_on | (parts.begin > 0)
+    partial_row = np.where(is_part, (np.cumsum(is_part) - 1) * granularity.qlen, -1)
+    fields = (
+        request,
+        partial_row,
+        tiles.q_start[parts.tile],
+        tiles.q_end[parts.tile],
+        kv_start,
+        kv_end,
+        np.where(goes_on, behind, 0),
+    )
+    return np.stack(fields, axis=1).astype(np.int32)
+
+
+def _for_all_heads(
+    base: Ints,
+    worker: Ints,
+    num_heads_k: int,
+    num_clusters: int,
+    per_cluster: int,
+    qhead_granularity: int,
+) -> tuple[Ints, Ints]:
+    """Repeat one head's items for every KV head: by cluster, then worker, then head, then part."""
+    heads_each = num_heads_k // num_clusters
+    head = np.repeat(np.arange(num_heads_k), len(base))
+    part = np.tile(np.arange(len(base)), num_heads_k)
+    order = np.lexsort((part, head, worker[part], head // heads_each))
+    head, part = head[order], part[order]
+    packed = head * qhead_granularity | (head + 1) * qhead_granularity << 16
+    info = np.concatenate((base[part], packed[:, None]), axis=1).astype(np.int32)
+    counts = np.bincount(worker, minlength=per_cluster) * heads_each
+    indptr = np.concatenate(([0], np.cumsum(np.tile(counts, num_clusters))))
+    return info, indptr.astype(np.int32)
+
+
+def _reduce_lists(base: Ints) -> tuple[Ints, Ints, Ints]:
+    """Parts grouped by the tile they belong to; clusters share these lists, each in its own heads."""
+    parts = base[base[:, 1] >= 0]
+    parts = parts[np.lexsort((parts[:, 1], parts[:, 3], parts[:, 2]))]
+    final_map, counts = np.unique(parts[:, 2:4], axis=0, return_counts=True)
+    indptr = np.concatenate(([0], np.cumsum(counts)))
+    return indptr.astype(np.int32), final_map.astype(np.int32), parts[:, 1].astype(np.int32)
+
+
+# --- what the lists mean --------------------------------------------------------------------------------
+
+
+def partial_buffers(
+    work: WorkList, num_heads: int, head_dim_v: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Uninitialised partial_out (rows, Hq, Dv) and partial_lse (rows, Hq), float32, one row at least."""
+    rows = max(work.partial_rows, 1)
+    out = torch.empty(rows, num_heads, head_dim_v, dtype=torch.float32, device=device)
+    return out, torch.empty(rows, num_heads, dtype=torch.float32, device=device)
+
+
+def execute(
+    work: WorkList,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    qo_indptr: Sequence[int] | Ints,
+    kv_indptr: Sequence[int] | Ints,
+    context_lens: Sequence[int] | Ints,
+    kv_page_indices: Tensor,
+    softmax_scale: float,
+    is_causal: bool,
+    out: Tensor,
+    lse: Tensor,
+    partial_out: Tensor,
+    partial_lse: Tensor,
+) -> None:
+    """Execute every item of a schedule, in float64: the definition that kernels are tested against.
+
+    Args:
+        q: (total_q, Hq, D). k: (pages, block_size, Hkv, D). v: (pages, block_size, Hkv, Dv).
+        out: (total_q, Hq, Dv) and lse: (total_q, Hq), written for whole tiles.
+        partial_out: (rows, Hq, Dv) and partial_lse: (rows, Hq), written for parts of tiles.
+    """
+    block_size, group = k.shape[1], q.shape[1] // k.shape[2]
+    for row in work.work_info:
+        item = Item(*row.tolist())
+        first = int(kv_indptr[item.request])
+        pages = kv_page_indices[item.kv_start : item.kv_end].long()
+        heads = slice(item.heads & 0xFFFF, item.heads >> 16)
+        length = int(context_lens[item.request])
+        k_pos = torch.arange(len(pages) * block_size) + (item.kv_start - first) * block_size
+        offset = int(qo_indptr[item.request])
+        q_lens = int(qo_indptr[item.request + 1]) - offset
+        q_pos = torch.arange(item.q_start, item.q_end) - offset + length - q_lens
+        visible = (k_pos < length)[None, :] & torch.ones(len(q_pos), 1, dtype=torch.bool)
+        if is_causal:
+            visible &= k_pos[None, :] <= q_pos[:, None]
+        for h in range(heads.start, heads.stop):
+            rows_k = k[pages, :, h // group].flatten(0, 1).double()
+            rows_v = v[pages, :, h // group].flatten(0, 1).double()
+            scores = q[item.q_start : item.q_end, h].double() @ rows_k.T * softmax_scale
+            scores = scores.masked_fill(~visible, float("-inf"))
+            weights, row_lse = reference.softmax_with_sinks(scores[None], None)
+            rows_v = rows_v.masked_fill(
+                ~visible.any(0)[:, None], 0.0
+            )  # tails of pages hold anything
+            to_out, to_lse, at = out, lse, item.q_start
+            if item.partial_row >= 0:
+                to_out, to_lse, at = partial_out, partial_lse, item.partial_row
+            rows = slice(at, at + item.q_end - item.q_start)
+            to_out[rows, h] = (weights[0] @ rows_v).to(to_out.dtype)
+            to_lse[rows, h] = row_lse[0].to(to_lse.dtype)
+
+
+def reduce(
+    work: WorkList, partial_out: Tensor, partial_lse: Tensor, out: Tensor, lse: Tensor
+) -> None:
+    """Merge the parts of every tile that was split; reads only rows that :func:`execute` wrote."""
+    for group, (start, end) in enumerate(work.reduce_final_map.tolist()):
+        part = work.reduce_partial_map[slice(*work.reduce_indptr[group : group + 2])]
+        rows = [slice(row, row + end - start) for row in part.tolist()]
+        merged, merged_lse = reference.combine(
+            torch.stack([partial_out[r] for r in rows]), torch.stack([partial_lse[r] for r in rows])
+        )
+        out[start:end] = merged.to(out.dtype)
+        lse[start:end] = merged_lse.to(lse.dtype)
