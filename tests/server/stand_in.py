@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 from headway.engine.request import (
     EngineStats,
@@ -28,9 +29,6 @@ EOS = 256
 
 class ByteTokenizer:
     all_special_ids = (EOS,)
-
-    def __len__(self) -> int:
-        return EOS + 1
 
     def convert_ids_to_tokens(self, token_id: int) -> str | None:
         if token_id == EOS:
@@ -59,6 +57,7 @@ class _Running:
 class EchoEngine:
     tokenizer = ByteTokenizer()
     model_name = "echo"
+    model_config = SimpleNamespace(vocab_size=EOS + 1)
 
     def __init__(
         self, *, num_pages: int = 4096, max_model_len: int = 1024, step_seconds: float = 0.0

@@ -16,14 +16,22 @@ class EngineConfig:
 
     Args:
         model: a local folder of safetensors, a GGUF file, or a hub name.
-        load_format: ``dummy`` draws random weights from the config alone.
-        dtype: ``auto`` takes the checkpoint's; float32, bfloat16 or float16.
+        load_format: dummy draws random weights from the config alone.
+        tokenizer: another folder, file or hub name to take the tokenizer from.
+        dtype: of weights and KV cache; auto takes the checkpoint's.
+        device: cpu, cuda or cuda:N; auto takes the first GPU where there is one.
         max_model_len: longest prompt plus output, in tokens; None: the model's own limit.
-        kv_cache_tokens: size of the paged KV cache, in tokens; None: from ``kv_cache_memory_bytes``.
-        kv_cache_memory_bytes: None: a share of the free memory.
+        page_size: tokens a page of the KV cache holds.
+        kv_cache_tokens: size of the paged KV cache, in tokens; None: from kv_cache_memory_bytes.
+        kv_cache_memory_bytes: size of the paged KV cache; None: a share of the free memory.
         chunked_prefill_size: most new prompt tokens computed in one step.
         max_running_requests: most requests decoded together.
-        attention_backend: provider pinned for every attention call; ``auto`` chooses.
+        enable_prefix_cache: compute prompt prefixes that requests share once.
+        attention_backend: provider pinned for every attention call; auto chooses.
+        flash_attn_version: interface generation asked for, 3 or 4; None: the fastest.
+        seed: of the sampling of requests that bring no seed, and of dummy weights.
+        revision: branch, tag or commit of a hub name.
+        trust_remote_code: run model code that comes with a hub model or folder.
     """
 
     model: str

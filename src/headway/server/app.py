@@ -94,7 +94,7 @@ def _add_information(app: FastAPI, context: ServerContext) -> None:
             "created": context.created,
             "owned_by": "headway",
             "max_model_len": context.engine.engine.max_model_len,
-            "vocab_size": len(context.engine.engine.tokenizer),
+            "vocab_size": context.engine.engine.model_config.vocab_size,
         }
 
     @app.get("/v1/models")

@@ -43,12 +43,14 @@ async def _lay_out(context: ServerContext, messages: list[dict[str, str]]) -> li
 class ChatAnswer(Answer):
     """A chat completion. ``prompt`` is the whole conversation as token ids."""
 
+    prompt_field = "messages"
+
     def __init__(
         self, context: ServerContext, body: ChatCompletionRequest, model: str, prompt: Sequence[int]
     ) -> None:
         super().__init__(body, int(time.time()), model)
         self.id = f"chatcmpl-{uuid.uuid4().hex}"
-        limit = output_limit(context, "messages", len(prompt), body.output_limit, None)
+        limit = output_limit(context, self.prompt_field, len(prompt), body.output_limit, None)
         self.jobs = [
             Job(f"{self.id}-{choice}", prompt, body.sampling(limit, body.num_logprobs, choice))
             for choice in range(body.choices_per_prompt)

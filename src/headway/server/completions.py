@@ -7,9 +7,10 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+from headway.errors import InvalidInputError
 from headway.server.async_engine import Delivery, Job
 from headway.server.context import ServerContext
-from headway.server.errors import invalid
+from headway.server.errors import from_invalid_input, invalid
 from headway.server.generation import Answer, Choice, check_model, check_text, output_limit
 from headway.server.logprobs import CompletionLogprobs
 from headway.server.protocol import CompletionRequest
@@ -21,7 +22,10 @@ async def build(context: ServerContext, body: CompletionRequest) -> CompletionAn
     """Check the request against the model and tokenise its prompts."""
     body.check()
     model = check_model(context, body.model)
-    prompts = [await _token_ids(context, prompt) for prompt in body.prompt]
+    try:
+        prompts = [await _token_ids(context, prompt) for prompt in body.prompt]
+    except InvalidInputError as error:  # a model without a tokenizer
+        raise from_invalid_input(error, "prompt") from None
     echoes = [_echo(context, prompt) if body.echo else "" for prompt in body.prompt]
     return CompletionAnswer(context, body, model, prompts, echoes)
 
@@ -30,7 +34,7 @@ async def _token_ids(context: ServerContext, prompt: str | list[int]) -> list[in
     engine = context.engine.engine
     if isinstance(prompt, str):
         return await context.engine.tokenize(engine.encode, check_text("prompt", prompt))
-    highest, size = max(prompt), len(engine.tokenizer)
+    highest, size = max(prompt), engine.model_config.vocab_size
     if highest >= size:
         raise invalid(
             "prompt", f"prompt: got token id {highest}; this model's token ids are 0 to {size - 1}"
@@ -41,12 +45,16 @@ async def _token_ids(context: ServerContext, prompt: str | list[int]) -> list[in
 def _echo(context: ServerContext, prompt: str | list[int]) -> str:
     if isinstance(prompt, str):
         return prompt
-    text: str = context.engine.engine.tokenizer.decode(prompt)
-    return text
+    tokenizer = context.engine.engine.tokenizer
+    if tokenizer is None:
+        raise invalid("echo", "echo: not for token ids, as this model has no tokenizer")
+    return str(tokenizer.decode(prompt))
 
 
 class CompletionAnswer(Answer):
     """A text completion. ``prompts`` are token ids; ``echoes`` what goes before each answer's text."""
+
+    prompt_field = "prompt"
 
     def __init__(
         self,
@@ -64,7 +72,7 @@ class CompletionAnswer(Answer):
         self.jobs = []
         for prompt in prompts:
             limit = output_limit(
-                context, "prompt", len(prompt), body.max_tokens, DEFAULT_MAX_TOKENS
+                context, self.prompt_field, len(prompt), body.max_tokens, DEFAULT_MAX_TOKENS
             )
             for choice in range(n):
                 params = body.sampling(limit, body.logprobs, choice)

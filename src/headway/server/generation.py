@@ -12,7 +12,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
@@ -58,6 +58,7 @@ class Choice:
 class Answer(ABC):
     """One endpoint's answer to one request: its jobs, and its JSON, whole or in chunks."""
 
+    prompt_field: ClassVar[str]  # what the request calls its prompt
     id: str
     jobs: list[Job]
 
@@ -98,7 +99,8 @@ async def respond(
     try:
         group = await context.engine.submit(answer.jobs)
     except InvalidInputError as error:
-        raise from_invalid_input(error) from None
+        param = answer.prompt_field if error.argument == "prompt_token_ids" else error.argument
+        raise from_invalid_input(error, param) from None
     except EngineFailedError as error:
         raise ApiError(500, str(error), code="engine_failed") from None
     watch = Stopwatch(context, arrival, len(answer.jobs))

@@ -35,16 +35,12 @@ class TokenTexts:
     def _of(self, token_id: int) -> tuple[bytes, str]:
         if token_id not in self._known:
             raw = self._bytes(token_id)
-            try:
-                text = raw.decode()
-            except UnicodeDecodeError:
-                text = "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
-            self._known[token_id] = raw, text
+            self._known[token_id] = raw, _text(raw) or f"token_id:{token_id}"
         return self._known[token_id]
 
     def _bytes(self, token_id: int) -> bytes:
-        piece = self._tokenizer.convert_ids_to_tokens(token_id)
-        if piece is None:  # an id the model has and the tokenizer has not
+        piece = self._tokenizer and self._tokenizer.convert_ids_to_tokens(token_id)
+        if piece is None:  # no tokenizer, or an id that the model has and the tokenizer has not
             return b""
         if token_id in self._special:
             return piece.encode()
@@ -53,6 +49,13 @@ class TokenTexts:
         if match := _BYTE_PIECE.fullmatch(piece):
             return bytes([int(match[1], 16)])
         return piece.replace("▁", " ").encode()
+
+
+def _text(raw: bytes) -> str:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
 def _is_byte_level(tokenizer: Any) -> bool:

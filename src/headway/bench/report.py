@@ -1,0 +1,215 @@
+"""Readings: what a benchmark measured, on what, with what; and how readings are shown.
+
+One run is one JSON file. Its ``results`` are flat rows, so that every benchmark's can be put into a table
+or a plot by the same few functions:
+
+    {"benchmark": "serve", "date": "2026-11-21T04:00:00+00:00", "command": "headway bench serve ..",
+     "commit": "8251ec8..", "device": {"cpu": .., "cores": .., "gpu": ..}, "versions": {"torch": ..},
+     "settings": {..what was asked for..}, "results": [{..one row..}, ..]}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from headway.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Row = Mapping[str, Any]
+
+_PACKAGES = ("headway", "torch", "triton", "numpy", "numba", "transformers", "vllm", "sglang")
+_SECRET_FLAGS = ("--api-key",)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One run of one benchmark."""
+
+    benchmark: str
+    settings: dict[str, Any]
+    results: list[dict[str, Any]]
+    device: dict[str, Any] = field(default_factory=lambda: device())
+    versions: dict[str, str] = field(default_factory=lambda: versions())
+    commit: str | None = field(default_factory=lambda: commit())
+    command: str = field(default_factory=lambda: command())
+    date: str = field(
+        default_factory=lambda: datetime.datetime.now(datetime.timezone.utc).isoformat(
+            "T", "seconds"
+        )
+    )
+
+    def save(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Reading:
+        """Raises InvalidInputError where the file is no reading."""
+        try:
+            return cls(**json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise InvalidInputError("reading", f"{path} ({error})", "a benchmark's JSON") from None
+
+
+# --- where and with what ------------------------------------------------------------------------------
+
+
+def device() -> dict[str, Any]:
+    """This machine: CPU, cores this process may use, memory, GPUs."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found: dict[str, Any] = {"cpu": _cpu_name(), "cores": cores}
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        found["memory_gib"] = round(total / 2**30, 1)
+    found["gpu"] = _gpu_names()
+    return found
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _gpu_names() -> list[str]:
+    """By the driver's own tool: asking torch would load it, and take memory on the GPU."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return []
+    query = [tool, "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+    return answer.stdout.strip().splitlines() if answer.returncode == 0 else []
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that decide the speed, as far as they are installed."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str | None:
+    """The commit of the checkout this package runs from, ``-dirty`` with changes; None if installed."""
+    root = Path(__file__).resolve().parents[3]
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return None
+
+    def git(*arguments: str) -> str:
+        run = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False
+        )
+        return run.stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "src")
+    return git("rev-parse", "HEAD") + ("-dirty" if changed else "") or None
+
+
+def command() -> str:
+    """The command line of this process, without its keys and without the folders of this machine."""
+    words = [Path(sys.argv[0]).name]
+    hide = False
+    for word in sys.argv[1:]:
+        flag, has_value, _ = word.partition("=")
+        if hide:
+            word = "***"
+        elif flag in _SECRET_FLAGS and has_value:
+            word = f"{flag}=***"
+        hide = word in _SECRET_FLAGS
+        words.append(Path(word).name if word.startswith("/") else word)
+    return " ".join(words)
+
+
+# --- showing ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Column:
+    """A key of the rows, its title (with the unit), and the format of its numbers."""
+
+    key: str
+    title: str
+    format: str = ""
+
+    def text(self, row: Row) -> str:
+        value = row.get(self.key)
+        if value is None:
+            return "-"
+        return format(value, self.format) if isinstance(value, int | float) else str(value)
+
+
+def table(rows: Iterable[Row], columns: Sequence[Column], title: str | None = None) -> Table:
+    """A table for the terminal."""
+    from rich.table import Table
+
+    made = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        made.add_column(column.title, justify="left" if i == 0 else "right")
+    for row in rows:
+        made.add_row(*(column.text(row) for column in columns))
+    return made
+
+
+def markdown(rows: Iterable[Row], columns: Sequence[Column]) -> str:
+    """A table for a README."""
+    lines = [
+        " | ".join(column.title for column in columns),
+        " | ".join("---" if i == 0 else "---:" for i in range(len(columns))),
+    ]
+    lines += [" | ".join(column.text(row) for column in columns) for row in rows]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def plot(
+    rows: Iterable[Row],
+    *,
+    x: str,
+    y: str,
+    by: str,
+    path: Path,
+    title: str = "",
+    x_title: str | None = None,
+    y_title: str | None = None,
+    log_x: bool = True,
+) -> None:
+    """One line per value of ``by``, y over x, as a picture (the suffix of ``path`` says which kind)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if row.get(x) is not None and row.get(y) is not None:
+            lines.setdefault(str(row.get(by)), []).append((row[x], row[y]))
+    for name, points in lines.items():
+        xs, ys = zip(*sorted(points), strict=True)
+        axes.plot(xs, ys, marker="o", label=name)
+    if log_x:
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
+    axes.set(xlabel=x_title or x, ylabel=y_title or y, title=title)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,418 @@
+"""The command line: ``headway serve | generate | bench | explain | providers``.
+
+Nothing heavy is imported before a command needs it, so that help and mistakes are answered at once.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+try:
+    import typer
+    from typer.core import TyperGroup
+except ModuleNotFoundError:
+    sys.exit("headway: the command line needs more packages: pip install 'headway[serve]'")
+
+import headway
+from headway import flags
+from headway.engine.config import EngineConfig
+from headway.errors import HeadwayError, InvalidInputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from headway.engine.llm import LLM
+
+app = typer.Typer(
+    name="headway",
+    help="Flash attention for LLM serving.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # its tables cut long flags off
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """The entry point: mistakes of the user end in one line and exit code 2, not in a traceback."""
+    try:
+        app()
+    except InvalidInputError as error:
+        _fail(flags.as_flag(error))
+    except HeadwayError as error:
+        _fail(str(error))
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] == "headway":
+            raise
+        _fail(f"{error.name} is not installed; pip install 'headway[serve]'")
+
+
+def _fail(message: str) -> None:
+    print(f"headway: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        print(f"headway {headway.__version__}")
+        raise typer.Exit
+
+
+# --- serve --------------------------------------------------------------------------------------------
+
+
+@app.command()
+@flags.takes(EngineConfig, "config")
+def serve(
+    config: EngineConfig,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="HEADWAY_API_KEY", help="Key that clients must send.")
+    ] = None,
+    served_model_name: Annotated[
+        list[str] | None, typer.Option(help="Name of the model for clients; may be repeated.")
+    ] = None,
+    drain_timeout: Annotated[
+        float, typer.Option(min=0, help="Seconds that running requests get after SIGTERM.")
+    ] = 60.0,
+    access_log: Annotated[bool, typer.Option(help="Log every HTTP request.")] = False,
+) -> None:
+    """Serve a model through an OpenAI-compatible HTTP API."""
+    from headway.server import run
+    from headway.server.context import ServerSettings
+
+    names = tuple(served_model_name or (_display_name(config.model),))
+    settings = ServerSettings(served_model_names=names, api_key=api_key)
+    listener = run.bind(host, port)
+    llm = _load(config)
+    port = listener.getsockname()[1]
+    shown = host if ":" not in host else f"[{host}]"
+
+    def ready() -> None:
+        _introduce(llm, names, f"http://{shown}:{port}/v1", api_key is not None)
+
+    run.serve(
+        llm, settings, listener, drain_timeout=drain_timeout, access_log=access_log, ready=ready
+    )
+
+
+def _display_name(model: str) -> str:
+    """A hub name as it is; a path by its last part."""
+    path = Path(model)
+    if not path.exists():
+        return model
+    return path.stem if path.is_file() else path.resolve().name
+
+
+def _load(config: EngineConfig) -> LLM:
+    # Tokenizers warn about forks at every turn otherwise; the engine has threads of its own.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from headway.engine.llm import LLM
+
+    return LLM(config, progress=True)
+
+
+def _introduce(llm: LLM, names: tuple[str, ...], url: str, key: bool) -> None:
+    """What is being served, and how."""
+    from headway.engine import describe
+    from headway.engine.attention import probe_layers
+
+    stats = llm.stats()
+    parameters = sum(weight.numel() for weight in llm.model.parameters())
+    probe = probe_layers(llm.model, llm.model_config)
+    attention = describe.chosen(describe.explain(llm.config, probe, llm.dtype))
+    page_size = llm.config.page_size
+    dtype = str(llm.dtype).removeprefix("torch.")
+    lines = (
+        ("model", f"{', '.join(names)} ({_count(parameters)} parameters, {dtype}, {llm.device})"),
+        ("context", f"{llm.max_model_len} tokens"),
+        ("KV cache", f"{stats.pages_total * page_size} tokens in pages of {page_size}"),
+        ("attention", attention),
+        ("API", url + (" (with a key)" if key else "")),
+    )
+    print(f"Headway {headway.__version__} is ready")
+    for label, text in lines:
+        print(f"  {label:<10} {text}")
+    sys.stdout.flush()
+
+
+def _count(number: int) -> str:
+    for size, letter in ((10**9, "B"), (10**6, "M")):
+        if number >= size:
+            return f"{number / size:.3g} {letter}"
+    return str(number)
+
+
+# --- generate -----------------------------------------------------------------------------------------
+
+
+@app.command()
+@flags.takes(EngineConfig, "config")
+def generate(
+    config: EngineConfig,
+    prompt: Annotated[str, typer.Argument(help="What to say; - reads standard input.")],
+    raw: Annotated[
+        bool, typer.Option(help="Continue the text as it is, without the chat template.")
+    ] = False,
+    system: Annotated[str | None, typer.Option(help="System message of the chat.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="0: no limit.")] = 0,
+    min_p: Annotated[float, typer.Option(help="Least share of the likeliest token.")] = 0.0,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop string; may be repeated.")] = None,
+    ignore_eos: Annotated[bool, typer.Option(help="Run to --max-tokens.")] = False,
+) -> None:
+    """Answer one prompt, printing the text as it comes."""
+    from headway.engine.request import SamplingParams
+
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        stop=tuple(stop or ()),
+        ignore_eos=ignore_eos,
+    )
+    if raw and system is not None:
+        raise InvalidInputError("system", "a message with --raw", "a chat, without --raw")
+    text = sys.stdin.read() if prompt == "-" else prompt
+    llm = _load(config)
+    chat = not raw and bool(getattr(llm.tokenizer, "chat_template", None))
+    if system is not None and not chat:
+        raise InvalidInputError("system", "a message", "none: the model has no chat template")
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    messages.append({"role": "user", "content": text})
+    tokens = llm.apply_chat_template(messages) if chat else llm.encode(text)
+    _print_answer(llm, tokens, params)
+
+
+def _print_answer(llm: LLM, tokens: list[int], params: Any) -> None:
+    start = time.perf_counter()
+    llm.add_request("generate", tokens, params)
+    output = None
+    while llm.has_unfinished():
+        for output in llm.step():
+            if output.error is not None:
+                raise HeadwayError(f"generation failed: {output.error}")
+            print(output.new_text, end="", flush=True)
+    print()
+    if output is not None:
+        seconds = time.perf_counter() - start
+        rate = output.output_tokens / seconds
+        print(
+            f"{output.prompt_tokens} tokens in, {output.output_tokens} out, "
+            f"{seconds:.2f} s ({rate:.1f} tok/s)",
+            file=sys.stderr,
+        )
+
+
+# --- explain and providers ----------------------------------------------------------------------------
+
+_DTYPES = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "fp32": "float32",
+    "fp8": "float8_e4m3fn",
+    "fp8_e5m2": "float8_e5m2",
+}
+DtypeName = Literal["bf16", "fp16", "fp32", "fp8", "fp8_e5m2"]
+
+
+@app.command()
+def explain(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Explain this model's own calls; of the rest, --device and --backend count."
+        ),
+    ] = None,
+    heads: Annotated[str, typer.Option(help="Query heads / key-value heads.")] = "32/8",
+    head_dim: Annotated[str, typer.Option(help="Of q and k, or q and k / v.")] = "128",
+    dtype: Annotated[DtypeName, typer.Option(help="Of q.")] = "bf16",
+    kv_dtype: Annotated[DtypeName | None, typer.Option(help="Of k and v; default: q's.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
+    seqlen_q: Annotated[int, typer.Option(min=1, help="Query tokens of each.")] = 1,
+    seqlen_k: Annotated[int, typer.Option(min=1, help="Key tokens of each.")] = 1024,
+    page_size: Annotated[int, typer.Option(min=0, help="Of the KV cache; 0: not paged.")] = 16,
+    causal: Annotated[bool, typer.Option(help="Mask the future.")] = True,
+    window: Annotated[str, typer.Option(help="LEFT or LEFT,RIGHT tokens; -1: unlimited.")] = "-1",
+    attention_chunk: Annotated[int, typer.Option(min=0, help="0: none.")] = 0,
+    softcap: Annotated[float, typer.Option(min=0, help="0: none.")] = 0.0,
+    sinks: Annotated[bool, typer.Option(help="With attention sinks.")] = False,
+    lse: Annotated[bool, typer.Option(help="Return the log-sum-exp too.")] = False,
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, ..; auto: a GPU if there is one.")
+    ] = "auto",
+    backend: Annotated[str, typer.Option(help="Pin a provider by name.")] = "auto",
+    ver: Annotated[Literal[3, 4] | None, typer.Option(help="Interface generation.")] = None,
+) -> None:
+    """Which provider would run an attention call, and why the others would not."""
+    if model is not None:
+        _explain_model(
+            EngineConfig(
+                model=model, device=device, attention_backend=backend, flash_attn_version=ver,
+                page_size=page_size or EngineConfig.page_size,
+            )
+        )  # fmt: skip
+        return
+    import torch
+
+    from headway.engine.loader import choose_device
+
+    where = choose_device(device)
+    num_q_heads, num_kv_heads = _pair("heads", heads)
+    dim, dim_v = _pair("head_dim", head_dim)
+    q = torch.empty(
+        batch_size, seqlen_q, num_q_heads, dim, dtype=getattr(torch, _DTYPES[dtype]), device=where
+    )
+    kv = getattr(torch, _DTYPES[kv_dtype or dtype])
+    lengths = torch.full((batch_size,), seqlen_k, dtype=torch.int32, device=where)
+    k, v, page_table = _cache(
+        batch_size, seqlen_k, page_size, num_kv_heads, (dim, dim_v), kv, where
+    )
+    headway.explain(
+        headway.flash_attn_with_kvcache,
+        q,
+        k,
+        v,
+        cache_seqlens=lengths,
+        page_table=page_table,
+        causal=causal,
+        window_size=_window(window),
+        attention_chunk=attention_chunk,
+        softcap=softcap,
+        sinks=torch.zeros(num_q_heads, dtype=torch.float32, device=where) if sinks else None,
+        return_softmax_lse=lse,
+        ver=ver,
+        backend=backend,
+    )
+
+
+def _cache(
+    batch_size: int,
+    seqlen_k: int,
+    page_size: int,
+    num_heads: int,
+    dims: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    import torch
+
+    rows, length, table = batch_size, seqlen_k, None
+    if page_size:
+        per_sequence = -(-seqlen_k // page_size)
+        rows, length = batch_size * per_sequence, page_size
+        table = torch.arange(rows, dtype=torch.int32, device=device).view(batch_size, per_sequence)
+    k, v = (torch.empty(rows, length, num_heads, d, dtype=dtype, device=device) for d in dims)
+    return k, v, table
+
+
+def _pair(name: str, text: str) -> tuple[int, int]:
+    words = text.split("/")
+    if len(words) <= 2 and all(word.isdigit() and int(word) > 0 for word in words):
+        return int(words[0]), int(words[-1])
+    raise InvalidInputError(name, repr(text), "a number, or two like 32/8")
+
+
+def _window(text: str) -> tuple[int, int]:
+    try:
+        left, right = [int(word) for word in (text.split(",") * 2)[:2]] if text else []
+    except ValueError:
+        raise InvalidInputError("window", repr(text), "LEFT or LEFT,RIGHT, like 4095,0") from None
+    return (left, right) if "," in text else (left, -1)
+
+
+def _explain_model(config: EngineConfig) -> None:
+    from headway.engine import describe
+
+    probe = describe.probe_without_weights(config)
+    (dtype,) = probe.dtypes
+    for kind, explanation in describe.explain(config, probe, dtype):
+        print(f"{_display_name(config.model)}: {kind}, {str(dtype).removeprefix('torch.')}, decode")
+        print(explanation)
+
+
+@app.command(name="providers")
+def list_providers() -> None:
+    """The attention providers, and what each can do on this machine."""
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from headway import providers
+
+    devices = [torch.device("cpu")]
+    if torch.cuda.is_available():
+        devices.append(torch.device("cuda"))
+    table = Table("provider", "here", "dtypes (q, k/v)", "not supported")
+    for name in providers.NAMES:
+        provider = providers.get(name)
+        for device in devices:
+            table.add_row(name, *_provider_row(provider, device))
+    Console().print(table)
+
+
+def _provider_row(provider: Any, device: torch.device) -> tuple[str, str, str]:
+    absent = provider.unavailable(device)
+    if absent is not None:
+        return f"{device.type}: no: {absent}", "", ""
+    can = provider.capabilities(device)
+    if device.type not in can.device_types:
+        return f"{device.type}: no: runs on {', '.join(sorted(can.device_types))}", "", ""
+    from headway.providers.base import ALL_FEATURES
+
+    short = {full: name for name, full in _DTYPES.items()}
+    same = sorted({_short(q, short) for q, k in can.dtypes if q == k})
+    missing = sorted(feature.value for feature in ALL_FEATURES - can.features)
+    return f"{device.type}: yes", " ".join(same), ", ".join(missing) or "-"
+
+
+def _short(dtype: torch.dtype, names: dict[str, str]) -> str:
+    full = str(dtype).removeprefix("torch.")
+    return names.get(full, full)
+
+
+# --- bench --------------------------------------------------------------------------------------------
+
+
+#: Each module's function ``command`` becomes a subcommand, imported when it is named.
+_BENCHES = {
+    "attention": "headway.bench.attention",
+    "generate": "headway.bench.generate",
+    "overhead": "headway.bench.overhead",
+    "serve": "headway.bench.serving",
+}
+
+
+class BenchGroup(TyperGroup):
+    """``headway bench``: one subcommand per benchmark there is."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [name for name, module in _BENCHES.items() if importlib.util.find_spec(module)]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        module = importlib.import_module(_BENCHES[cmd_name])
+        single = typer.Typer(add_completion=False, rich_markup_mode=None)
+        single.command(name=cmd_name)(module.command)
+        return typer.main.get_command(single)
+
+
+app.add_typer(
+    typer.Typer(cls=BenchGroup, no_args_is_help=True, rich_markup_mode=None),
+    name="bench",
+    help="Measure attention, generation and serving.",
+)
