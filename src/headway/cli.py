@@ -43,7 +43,7 @@ def main() -> None:
     try:
         app()
     except InvalidInputError as error:
-        _fail(flags.as_flag(error))
+        _fail(flags.as_flag(error, sys.argv[1:]))
     except HeadwayError as error:
         _fail(str(error))
     except ModuleNotFoundError as error:

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
@@ -78,12 +78,10 @@ def field_docs(settings: type) -> dict[str, str]:
     return {name: text.replace("None:", "default:") for name, text in found.items()}
 
 
-def as_flag(error: InvalidInputError) -> str:
-    """The error's message, its argument spelt as the flag it was given by."""
+def as_flag(error: InvalidInputError, words: Sequence[str]) -> str:
+    """The error's message; its argument spelt as a flag where the command line ``words`` have it."""
+    flag = "--" + error.argument.replace("_", "-")
     message = str(error)
-    if error.argument == "model":  # positional in most commands
-        return message
-    if re.fullmatch(r"[a-z_]+", error.argument) and message.startswith(error.argument):
-        flag = "--" + error.argument.replace("_", "-")
-        return flag + message[len(error.argument) :]
+    if any(word.partition("=")[0] == flag for word in words):
+        return message.replace(error.argument, flag, 1)
     return message

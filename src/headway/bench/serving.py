@@ -521,8 +521,8 @@ def command(
     from rich.console import Console
     from rich.progress import Progress
 
-    console = Console()
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    console, errors = Console(), Console(stderr=True)
+    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
         bar = progress.add_task("Requests", total=settings.num_prompts)
         samples, model = asyncio.run(
             run_load(settings, api_key=api_key, advance=lambda: progress.advance(bar))
