@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from headway.engine.llm import LLM
+    from headway.engine.request import SamplingParams
 
 app = typer.Typer(
     name="headway",
@@ -94,6 +95,7 @@ def serve(
     settings = ServerSettings(served_model_names=names, api_key=api_key)
     listener = run.bind(host, port)
     llm = _load(config)
+    _warm_up(llm)
     port = listener.getsockname()[1]
     shown = host if ":" not in host else f"[{host}]"
 
@@ -119,6 +121,18 @@ def _load(config: EngineConfig) -> LLM:
     from headway.engine.llm import LLM
 
     return LLM(config, progress=True)
+
+
+def _warm_up(llm: LLM) -> None:
+    """Compile what a first prefill and a first decode step compile, before clients wait for it."""
+    from headway.engine.request import SamplingParams
+
+    params = SamplingParams(
+        max_tokens=min(2, llm.max_model_len - 1), temperature=0, ignore_eos=True
+    )
+    (done,) = llm.generate([[0] * min(8, llm.max_model_len - params.max_tokens)], params)
+    if done.finish_reason.value == "error":
+        raise HeadwayError("the model cannot generate; the log above has the reason")
 
 
 def _introduce(llm: LLM, names: tuple[str, ...], url: str, key: bool) -> None:
@@ -197,24 +211,21 @@ def generate(
     _print_answer(llm, tokens, params)
 
 
-def _print_answer(llm: LLM, tokens: list[int], params: Any) -> None:
+def _print_answer(llm: LLM, tokens: list[int], params: SamplingParams) -> None:
     start = time.perf_counter()
+    times: list[float] = []
     llm.add_request("generate", tokens, params)
-    output = None
     while llm.has_unfinished():
         for output in llm.step():
             if output.error is not None:
                 raise HeadwayError(f"generation failed: {output.error}")
+            times.append(time.perf_counter())
             print(output.new_text, end="", flush=True)
     print()
-    if output is not None:
-        seconds = time.perf_counter() - start
-        rate = output.output_tokens / seconds
-        print(
-            f"{output.prompt_tokens} tokens in, {output.output_tokens} out, "
-            f"{seconds:.2f} s ({rate:.1f} tok/s)",
-            file=sys.stderr,
-        )
+    told = f"{len(tokens)} tokens in, {len(times)} out; first after {times[0] - start:.2f} s"
+    if len(times) > 1:
+        told += f", then {(len(times) - 1) / (times[-1] - times[0]):.1f} tok/s"
+    print(told, file=sys.stderr)
 
 
 # --- explain and providers ----------------------------------------------------------------------------
