@@ -75,11 +75,37 @@ class PlanKey:
 
 
 @dataclass(frozen=True)
+class Schedule:
+    """The work list of a step, in device memory: one item per (sequence, piece of its keys)."""
+
+    num_splits: Tensor  # (B,) int32
+    split_start: Tensor  # (B + 1,) int32: first item of each sequence
+    work: Tensor  # (W,) int32: sequence of each item, -1 behind the last
+
+    @property
+    def batch_size(self) -> int:
+        return self.num_splits.shape[0]
+
+
+@dataclass(frozen=True)
 class Plan:
     """A schedule: ``num_splits`` (B,) int32 on the device says into how many pieces each KV is cut."""
 
     key: PlanKey
     num_splits: Tensor
+    schedule: Schedule | None = None  # for providers that take work off a list
+
+    def copy_(self, other: Plan) -> None:
+        """Take over another step's schedule in place, so that captured CUDA graphs replay with it."""
+        differences = self.key.differences(other.key)
+        mine, theirs = self.schedule, other.schedule
+        if differences or (mine is None) != (theirs is None):
+            given = ", ".join(differences) or "a plan of another provider"
+            raise InvalidInputError("other", given, "a plan made with the same arguments")
+        self.num_splits.copy_(other.num_splits)
+        if mine is not None and theirs is not None:
+            mine.split_start.copy_(theirs.split_start)
+            mine.work.copy_(theirs.work)
 
     def check_matches(self, problem: Problem) -> None:
         """Raise InvalidInputError unless this plan was made for calls of the problem's geometry."""

@@ -11,7 +11,7 @@ __all__ = ["NAMES", "Capabilities", "Feature", "Provider", "get"]
 
 #: Every provider, best first: where several would run a call, the first is chosen.
 #: ``reference`` is the specification, not a contender: it runs only where it is asked for by name.
-NAMES = ("cpu", "reference")
+NAMES = ("portable", "cpu", "reference")
 
 
 @functools.cache

@@ -1,0 +1,54 @@
+"""Forward attention for prefill: all keys of a query tile in one pass. Dense, ragged or paged keys."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from headway.kernels._triton import cdiv
+from headway.kernels.portable.attention import attention_kernel
+from headway.kernels.portable.operands import (
+    block_width,
+    device_of,
+    operands,
+    segments_of,
+)
+from headway.kernels.portable.tiles import Tile, tile_for
+from headway.problem import Problem
+
+if TYPE_CHECKING:
+    from headway.kernels.mods import ModArguments
+
+
+def choose_tile(problem: Problem) -> Tile:
+    """The tile of a prefill call, from the table."""
+    dim = block_width(max(problem.head_dim, problem.head_dim_v))
+    rows = problem.max_seqlen_q * (problem.num_q_heads // problem.num_kv_heads)
+    arch = device_of(problem.device).arch
+    return tile_for("forward", arch, dim, rows, problem.k.element_size())
+
+
+def forward(
+    problem: Problem,
+    out: Tensor,
+    lse: Tensor | None,
+    tile: Tile | None = None,
+    mods: ModArguments | None = None,
+) -> None:
+    """Fill ``out`` and ``lse``; appended keys and rotation are expected to be done already.
+
+    Args:
+        out: shaped as the problem says; lse: float32 (B, Hq, Sq) or (Hq, total_q), or None.
+        tile: another tile than the table's.
+    """
+    tile = choose_tile(problem) if tile is None else tile
+    group = problem.num_q_heads // problem.num_kv_heads
+    # Packing pays where one head's queries leave most of a tile empty.
+    pack = group if problem.max_seqlen_q * 2 <= tile.block_m else 1
+    arguments = operands(problem, segments_of(problem), out, lse, tile, pack, mods)
+    row_tiles = cdiv(arguments["rows_q"] * pack, tile.block_m)
+    grid = (problem.num_q_heads // pack, row_tiles, problem.batch_size)
+    if 0 in grid:
+        return
+    attention_kernel[grid](**arguments, work=None, split_start=None, part_out=None, part_lse=None)

@@ -1,0 +1,333 @@
+"""The loop over keys that every attention kernel here shares: scores, masks, online softmax, P · V.
+
+Scores are kept in base 2 (one multiplication less per element); row maxima and sums leave in that base.
+"""
+
+from __future__ import annotations
+
+from headway.kernels._triton import jit, tl
+from headway.kernels.portable.numeric import LN2, LOG2E, cast, dot, tanh, widen
+
+
+@jit
+def load_rows(
+    ptr, offsets, inside, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, MASKED: tl.constexpr
+):
+    """(rows, BLOCK_WIDTH) from rows at ``offsets``; zero where not inside and right of WIDTH."""
+    ZERO: tl.constexpr = 0 if ptr.dtype.element_ty.is_int() else 0.0
+    cols = tl.arange(0, BLOCK_WIDTH)
+    ptrs = ptr + offsets[:, None] + cols[None, :]
+    if MASKED:
+        mask = inside[:, None]
+        if WIDTH != BLOCK_WIDTH:
+            mask = mask & (cols < WIDTH)[None, :]
+        return tl.load(ptrs, mask=mask, other=ZERO)
+    elif WIDTH != BLOCK_WIDTH:
+        return tl.load(ptrs, mask=(cols < WIDTH)[None, :], other=ZERO)
+    else:
+        return tl.load(ptrs)
+
+
+@jit
+def row_places(
+    table,
+    first,
+    start,
+    inside,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """(page, row in page) of keys start.. of a sequence; page is 0 where keys are not paged.
+
+    ALIGNED says that a tile of BLOCK_N keys never crosses a page: one page number, read once.
+    """
+    n = tl.arange(0, BLOCK_N)
+    if PAGE_SIZE == 0:
+        return 0, (first + start).to(tl.int64), n
+    elif ALIGNED:
+        page = tl.load(table + start // PAGE_SIZE)
+        return page.to(tl.int64), tl.cast(start % PAGE_SIZE, tl.int64), n
+    else:
+        at = first + start + n
+        if MASKED:
+            page = tl.load(table + at // PAGE_SIZE, mask=inside, other=0)
+        else:
+            page = tl.load(table + at // PAGE_SIZE)
+        return page.to(tl.int64), at % PAGE_SIZE, 0
+
+
+@jit
+def offsets_of(page, row, lane, stride_page, stride_row):
+    """int64 element offsets of (page, row) places; ``lane`` is what stays the same along the loop."""
+    return page * stride_page + row.to(tl.int64) * stride_row + lane * stride_row
+
+
+@jit
+def attend_tile(
+    acc,
+    row_sum,
+    row_max,
+    q1,
+    q2,
+    pos,
+    head,
+    b,
+    start,
+    lo,
+    hi,
+    k1_ptr,
+    k2_ptr,
+    v_ptr,
+    stride_k1_page,
+    stride_k1_row,
+    stride_k2_page,
+    stride_k2_row,
+    stride_v_page,
+    stride_v_row,
+    table,
+    first,
+    window_left,
+    window_right,
+    chunk,
+    scale,
+    scale1,
+    scale2,
+    softcap,
+    aux,
+    score_mod: tl.constexpr,
+    mask_mod: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_CHUNK: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    SCORES_FIRST: tl.constexpr,
+    TWO_SCALES: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    V_IS_K: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D1: tl.constexpr,
+    BLOCK_D2: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """One tile of keys: returns (acc, row_sum, row_max) with it taken in."""
+    n = start + tl.arange(0, BLOCK_N)
+    inside = (n >= lo) & (n < hi)
+    page, row, lane = row_places(table, first, start, inside, PAGE_SIZE, BLOCK_N, ALIGNED, MASKED)
+    offsets = offsets_of(page, row, lane, stride_k1_page, stride_k1_row)
+    k1 = load_rows(k1_ptr, offsets, inside, D1, BLOCK_D1, MASKED)
+    k1 = widen(k1, q1.dtype)
+    scores = tl.zeros([q1.shape[0], BLOCK_N], dtype=tl.float32)
+    scores = dot(q1, tl.trans(k1), scores)
+    if D2 > 0:
+        offsets = offsets_of(page, row, lane, stride_k2_page, stride_k2_row)
+        k2 = load_rows(k2_ptr, offsets, inside, D2, BLOCK_D2, MASKED)
+        k2 = tl.trans(widen(k2, q2.dtype))
+        if TWO_SCALES:
+            scores2 = tl.zeros([q1.shape[0], BLOCK_N], dtype=tl.float32)
+            scores = scores * scale1 + dot(q2, k2, scores2) * scale2
+        else:
+            scores = dot(q2, k2, scores)
+    if V_IS_K:
+        v = k1
+    else:
+        offsets = offsets_of(page, row, lane, stride_v_page, stride_v_row)
+        v = widen(load_rows(v_ptr, offsets, inside, DV, BLOCK_DV, MASKED), tl.float16)
+
+    if SCORES_FIRST:
+        scores = scores * scale
+        if HAS_SOFTCAP:
+            scores = softcap * tanh(scores / softcap)
+        # The hook: score_mod(score, b, h, q_idx, kv_idx, aux) -> score, and below
+        # mask_mod(b, h, q_idx, kv_idx, aux) -> bool, are jit functions as headway.kernels.mods
+        # makes them. score is float32 in natural units; b a scalar, h and q_idx (rows, 1), kv_idx
+        # (1, BLOCK_N), all int32.
+        if score_mod is not None:
+            scores = score_mod(scores, b, head[:, None], pos[:, None], n[None, :], aux)
+        scores = scores * LOG2E
+    if MASKED:
+        visible = inside[None, :]
+        if HAS_LEFT:
+            visible = visible & (n[None, :] >= pos[:, None] - window_left)
+        if HAS_RIGHT:
+            visible = visible & (n[None, :] <= pos[:, None] + window_right)
+        if HAS_CHUNK:
+            chunk_lo = tl.maximum(pos, 0) // chunk * chunk
+            visible = visible & (n[None, :] >= chunk_lo[:, None])
+            visible = visible & (n[None, :] < chunk_lo[:, None] + chunk) & (pos >= 0)[:, None]
+        if mask_mod is not None:
+            visible = visible & mask_mod(b, head[:, None], pos[:, None], n[None, :], aux)
+        scores = tl.where(visible, scores, float("-inf"))
+
+    if SCORES_FIRST:
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+    else:
+        new_max = tl.maximum(row_max, tl.max(scores, 1) * scale)
+    shift = new_max
+    if MASKED or score_mod is not None:  # rows may have seen nothing yet
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+    if SCORES_FIRST:
+        p = tl.exp2(scores - shift[:, None])
+    else:
+        p = tl.exp2(scores * scale - shift[:, None])
+    alpha = tl.exp2(row_max - shift)
+    row_sum = row_sum * alpha + tl.sum(p, 1)
+    acc = acc * alpha[:, None]
+    acc = dot(cast(p, v.dtype), v, acc)
+    return acc, row_sum, new_max
+
+
+@jit
+def attend(
+    q1,
+    q2,
+    pos,
+    head,
+    b,
+    begin,
+    end,
+    lo,
+    hi,
+    full_lo,
+    full_hi,
+    k1_ptr,
+    k2_ptr,
+    v_ptr,
+    stride_k1_page,
+    stride_k1_row,
+    stride_k2_page,
+    stride_k2_row,
+    stride_v_page,
+    stride_v_row,
+    table,
+    first,
+    window_left,
+    window_right,
+    chunk,
+    scale,
+    scale1,
+    scale2,
+    softcap,
+    aux,
+    score_mod: tl.constexpr,
+    mask_mod: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_CHUNK: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    SCORES_FIRST: tl.constexpr,
+    TWO_SCALES: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    V_IS_K: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D1: tl.constexpr,
+    BLOCK_D2: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Attention of one tile of query rows to keys [begin, end), both multiples of BLOCK_N.
+
+    Interior tiles, whose keys all rows see, run without masks: at most three loops, left edge,
+    interior, right edge. Returns (acc, row_sum, row_max): unnormalised, base 2.
+    """
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
+    row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    interior_begin = begin
+    if HAS_LEFT or HAS_CHUNK:
+        interior_begin = tl.minimum(tl.maximum(tl.cdiv(full_lo, BLOCK_N) * BLOCK_N, begin), end)
+    interior_end = tl.maximum(tl.minimum(full_hi // BLOCK_N * BLOCK_N, end), interior_begin)
+    if mask_mod is not None:
+        interior_begin = begin
+        interior_end = begin
+    for part in tl.static_range(3):
+        if part == 0:
+            part_begin = begin
+            part_end = interior_begin
+        elif part == 1:
+            part_begin = interior_begin
+            part_end = interior_end
+        else:
+            part_begin = interior_end
+            part_end = end
+        if part == 2 or (mask_mod is None and (part == 1 or HAS_LEFT or HAS_CHUNK)):
+            for start in tl.range(part_begin, part_end, BLOCK_N):
+                acc, row_sum, row_max = attend_tile(
+                    acc,
+                    row_sum,
+                    row_max,
+                    q1,
+                    q2,
+                    pos,
+                    head,
+                    b,
+                    start,
+                    lo,
+                    hi,
+                    k1_ptr,
+                    k2_ptr,
+                    v_ptr,
+                    stride_k1_page,
+                    stride_k1_row,
+                    stride_k2_page,
+                    stride_k2_row,
+                    stride_v_page,
+                    stride_v_row,
+                    table,
+                    first,
+                    window_left,
+                    window_right,
+                    chunk,
+                    scale,
+                    scale1,
+                    scale2,
+                    softcap,
+                    aux,
+                    score_mod,
+                    mask_mod,
+                    HAS_LEFT,
+                    HAS_RIGHT,
+                    HAS_CHUNK,
+                    HAS_SOFTCAP,
+                    SCORES_FIRST,
+                    TWO_SCALES,
+                    PAGE_SIZE,
+                    ALIGNED,
+                    V_IS_K,
+                    D1,
+                    D2,
+                    DV,
+                    BLOCK_D1,
+                    BLOCK_D2,
+                    BLOCK_DV,
+                    BLOCK_N,
+                    part != 1,
+                )
+    return acc, row_sum, row_max
+
+
+@jit
+def finish(acc, row_sum, row_max, sink):
+    """Normalised output and its natural-log LSE. ``sink`` (natural units, per row) or None."""
+    if sink is not None:
+        sink2 = sink * LOG2E
+        top = tl.maximum(row_max, sink2)
+        shift = tl.where(top == float("-inf"), 0.0, top)
+        alpha = tl.exp2(row_max - shift)
+        row_sum = row_sum * alpha + tl.exp2(sink2 - shift)
+        acc = acc * alpha[:, None]
+        row_max = top
+    empty = row_sum == 0.0
+    out = acc * tl.where(empty, 0.0, 1.0 / row_sum)[:, None]
+    lse = tl.where(empty, float("-inf"), (row_max + tl.log2(row_sum)) * LN2)
+    return out, lse

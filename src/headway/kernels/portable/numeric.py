@@ -1,0 +1,68 @@
+"""Conversions between number formats, on every device and under the interpreter.
+
+float8 tensors reach kernels as float8 where the device converts them, otherwise as uint8; the element
+type itself says which, so kernels call these functions and need no flag.
+"""
+
+from __future__ import annotations
+
+from headway.kernels._triton import INTERPRETED, jit, tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@jit
+def widen(x, dtype: tl.constexpr):
+    """float8 values (float8 or uint8 elements) as a 16-bit dtype, exactly; others unchanged."""
+    if x.dtype == tl.uint8:
+        # e4m3's exponent and mantissa, moved to float16's places, are the value times 2^-8.
+        bits = ((x & 0x80).to(tl.uint16) << 8) | ((x & 0x7F).to(tl.uint16) << 7)
+        return cast(bits.to(tl.float16, bitcast=True) * 256.0, dtype)
+    elif x.dtype.primitive_bitwidth == 8:
+        return x.to(dtype)
+    else:
+        return x
+
+
+@jit
+def cast(x, dtype: tl.constexpr):
+    """Conversion that rounds to nearest even. The interpreter's own to bfloat16 does not."""
+    if INTERPRETED and (dtype == tl.bfloat16 and x.dtype != tl.bfloat16):
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+        rounded = bits + 0x7FFF + ((bits >> 16) & 1)
+        return (rounded >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(dtype)
+
+
+@jit
+def to_e4m3_bits(x):
+    """float32 rounded to nearest even and saturated to float8_e4m3fn, as uint8 bits. NaN stays NaN."""
+    bits = x.to(tl.uint32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    is_nan = magnitude > 0x7F800000
+    small = tl.minimum(tl.abs(x), 448.0)
+    # Below 2^-6 steps are 2^-9: adding 2^14 leaves exactly the rounded count of them in the low bits.
+    subnormal = (small + 16384.0).to(tl.uint32, bitcast=True) & 0xFF
+    normal = small.to(tl.uint32, bitcast=True)
+    normal = (normal + 0x7FFFF + ((normal >> 20) & 1)) >> 20
+    normal = normal - (120 << 3)
+    code = tl.where(small < 0.015625, subnormal, normal)
+    code = tl.where(is_nan, 0x7F, code)
+    return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
+
+
+@jit
+def tanh(x):
+    """tanh by one exponential; saturates without overflow. Absolute error about 1e-7."""
+    return 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0)
+
+
+@jit
+def dot(a, b, acc):
+    """a · b + acc in float32. The interpreter multiplies bfloat16 as raw bits, so it gets float32."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    else:
+        return tl.dot(a, b, acc)

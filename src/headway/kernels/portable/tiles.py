@@ -1,0 +1,99 @@
+"""Tile sizes: rows of data per op, head dimension, element width and architecture.
+
+``source`` says which reading a row comes from. A row without one was chosen for zero register spills and
+for shared memory, by compiling, and waits for a device of that kind.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Op = Literal["forward", "decode", "mla"]
+
+COMPILED = "chosen by compiling"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Query rows and keys per step of a program, and how the compiler spreads and pipelines it."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    programs: int = 2  # per multiprocessor, that the planner of a decode step counts on
+
+
+@dataclass(frozen=True)
+class Row:
+    """Applies to calls of ``op`` up to ``max_dim`` (of head_dim and head_dim_v, padded) on ``archs``."""
+
+    op: Op
+    archs: tuple[str, ...]  # architecture names, or prefixes of them
+    max_dim: int
+    max_rows: int  # packed query rows
+    tile: Tile
+    source: str = COMPILED
+    max_key_bytes: int = 2
+
+
+ANY_ROWS = 1 << 30
+
+#: First match wins.
+TABLE: tuple[Row, ...] = (
+    Row("forward", ("interpreter",), 512, ANY_ROWS, Tile(32, 32, 4, 1)),
+    Row("decode", ("interpreter",), 512, 16, Tile(16, 16, 4, 1)),
+    Row("decode", ("interpreter",), 512, ANY_ROWS, Tile(32, 16, 4, 1)),
+    Row("mla", ("interpreter",), 1024, ANY_ROWS, Tile(16, 16, 4, 1)),
+    # Hopper and data-centre Blackwell: 227 KiB of shared memory.
+    Row("forward", ("sm90", "sm100", "sm103"), 64, ANY_ROWS, Tile(128, 128, 8, 3)),
+    Row("forward", ("sm90", "sm100", "sm103"), 128, ANY_ROWS, Tile(128, 128, 8, 2)),
+    Row("forward", ("sm90", "sm100", "sm103"), 256, ANY_ROWS, Tile(128, 64, 8, 2)),
+    Row("decode", ("sm90", "sm100", "sm103"), 128, 16, Tile(16, 64, 4, 3)),
+    Row("decode", ("sm90", "sm100", "sm103"), 128, 32, Tile(32, 64, 4, 3)),
+    Row("decode", ("sm90", "sm100", "sm103"), 128, ANY_ROWS, Tile(64, 64, 4, 3)),
+    Row("decode", ("sm90", "sm100", "sm103"), 256, 16, Tile(16, 64, 4, 2)),
+    Row("decode", ("sm90", "sm100", "sm103"), 256, 32, Tile(32, 64, 4, 2)),
+    Row("decode", ("sm90", "sm100", "sm103"), 256, ANY_ROWS, Tile(64, 64, 8, 2)),
+    Row("mla", ("sm90", "sm100", "sm103"), 1024, 16, Tile(16, 64, 8, 2)),
+    Row("mla", ("sm90", "sm100", "sm103"), 1024, 32, Tile(32, 64, 8, 2)),
+    Row("mla", ("sm90", "sm100", "sm103"), 1024, ANY_ROWS, Tile(64, 64, 8, 2)),
+    # A100: 163 KiB. Other Ampere, Ada and consumer Blackwell: 99 KiB.
+    Row("forward", ("sm80",), 64, ANY_ROWS, Tile(128, 64, 4, 3)),
+    Row("forward", ("sm80",), 128, ANY_ROWS, Tile(128, 64, 8, 3)),
+    Row("forward", ("sm80",), 256, ANY_ROWS, Tile(64, 32, 8, 2)),
+    Row("forward", ("sm",), 64, ANY_ROWS, Tile(128, 64, 4, 2)),
+    Row("forward", ("sm",), 128, ANY_ROWS, Tile(128, 32, 8, 2)),
+    Row("forward", ("sm",), 256, ANY_ROWS, Tile(64, 32, 8, 1)),
+    Row("decode", ("sm",), 128, 16, Tile(16, 64, 4, 2)),
+    Row("decode", ("sm",), 128, 32, Tile(32, 64, 4, 2)),
+    Row("decode", ("sm",), 128, ANY_ROWS, Tile(64, 32, 4, 2)),
+    Row("decode", ("sm",), 256, 16, Tile(16, 32, 4, 2)),
+    Row("decode", ("sm",), 256, ANY_ROWS, Tile(32, 32, 4, 2)),
+    Row("mla", ("sm",), 1024, ANY_ROWS, Tile(16, 32, 8, 1)),
+    # CDNA and RDNA: 64 KiB of shared memory, gfx950 160 KiB; no async copies to hide, one stage.
+    Row("forward", ("gfx9",), 64, ANY_ROWS, Tile(128, 64, 4, 1)),
+    Row("forward", ("gfx9",), 128, ANY_ROWS, Tile(128, 32, 4, 1)),
+    Row("forward", ("gfx9",), 256, ANY_ROWS, Tile(64, 32, 4, 1)),
+    Row("forward", ("gfx",), 128, ANY_ROWS, Tile(64, 32, 4, 1)),
+    Row("forward", ("gfx",), 256, ANY_ROWS, Tile(32, 32, 4, 1)),
+    Row("decode", ("gfx",), 128, 16, Tile(16, 64, 4, 1)),
+    Row("decode", ("gfx",), 128, ANY_ROWS, Tile(32, 32, 4, 1)),
+    Row("decode", ("gfx",), 256, ANY_ROWS, Tile(16, 32, 4, 1)),
+    Row("mla", ("gfx",), 1024, ANY_ROWS, Tile(16, 16, 4, 1)),
+)
+
+
+def tile_for(op: Op, arch: str, dim: int, rows: int, key_bytes: int) -> Tile:
+    """The tile of a call: ``dim`` is its widest padded head dimension, ``rows`` its packed query rows."""
+    for row in TABLE:
+        if (
+            row.op == op
+            and arch.startswith(row.archs)
+            and dim <= row.max_dim
+            and rows <= row.max_rows
+            and key_bytes <= row.max_key_bytes
+        ):
+            return row.tile
+    raise KeyError(f"no {op} tile for {arch}, head_dim {dim}, {rows} rows, {key_bytes}-byte keys")
