@@ -1,0 +1,187 @@
+"""Greedy output of the engine is transformers' own, token for token."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from headway.engine.llm import LLM
+from headway.engine.request import SamplingParams
+from tests.engine.conftest import CONFIGS, VOCABULARY, TinyModel, engine, greedy
+
+MAX_TOKENS = 24
+GREEDY = SamplingParams(max_tokens=MAX_TOKENS, temperature=0)
+GREEDY_SHORT = SamplingParams(max_tokens=16, temperature=0)
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    """Ragged prompts, some sharing a beginning of several pages, one a repetition of another."""
+    rng = random.Random(7)
+    shared = [rng.randrange(VOCABULARY) for _ in range(40)]
+    lengths = (1, 2, 15, 16, 17, 33, 70)
+    own = [[rng.randrange(VOCABULARY) for _ in range(n)] for n in lengths]
+    return [*own, [*shared, 1], [*shared, 2, 3], shared[:32], shared, shared]
+
+
+@pytest.fixture(scope="module")
+def expected(
+    tiny: Callable[[str], TinyModel], prompts: list[list[int]]
+) -> Callable[[str], list[list[int]]]:
+    """transformers' continuations of the prompts, by model family."""
+    known: dict[str, list[list[int]]] = {}
+
+    def get(name: str) -> list[list[int]]:
+        if name not in known:
+            known[name] = [tiny(name).greedy(prompt, MAX_TOKENS) for prompt in prompts]
+        return known[name]
+
+    return get
+
+
+def tokens(llm: LLM, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    return [list(one.token_ids) for one in llm.generate(prompts, GREEDY)]
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("prefix_cache", [True, False])
+@pytest.mark.parametrize("chunk", [16, 512])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_batch(
+    name: str,
+    chunk: int,
+    prefix_cache: bool,
+    backend: str,
+    tiny: Callable[[str], TinyModel],
+    prompts: list[list[int]],
+    expected: Callable[[str], list[list[int]]],
+) -> None:
+    if backend == "reference" and not (prefix_cache and chunk == 16):
+        pytest.skip("the specification is slow: one setting stands for all")
+    llm = engine(
+        tiny(name),
+        chunked_prefill_size=chunk,
+        enable_prefix_cache=prefix_cache,
+        attention_backend=backend,
+    )
+    assert tokens(llm, prompts) == expected(name)
+    stats = llm.stats()
+    assert stats.pages_used == 0
+    assert (stats.prefix_cache_hit_tokens > 0) == prefix_cache
+
+
+@pytest.mark.parametrize("prefix_cache", [True, False])
+@pytest.mark.parametrize("page_size", [1, 7, 16])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_preemption(
+    name: str,
+    page_size: int,
+    prefix_cache: bool,
+    tiny: Callable[[str], TinyModel],
+    prompts: list[list[int]],
+    expected: Callable[[str], list[list[int]]],
+) -> None:
+    """The pool holds one and a half of the longest sequences; all twelve still get their answers."""
+    llm = engine(
+        tiny(name),
+        page_size=page_size,
+        kv_cache_tokens=150,
+        max_model_len=96,
+        enable_prefix_cache=prefix_cache,
+    )
+    assert tokens(llm, prompts) == expected(name)
+    assert llm.stats().preemptions > 0
+    assert llm.stats().pages_used == 0
+
+
+def test_second_turn_reuses_generated_tokens(llama: TinyModel) -> None:
+    """The answer's pages serve the next turn of the conversation, and change nothing in it."""
+    llm = engine(llama)
+    prompt = list(range(40))
+    (first,) = llm.generate([prompt], GREEDY)
+    turn = [*prompt, *first.token_ids, 5, 6, 7]
+    (second,) = llm.generate([turn], GREEDY)
+    assert second.cached_tokens == (len(turn) - 4) // 16 * 16 == 48
+    assert list(second.token_ids) == llama.greedy(turn, MAX_TOKENS)
+
+
+def test_shared_prefix_is_computed_once(llama: TinyModel) -> None:
+    """Requests that arrive together wait for the one that computes their common pages."""
+    llm = engine(llama, kv_cache_tokens=2048)
+    shared = list(range(100))
+    prompts = [[*shared, i] for i in range(8)]
+    computed = 0
+    for i, prompt in enumerate(prompts):
+        llm.add_request(str(i), prompt, SamplingParams(max_tokens=1, temperature=0))
+    outputs = []
+    while llm.has_unfinished():
+        outputs += llm.step()
+    computed = sum(one.prompt_tokens - one.cached_tokens for one in outputs)
+    assert computed == 101 + 7 * (101 - 96)
+
+
+QUESTIONS = (
+    "What is the capital of France?",
+    "Name three primary colours.",
+    "Why is the sky blue?",
+    "Write a haiku about the sea.",
+    "What is 12 times 12?",
+    "Who wrote Hamlet?",
+    "Explain gravity to a child.",
+    "List five fruits.",
+    "What does a compiler do?",
+    "Translate 'good morning' to Spanish.",
+    "What is the boiling point of water?",
+    "Give me a name for a cat.",
+    "How many days are in a leap year?",
+    "What is photosynthesis?",
+    "Tell me a short joke.",
+    "What is the largest planet?",
+    "Define entropy in one sentence.",
+    "How do I boil an egg?",
+    "What rhymes with moon?",
+    "Is the earth flat?",
+)
+
+
+@pytest.mark.slow
+def test_smollm2(smollm2: Path) -> None:
+    """A real model: twenty chats together, in chunks, in a pool too small for all of them."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        smollm2.parent,
+        gguf_file=smollm2.name,
+        dtype=torch.float32,
+        attn_implementation="sdpa",
+        quantization_config=transformers.GgufConfig(gguf_file=smollm2.name, dequantize=True),
+    ).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
+    chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    prompts = [
+        tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)[
+            "input_ids"
+        ]
+        for chat in chats
+    ]
+    expected = [greedy(model, prompt, GREEDY_SHORT.max_tokens) for prompt in prompts]
+    del model
+    llm = engine(smollm2, kv_cache_tokens=4096, chunked_prefill_size=512)
+    assert [llm.apply_chat_template(chat) for chat in chats] == prompts
+    together = llm.generate(prompts, GREEDY_SHORT)
+    assert [list(one.token_ids) for one in together] == expected
+    assert llm.stats().prefix_cache_hit_tokens >= 16 * (len(prompts) - 1)
+    # The same engine parts, with room for three chats at a time and in chunks that split every prompt.
+    small = engine(
+        smollm2,
+        page_size=4,
+        kv_cache_tokens=160,
+        max_model_len=96,
+        chunked_prefill_size=16,
+        enable_prefix_cache=False,
+    )
+    assert [list(one.token_ids) for one in small.generate(prompts, GREEDY_SHORT)] == expected
+    assert small.stats().preemptions > 0
