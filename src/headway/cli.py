@@ -348,8 +348,7 @@ def _window(text: str) -> tuple[int, int]:
 def _explain_model(config: EngineConfig) -> None:
     from headway.engine import describe
 
-    probe = describe.probe_without_weights(config)
-    (dtype,) = probe.dtypes
+    probe, dtype = describe.probe_without_weights(config)
     for kind, explanation in describe.explain(config, probe, dtype):
         print(f"{_display_name(config.model)}: {kind}, {str(dtype).removeprefix('torch.')}, decode")
         print(explanation)

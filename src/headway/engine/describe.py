@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -51,14 +52,16 @@ def kinds(probe: LayerProbe) -> list[LayerKind]:
     return [LayerKind(layers[0], len(layers)) for layers in found.values()]
 
 
-def probe_without_weights(config: EngineConfig) -> LayerProbe:
-    """The attention layers of a model, of whose checkpoint only the configuration is read."""
+def probe_without_weights(config: EngineConfig) -> tuple[LayerProbe, torch.dtype]:
+    """The attention layers of a model, of whose checkpoint only the configuration is read; its dtype."""
     source = loader.find(config)
     model_config = loader._load_config(config, source)
+    dtype = loader._dtype(config, source, model_config)
+    # bfloat16, whatever the model's own: torch's grouped matmul has shapes for nothing else.
+    bare = dataclasses.replace(config, load_format="dummy", dtype="bfloat16")
     with torch.device("meta"):
-        bare = dataclasses.replace(config, load_format="dummy")
         model = loader._load_model(bare, source, model_config)
-    return probe_layers(model, model.config.get_text_config())
+    return probe_layers(model, model.config.get_text_config()), dtype
 
 
 def decode_problem(
@@ -72,7 +75,7 @@ def decode_problem(
     """The call such a layer makes in a decode step of ``batch_size`` sequences of ``seqlen_k`` tokens."""
     device = loader.choose_device(config.device)
     pages = -(-seqlen_k // config.page_size)
-    int32 = {"dtype": torch.int32, "device": device}
+    int32: dict[str, Any] = {"dtype": torch.int32, "device": device}
     batch = ForwardBatch(
         cu_seqlens_q=torch.arange(batch_size + 1, **int32),
         seqlens_k=torch.full((batch_size,), seqlen_k - 1, **int32),

@@ -1,0 +1,148 @@
+"""Commands that load a model, on tiny ones with random weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("typer")
+
+from typer.testing import CliRunner
+
+from headway import cli
+from headway.engine.config import EngineConfig
+from headway.engine.llm import LLM
+from headway.engine.request import SamplingParams
+from tests.engine.conftest import TinyModel, save_tiny
+
+TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    return save_tiny("llama", tmp_path_factory.mktemp("cli"))
+
+
+def run(*words: str) -> str:
+    result = CliRunner().invoke(cli.app, list(words), env={"COLUMNS": "120"})
+    assert result.exit_code == 0, result.output + str(result.exception)
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def server(llama: TinyModel) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
+    """A server process, its URL, and what it said when it was ready."""
+    words = ["--port", "0", "--device", "cpu", "--kv-cache-tokens", "1024", "--page-size", "8"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "headway", "serve", str(llama.path), *words],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "HEADWAY_API_KEY": "secret"},
+    )
+    assert process.stdout is not None
+    said, url = "", None
+    while url is None:
+        line = process.stdout.readline()
+        assert line, f"the server ended with {process.wait()}: {said}"
+        said += line
+        url = re.search(r"http://\S+/v1", line)
+    yield process, url[0], said
+    process.kill()
+    process.wait()
+
+
+def test_serve_introduces_itself_answers_and_drains(
+    server: tuple[subprocess.Popen[str], str, str], llama: TinyModel
+) -> None:
+    process, url, said = server
+    assert re.search(r"model +llama \(.* parameters, float32, cpu\)", said)
+    assert re.search(r"context +512 tokens", said)
+    assert re.search(r"KV cache +1024 tokens in pages of 8", said)
+    assert re.search(r"attention +\w+ \(.*\)", said)
+    client = openai.OpenAI(base_url=url, api_key="secret", max_retries=0)
+    prompt = list(b"hello")
+    answer = client.completions.create(model="llama", prompt=prompt, max_tokens=9, temperature=0)
+    wanted = bytes(llama.greedy(prompt, 9))
+    assert answer.usage.completion_tokens == len(wanted)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0
+
+
+def test_generate_prints_the_continuation(llama: TinyModel) -> None:
+    words = ["generate", str(llama.path), "hello", "--device", "cpu", "--max-tokens", "8"]
+    result = CliRunner().invoke(cli.app, words)
+    assert result.exit_code == 0, result.output
+    llm = LLM(EngineConfig(str(llama.path), device="cpu"))
+    (done,) = llm.generate(["hello"], SamplingParams(max_tokens=8, temperature=0))
+    assert done.text
+    assert done.text in result.stdout
+    assert "5 tokens in, 8 out" in result.output
+
+
+def test_generate_uses_the_chat_template_unless_raw(tmp_path: Path) -> None:
+    model = save_tiny("llama", tmp_path)
+    config = model.path / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": TEMPLATE}))
+    words = ["generate", str(model.path), "hi", "--device", "cpu", "--max-tokens", "1"]
+    laid_out = len("<system>be brief<user>hi<assistant>")
+    for more, tokens in (([], laid_out - 16), (["--system", "be brief"], laid_out), (["--raw"], 2)):
+        result = CliRunner().invoke(cli.app, [*words, *more])
+        assert f"{tokens} tokens in, 1 out" in result.output
+
+
+def test_generate_reads_standard_input(llama: TinyModel) -> None:
+    words = ["generate", str(llama.path), "-", "--device", "cpu", "--max-tokens", "1"]
+    result = CliRunner().invoke(cli.app, words, input="four")
+    assert "4 tokens in, 1 out" in result.output
+
+
+def test_bench_generate_measures_every_batch_size(llama: TinyModel, tmp_path: Path) -> None:
+    path = tmp_path / "reading.json"
+    said = run(
+        "bench", "generate", str(llama.path), "--device", "cpu", "--batch-sizes", "1,3",
+        "--input-len", "20", "--output-len", "5", "--repeats", "2", "--output", str(path),
+    )  # fmt: skip
+    assert "tok/s" in said
+    reading = json.loads(path.read_text())
+    assert [row["batch_size"] for row in reading["results"]] == [1, 3]
+    assert reading["settings"]["model"] == "llama"
+    assert str(llama.path.parent) not in path.read_text()
+    for row in reading["results"]:
+        assert len(row["runs_s"]) == 2
+        tokens = row["batch_size"] * 5
+        assert row["best_output_throughput"] == pytest.approx(tokens / min(row["runs_s"]))
+        assert 0 < row["ttft_ms"] < 1e3 * max(row["runs_s"])
+
+
+@pytest.mark.parametrize(
+    ("family", "kinds"),
+    [
+        ("llama", ["2 layers, 4/2 heads, head_dim 16"]),
+        (
+            "gpt_oss",
+            [
+                "1 layers, 4/2 heads, head_dim 16, window 10, sinks",
+                "1 layers, 4/2 heads, head_dim 16, sinks",
+            ],
+        ),
+    ],
+)
+def test_explain_a_model_shows_each_kind_of_layer(
+    family: str, kinds: list[str], tmp_path: Path
+) -> None:
+    model = save_tiny(family, tmp_path)
+    said = run("explain", "--model", str(model.path), "--device", "cpu")
+    assert [line.split(": ")[1] for line in said.splitlines() if "layers" in line] == [
+        f"{kind}, float32, decode" for kind in kinds
+    ]
+    assert said.count("-> ") == len(kinds)
