@@ -239,7 +239,7 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(cases())
 def test_agrees_with_the_reference_over_all_features(case: Case) -> None:
     check(case)

@@ -429,39 +429,43 @@ def _finish_split_tiles(a, total, chunks):  # type: ignore[no-untyped-def]
                 _write_rows(a, b, h, first, count, best, weights, sums)
 
 
-def _make_products(dtype: str) -> tuple[Any, Any]:
+def _make_products(dtype: str, *, prefetch: bool) -> tuple[Any, Any]:
     """``scores`` and ``accumulate`` over whole tiles, for keys and values of ``dtype`` in memory."""
-    scores_1, scores_2, scores_4 = (simd.make_scores(dtype, rows) for rows in (1, 2, 4))
+    scores_1, scores_2, scores_4 = (
+        simd.make_scores(dtype, rows, prefetch=prefetch) for rows in (1, 2, 4)
+    )
     sums_1, sums_2, sums_4 = (simd.make_accumulate(dtype, rows) for rows in (1, 2, 4))
+    name = f"{dtype}_ahead" if prefetch else dtype
 
-    @_specialised(dtype)
-    def scores(queries, rows, keys, count, head_dim, out):  # type: ignore[no-untyped-def]
+    @_specialised(name)
+    def scores(queries, rows, keys, ahead_k, ahead_v, count, width, out):  # type: ignore[no-untyped-def]
         if rows == 1:
-            scores_1(queries, head_dim, keys, _padded(count, LANES), head_dim, out, BLOCK_KEYS)
+            count = _padded(count, LANES)
+            scores_1(queries, width, keys, ahead_k, ahead_v, count, width, out, BLOCK_KEYS)
         elif rows == 2:
             count = _padded(count, LANES // 2)
-            scores_2(queries, head_dim, keys, count, head_dim, out, BLOCK_KEYS)
+            scores_2(queries, width, keys, ahead_k, ahead_v, count, width, out, BLOCK_KEYS)
         else:
             count = _padded(count, LANES // 4)
             for row in range(0, rows, 4):
-                source, line = queries + row * head_dim * 4, out + row * BLOCK_KEYS * 4
-                scores_4(source, head_dim, keys, count, head_dim, line, BLOCK_KEYS)
+                source, line = queries + row * width * 4, out + row * BLOCK_KEYS * 4
+                scores_4(source, width, keys, ahead_k, ahead_v, count, width, line, BLOCK_KEYS)
 
-    @_specialised(dtype)
-    def accumulate(weights, rows, values, count, head_dim, out):  # type: ignore[no-untyped-def]
+    @_specialised(name)
+    def accumulate(weights, rows, values, count, width, out):  # type: ignore[no-untyped-def]
         if rows == 1:
-            sums_1(weights, BLOCK_KEYS, values, count, head_dim, out, head_dim)
+            sums_1(weights, BLOCK_KEYS, values, count, width, out, width)
         elif rows == 2:
-            sums_2(weights, BLOCK_KEYS, values, count, head_dim, out, head_dim)
+            sums_2(weights, BLOCK_KEYS, values, count, width, out, width)
         else:
             for row in range(0, rows, 4):
-                line, target = weights + row * BLOCK_KEYS * 4, out + row * head_dim * 4
-                sums_4(line, BLOCK_KEYS, values, count, head_dim, target, head_dim)
+                line, target = weights + row * BLOCK_KEYS * 4, out + row * width * 4
+                sums_4(line, BLOCK_KEYS, values, count, width, target, width)
 
     return scores, accumulate
 
 
-_SCORES_FLOAT32, _ACCUMULATE_FLOAT32 = _make_products("float32")
+_SCORES_STAGED, _ACCUMULATE_STAGED = _make_products("float32", prefetch=False)
 
 
 def _make_run_chunk(dtype: str) -> Any:
@@ -470,9 +474,7 @@ def _make_run_chunk(dtype: str) -> Any:
     size = {0: 4, 1: 2, 2: 2, 3: 1}[code]
     direct = dtype in simd.VECTOR_DTYPES
     scores_direct, accumulate_direct = (
-        _make_products(dtype)
-        if dtype in ("bfloat16", "float16")
-        else (_SCORES_FLOAT32, _ACCUMULATE_FLOAT32)
+        _make_products(dtype, prefetch=True) if direct else (_SCORES_STAGED, _ACCUMULATE_STAGED)
     )
 
     @_specialised(dtype)
@@ -508,14 +510,10 @@ def _make_run_chunk(dtype: str) -> Any:
                 _fill_addresses(a, b, h, key + n, following, size, next_keys, next_values)
             if many or not direct or a.head_dim != width_k:
                 _stage(a, code, keys, n, a.head_dim, staged_k)
-                _SCORES_FLOAT32(queries, rows, keys, n, width_k, scores)
+                _SCORES_STAGED(queries, rows, keys, keys, values, n, width_k, scores)
             else:
-                for at in range(0, n, LANES):  # asking for the next block while computing this one
-                    ahead = min(LANES, following - at)
-                    simd.prefetch_rows(next_keys + at * 8, ahead, a.head_dim * size)
-                    simd.prefetch_rows(next_values + at * 8, ahead, a.head_dim_v * size)
-                    part = min(LANES, n - at)
-                    scores_direct(queries, rows, keys + at * 8, part, width_k, scores + at * 4)
+                ahead_k, ahead_v = (next_keys, next_values) if following > 0 else (keys, values)
+                scores_direct(queries, rows, keys, ahead_k, ahead_v, n, width_k, scores)
             if a.softcap > 0:
                 cap = np.float32(a.softcap * _LOG2_E)
                 for row in range(live):
@@ -524,7 +522,7 @@ def _make_run_chunk(dtype: str) -> Any:
             _update_softmax(a, scores, live, n, best, total, sums)
             if many or not direct or a.head_dim_v != width_v:
                 _stage(a, code, values, n, a.head_dim_v, staged_v)
-                _ACCUMULATE_FLOAT32(scores, rows, values, n, width_v, sums)
+                _ACCUMULATE_STAGED(scores, rows, values, n, width_v, sums)
             else:
                 accumulate_direct(scores, rows, values, n, width_v, sums)
             key += n

@@ -98,6 +98,14 @@ VECTOR_DTYPES = tuple(_VECTOR_LOADS)
 """Names of the element types that the tile functions can read from memory without a conversion pass."""
 
 
+def _prefetch(builder: Any, address: Any) -> None:
+    byte = ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [byte, _INT32, _INT32, _INT32])
+    prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    pointer = builder.inttoptr(address, byte)
+    builder.call(prefetch, [pointer, _INT32(0), _INT32(_KEEP_CLOSE), _INT32(1)])
+
+
 def _multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
     return builder.fadd(builder.fmul(a, b, flags=_CONTRACT), c, flags=_CONTRACT)
 
@@ -176,39 +184,54 @@ def _variables(builder: Any, initial: list[Any]) -> list[Any]:
     return slots
 
 
-def make_scores(dtype: str, rows: int) -> Any:
+def make_scores(dtype: str, rows: int, *, prefetch: bool) -> Any:
     """An intrinsic for the products of ``rows`` query rows (1, 2 or 4) with a block of keys.
 
-    The intrinsic is ``scores(q, q_stride, keys, num_keys, head_dim, out, out_stride)``: float32
-    query rows at ``q``, ``keys`` the address of ``num_keys`` int64 row addresses of elements of
-    ``dtype``, out[row, key] float32. ``num_keys`` is a multiple of ``LANES // rows`` and
-    ``head_dim`` of LANES.
+    The intrinsic is
+    ``scores(q, q_stride, keys, ahead_k, ahead_v, num_keys, head_dim, out, out_stride)``:
+    float32 query rows at ``q``, ``keys`` the address of ``num_keys`` int64 row addresses of
+    elements of ``dtype``, out[row, key] float32. ``num_keys`` is a multiple of ``LANES // rows``
+    and ``head_dim`` of LANES. With ``prefetch``, the rows whose addresses lie at ``ahead_k``
+    and ``ahead_v`` are asked for meanwhile, a piece for every piece computed: a core that asks for
+    many lines at once waits for them, and one that asks for none waits for each.
     """
     group = LANES // rows
     load = _VECTOR_LOADS[dtype]
+    piece = LANES * (4 if dtype == "float32" else 2)
 
-    def emit_group(builder: Any, q: Any, q_stride: Any, addresses: list[Any], head_dim: Any) -> Any:
+    def emit_group(
+        builder: Any, q: Any, q_stride: Any, addresses: list[Any], ahead: list[Any], head_dim: Any
+    ) -> Any:
         sums = _variables(builder, [_constant(0.0)] * LANES)
-        with cgutils.for_range_slice(builder, _INT64(0), head_dim, _INT64(LANES)) as (at, _):
+        with cgutils.for_range_slice(builder, _INT64(0), head_dim, _INT64(LANES)) as (at, step):
             keys = [load(builder, address, at) for address in addresses]
+            for address in ahead:
+                offset = builder.mul(step, _INT64(piece))
+                _prefetch(builder, builder.add(address, offset))
             for row in range(rows):
                 start = builder.add(builder.mul(q_stride, _INT64(row)), at)
                 query = _load_floats(builder, q, start)
                 for key in range(group):
                     slot = sums[row * group + key]
-                    builder.store(
-                        _multiply_add(builder, query, keys[key], builder.load(slot)), slot
-                    )
+                    total = _multiply_add(builder, query, keys[key], builder.load(slot))
+                    builder.store(total, slot)
         return _interleaved_sums(builder, [builder.load(slot) for slot in sums])
 
+    def row_addresses(builder: Any, table: Any, first: Any) -> list[Any]:
+        return [
+            builder.load(_pointer(builder, table, builder.add(first, _INT64(k)), _INT64))
+            for k in range(group)
+        ]
+
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        q, q_stride, keys, num_keys, head_dim, out, out_stride = args
+        q, q_stride, keys, ahead_k, ahead_v, num_keys, head_dim, out, out_stride = args
         with cgutils.for_range_slice(builder, _INT64(0), num_keys, _INT64(group)) as (first, _):
-            addresses = [
-                builder.load(_pointer(builder, keys, builder.add(first, _INT64(k)), _INT64))
-                for k in range(group)
-            ]
-            result = emit_group(builder, q, q_stride, addresses, head_dim)
+            addresses = row_addresses(builder, keys, first)
+            ahead = []
+            if prefetch:
+                ahead = row_addresses(builder, ahead_k, first)
+                ahead += row_addresses(builder, ahead_v, first)
+            result = emit_group(builder, q, q_stride, addresses, ahead, head_dim)
             for row in range(rows):
                 lanes = list(range(row * group, (row + 1) * group))
                 start = builder.add(builder.mul(out_stride, _INT64(row)), first)
@@ -216,8 +239,8 @@ def make_scores(dtype: str, rows: int) -> Any:
         return context.get_dummy_value()
 
     @intrinsic
-    def scores(typingctx, q, q_stride, keys, num_keys, head_dim, out, out_stride):  # type: ignore[no-untyped-def]
-        return types.void(*[types.int64] * 7), codegen
+    def scores(typingctx, q, q_stride, keys, ahead_k, ahead_v, num_keys, head_dim, out, out_stride):  # type: ignore[no-untyped-def]
+        return types.void(*[types.int64] * 9), codegen
 
     return scores
 
@@ -411,25 +434,6 @@ def row_softcap(typingctx, row, count, cap):  # type: ignore[no-untyped-def]
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.float32), codegen
-
-
-@intrinsic
-def prefetch_rows(typingctx, addresses, count, row_bytes):  # type: ignore[no-untyped-def]
-    """Ask for the cache lines of ``count`` rows of ``row_bytes``, whose int64 addresses lie there."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        addresses, count, row_bytes = args
-        byte = ir.IntType(8).as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [byte, _INT32, _INT32, _INT32])
-        prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        with cgutils.for_range(builder, count) as loop:
-            row = builder.load(_pointer(builder, addresses, loop.index, _INT64))
-            with cgutils.for_range_slice(builder, _INT64(0), row_bytes, _INT64(64)) as (at, _):
-                pointer = builder.inttoptr(builder.add(row, at), byte)
-                builder.call(prefetch, [pointer, _INT32(0), _INT32(_KEEP_CLOSE), _INT32(1)])
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64), codegen
 
 
 def _make_load(numba_type: Any, element: Any) -> Any:
