@@ -51,6 +51,37 @@ CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
         attn_logit_softcapping=2.0,
         final_logit_softcapping=30.0,
     ),
+    # Layers of different head dims.
+    "gemma4": lambda: transformers.Gemma4TextConfig(
+        **SMALL,
+        sliding_window=9,
+        layer_types=["sliding_attention", "full_attention"],
+        global_head_dim=32,
+        num_kv_shared_layers=0,
+        hidden_size_per_layer_input=0,
+    ),
+    # Chunked attention, and layers without positions.
+    "llama4": lambda: transformers.Llama4TextConfig(
+        **SMALL,
+        attention_chunk_size=16,
+        num_local_experts=2,
+        intermediate_size_mlp=64,
+    ),
+    # Keys and values of different head dims.
+    "deepseek_v3": lambda: transformers.DeepseekV3Config(
+        **{**SMALL, "num_key_value_heads": 4, "head_dim": 8},
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=8,
+        v_head_dim=16,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+    ),
     "gpt_oss": lambda: transformers.GptOssConfig(
         **SMALL,
         sliding_window=10,
@@ -102,7 +133,8 @@ def save_tiny(name: str, folder: Path) -> TinyModel:
     """Build the tiny model of that family, with every parameter random, and save it."""
     torch.manual_seed(sum(name.encode()))
     config = CONFIGS[name]()
-    attention = "eager" if name in ("gpt_oss", "gemma2") else "sdpa"  # sinks, softcap: eager only
+    # transformers has sinks and softcap in eager attention alone.
+    attention = "eager" if name in ("gpt_oss", "gemma2") else "sdpa"
     model = transformers.AutoModelForCausalLM.from_config(
         config, attn_implementation=attention, dtype=torch.float32
     ).eval()

@@ -228,7 +228,8 @@ def test_a_failing_sampler_ends_one_request(llm: LLM, monkeypatch: pytest.Monkey
     assert llm.stats().pages_used == 0
 
 
-def test_logits_that_are_not_finite_end_the_request(llm: LLM) -> None:
+def test_logits_that_are_not_finite_end_the_request(llama: TinyModel) -> None:
+    llm = engine(llama, acceleration="off")
     llm.add_request("a", [1, 2], GREEDY)
     llm.step()
     with torch.no_grad():
@@ -324,32 +325,38 @@ def test_devices_that_are_not_there(llama: TinyModel) -> None:
         engine(llama, device="warp:9")
 
 
-def test_models_with_other_memory_than_attention(tmp_path: Path) -> None:
-    config = transformers.MambaConfig(
-        vocab_size=64, hidden_size=32, state_size=4, num_hidden_layers=1, intermediate_size=32
-    )
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            transformers.BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=2),
+            "bloom models",
+        ),
+        (
+            transformers.FalconConfig(
+                vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2
+            ),
+            "falcon models",
+        ),
+        (
+            transformers.MiniMaxConfig(**SMALL, num_local_experts=2),
+            "MiniMaxForCausalLM: 1 of 2 layers are attention",
+        ),
+    ],
+)
+def test_models_that_cannot_run(
+    config: transformers.PretrainedConfig, message: str, tmp_path: Path
+) -> None:
+    """Attention that cannot be exchanged, and layers with another memory than keys and values."""
     config.save_pretrained(tmp_path)
-    with pytest.raises((UnsupportedError, InvalidInputError)):
+    with pytest.raises(UnsupportedError, match=message):
         engine(tmp_path, load_format="dummy", max_model_len=64)
 
 
-def test_hybrid_models_are_refused(tmp_path: Path) -> None:
-    """Layers with a running state beside attention layers."""
-    fields = {
-        **SMALL,
-        "layer_types": ["linear_attention", "full_attention"],
-        "num_experts": 2,
-        "num_experts_per_tok": 1,
-        "moe_intermediate_size": 16,
-        "shared_expert_intermediate_size": 16,
-        "linear_num_value_heads": 2,
-        "linear_num_key_heads": 2,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-    }
-    transformers.Qwen3NextConfig(**fields).save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedError):
-        engine(tmp_path, load_format="dummy")
+def test_models_that_transformers_does_not_know(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "no_such_model"}')
+    with pytest.raises(InvalidInputError, match="no_such_model"):
+        engine(tmp_path)
 
 
 def test_rotary_embeddings_that_depend_on_the_length(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ class EngineConfig:
         chunked_prefill_size: most new prompt tokens computed in one step.
         max_running_requests: most requests decoded together.
         enable_prefix_cache: compute prompt prefixes that requests share once.
+        acceleration: ``auto`` exchanges parts of the model for faster ones on a CPU; ``off`` does not.
         attention_backend: provider pinned for every attention call; auto chooses.
         flash_attn_version: interface generation asked for, 3 or 4; None: the fastest.
         seed: of the sampling of requests that bring no seed, and of dummy weights.
@@ -46,6 +47,7 @@ class EngineConfig:
     chunked_prefill_size: int = 512
     max_running_requests: int = 64
     enable_prefix_cache: bool = True
+    acceleration: Literal["auto", "off"] = "auto"
     attention_backend: str = "auto"
     flash_attn_version: Literal[3, 4] | None = None
     seed: int = 0

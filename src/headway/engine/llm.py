@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from headway.engine import kv_cache, loader, sampler
+from headway.engine.acceleration import accelerate
 from headway.engine.attention import PagedAttention, probe_layers
 from headway.engine.config import EngineConfig
 from headway.engine.detokenizer import Decode, Detokenizer
@@ -71,6 +72,7 @@ class LLM:
         self.model_name = loaded.name
         self._eos_token_ids = loaded.eos_token_ids
         self.model = loaded.model
+        self.acceleration = accelerate(self.model, level=config.acceleration)
         self.backend = FlashAttentionBackend(config.attention_backend, config.flash_attn_version)
         probe = probe_layers(self.model, loaded.config)
         (self.dtype,) = probe.dtypes

@@ -11,7 +11,13 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PretrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PretrainedConfig,
+)
 from transformers.utils import logging as transformers_logging
 
 from headway.engine.attention import ATTENTION_NAME
@@ -126,6 +132,23 @@ def _load_config(config: EngineConfig, source: Source) -> PretrainedConfig:
 def _load_model(
     config: EngineConfig, source: Source, model_config: PretrainedConfig
 ) -> transformers.PreTrainedModel:
+    try:
+        model = _build_model(config, source, model_config)
+    except KeyError as error:
+        if error.args != (ATTENTION_NAME,):
+            raise
+        model = None  # older models look their attention up in a table of their own
+    if model is None or not model.is_backend_compatible():
+        raise UnsupportedError(
+            f"{model_config.model_type} models do not let their attention be exchanged "
+            "(transformers: _supports_attention_backend)"
+        )
+    return model
+
+
+def _build_model(
+    config: EngineConfig, source: Source, model_config: PretrainedConfig
+) -> transformers.PreTrainedModel:
     arguments = {
         "dtype": _dtype(config, source, model_config),
         "attn_implementation": ATTENTION_NAME,
@@ -134,23 +157,16 @@ def _load_model(
     if config.load_format == "dummy":
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
-            model = AutoModelForCausalLM.from_config(model_config, **arguments)
-    else:
-        with _hub_errors(config):
-            model = AutoModelForCausalLM.from_pretrained(
-                source.name_or_path,
-                config=model_config,
-                revision=config.revision,
-                **source.arguments,
-                **arguments,
-                **_unpacked(source),
-            )
-    if not model.is_backend_compatible():
-        raise UnsupportedError(
-            f"{type(model).__name__} does not pass attention arguments through its layers "
-            "(transformers: _supports_attention_backend)"
+            return AutoModelForCausalLM.from_config(model_config, **arguments)
+    with _hub_errors(config):
+        return AutoModelForCausalLM.from_pretrained(
+            source.name_or_path,
+            config=model_config,
+            revision=config.revision,
+            **source.arguments,
+            **arguments,
+            **_unpacked(source),
         )
-    return model
 
 
 def _unpacked(source: Source) -> dict[str, Any]:
@@ -196,10 +212,10 @@ def _is_gguf(name: str) -> bool:
 
 @contextlib.contextmanager
 def _hub_errors(config: EngineConfig) -> Iterator[None]:
-    """transformers says OSError for all that is missing, here or on the hub."""
+    """transformers says OSError for all that is missing, and ValueError for kinds it does not know."""
     try:
         yield
-    except OSError as error:
+    except (OSError, ValueError) as error:
         first_line = (
             str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         )
