@@ -73,6 +73,45 @@ def stored(x, source_type: tl.constexpr, ptr_type: tl.constexpr, descale):
 
 
 @jit
+def move_rows(
+    source,
+    source_offsets,
+    to,
+    to_offsets,
+    inside,
+    descale,
+    cos,
+    sin,
+    positions,
+    stride_cos,
+    stride_sin,
+    HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    """Rotate rows of one head and store them as the destination holds them."""
+    x = rotated_rows(
+        source,
+        source_offsets,
+        inside,
+        cos,
+        sin,
+        positions,
+        stride_cos,
+        stride_sin,
+        HALF,
+        INTERLEAVED,
+        WIDTH,
+        BLOCK_WIDTH,
+    )
+    x = stored(x, source.dtype.element_ty, to.dtype.element_ty, descale)
+    cols = tl.arange(0, BLOCK_WIDTH)
+    mask = inside[:, None] & (cols < WIDTH)[None, :]
+    tl.store(to + to_offsets[:, None] + cols[None, :], x, mask=mask)
+
+
+@jit
 def append_kernel(
     k_new,
     v_new,
@@ -141,18 +180,20 @@ def append_kernel(
     if h >= 2 * KV_HEADS:
         head = h - 2 * KV_HEADS
         first, length = query_span(b, cu_seqlens_q, seqused_q, rows_q)
-        inside = step < length
-        positions = base + step
+        turn = base + step
         if not Q_AT_OWN_POSITION:
-            positions = base + step * 0
-        row = (first + step).to(tl.int64)
-        x = rotated_rows(
+            turn = base + step * 0
+        q_rows = (first + step).to(tl.int64)
+        move_rows(
             q + batch * stride_q_batch + head * stride_q_head,
-            row * stride_q_row,
-            inside,
+            q_rows * stride_q_row,
+            q_out + batch * stride_q_out_batch + head * stride_q_out_head,
+            q_rows * stride_q_out_row,
+            step < length,
+            1.0,
             cos,
             sin,
-            positions,
+            turn,
             stride_cos,
             stride_sin,
             HALF,
@@ -160,11 +201,6 @@ def append_kernel(
             D,
             BLOCK_D,
         )
-        cols = tl.arange(0, BLOCK_D)
-        x = stored(x, q.dtype.element_ty, q_out.dtype.element_ty, 1.0)
-        to = q_out + batch * stride_q_out_batch + head * stride_q_out_head
-        to = to + (row * stride_q_out_row)[:, None] + cols[None, :]
-        tl.store(to, x, mask=inside[:, None] & (cols < D)[None, :])
         return
 
     first_new = 0
@@ -185,11 +221,17 @@ def append_kernel(
     else:
         page = cache_row.to(tl.int64)
         row = at.to(tl.int64)
+    descale = 1.0
     if h < KV_HEADS:
-        x = rotated_rows(
+        if k_descale is not None:
+            descale = tl.load(k_descale + b * stride_k_descale_batch + h * stride_k_descale_head)
+        move_rows(
             k_new + batch * stride_k_new_batch + h * stride_k_new_head,
             source_row * stride_k_new_row,
+            k_cache + h * stride_k_head,
+            page * stride_k_page + row * stride_k_row,
             inside,
+            descale,
             cos,
             sin,
             base + step,
@@ -200,22 +242,18 @@ def append_kernel(
             D,
             BLOCK_D,
         )
-        descale = 1.0
-        if k_descale is not None:
-            descale = tl.load(k_descale + b * stride_k_descale_batch + h * stride_k_descale_head)
-        cols = tl.arange(0, BLOCK_D)
-        to = k_cache + h * stride_k_head + page * stride_k_page + row * stride_k_row
-        tl.store(
-            to[:, None] + cols[None, :],
-            stored(x, k_new.dtype.element_ty, k_cache.dtype.element_ty, descale),
-            mask=inside[:, None] & (cols < D)[None, :],
-        )
     else:
-        head = h - KV_HEADS
-        x = rotated_rows(
-            v_new + batch * stride_v_new_batch + head * stride_v_new_head,
+        v_head = h - KV_HEADS
+        if v_descale is not None:
+            scale_at = b * stride_v_descale_batch + v_head * stride_v_descale_head
+            descale = tl.load(v_descale + scale_at)
+        move_rows(
+            v_new + batch * stride_v_new_batch + v_head * stride_v_new_head,
             source_row * stride_v_new_row,
+            v_cache + v_head * stride_v_head,
+            page * stride_v_page + row * stride_v_row,
             inside,
+            descale,
             cos,
             sin,
             base + step,
@@ -225,17 +263,6 @@ def append_kernel(
             INTERLEAVED,
             DV,
             BLOCK_DV,
-        )
-        descale = 1.0
-        if v_descale is not None:
-            at_scale = b * stride_v_descale_batch + head * stride_v_descale_head
-            descale = tl.load(v_descale + at_scale)
-        cols = tl.arange(0, BLOCK_DV)
-        to = v_cache + head * stride_v_head + page * stride_v_page + row * stride_v_row
-        tl.store(
-            to[:, None] + cols[None, :],
-            stored(x, v_new.dtype.element_ty, v_cache.dtype.element_ty, descale),
-            mask=inside[:, None] & (cols < DV)[None, :],
         )
 
 

@@ -29,39 +29,47 @@ def load_rows(
 
 
 @jit
-def row_places(
+def page_numbers(
     table,
     first,
     start,
-    inside,
+    lo,
+    hi,
     PAGE_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ALIGNED: tl.constexpr,
-    MASKED: tl.constexpr,
 ):
-    """(page, row in page) of keys start.. of a sequence; page is 0 where keys are not paged.
+    """Pages of keys start.. of a sequence: one number, or one per key; 0 where keys are not paged.
 
-    ALIGNED says that a tile of BLOCK_N keys never crosses a page: one page number, read once.
+    ALIGNED says that a tile of BLOCK_N keys never crosses a page. Entries of keys outside [lo, hi) are
+    not read: they may hold anything, or lie behind the table.
     """
+    if PAGE_SIZE == 0:
+        return 0
+    elif ALIGNED:
+        return tl.load(table + start // PAGE_SIZE, mask=start < hi, other=0).to(tl.int64)
+    else:
+        n = start + tl.arange(0, BLOCK_N)
+        inside = (n >= lo) & (n < hi)
+        return tl.load(table + (first + n) // PAGE_SIZE, mask=inside, other=0).to(tl.int64)
+
+
+@jit
+def row_places(first, start, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, ALIGNED: tl.constexpr):
+    """Rows of keys start.. within their page, or within the sequence: (one for the tile, one per key)."""
     n = tl.arange(0, BLOCK_N)
     if PAGE_SIZE == 0:
-        return 0, (first + start).to(tl.int64), n
+        return (first + start).to(tl.int64), n
     elif ALIGNED:
-        page = tl.load(table + start // PAGE_SIZE)
-        return page.to(tl.int64), tl.cast(start % PAGE_SIZE, tl.int64), n
+        return tl.cast(start % PAGE_SIZE, tl.int64), n
     else:
-        at = first + start + n
-        if MASKED:
-            page = tl.load(table + at // PAGE_SIZE, mask=inside, other=0)
-        else:
-            page = tl.load(table + at // PAGE_SIZE)
-        return page.to(tl.int64), at % PAGE_SIZE, 0
+        return tl.cast(0, tl.int64), (first + start + n) % PAGE_SIZE
 
 
 @jit
 def offsets_of(page, row, lane, stride_page, stride_row):
-    """int64 element offsets of (page, row) places; ``lane`` is what stays the same along the loop."""
-    return page * stride_page + row.to(tl.int64) * stride_row + lane * stride_row
+    """Element offsets, int64 but for what stays inside a page, of rows ``row + lane`` of pages."""
+    return page * stride_page + row * stride_row + lane * stride_row
 
 
 @jit
@@ -75,6 +83,7 @@ def attend_tile(
     head,
     b,
     start,
+    page,
     lo,
     hi,
     k1_ptr,
@@ -86,7 +95,6 @@ def attend_tile(
     stride_k2_row,
     stride_v_page,
     stride_v_row,
-    table,
     first,
     window_left,
     window_right,
@@ -119,7 +127,7 @@ def attend_tile(
     """One tile of keys: returns (acc, row_sum, row_max) with it taken in."""
     n = start + tl.arange(0, BLOCK_N)
     inside = (n >= lo) & (n < hi)
-    page, row, lane = row_places(table, first, start, inside, PAGE_SIZE, BLOCK_N, ALIGNED, MASKED)
+    row, lane = row_places(first, start, PAGE_SIZE, BLOCK_N, ALIGNED)
     offsets = offsets_of(page, row, lane, stride_k1_page, stride_k1_row)
     k1 = load_rows(k1_ptr, offsets, inside, D1, BLOCK_D1, MASKED)
     k1 = widen(k1, q1.dtype)
@@ -261,7 +269,13 @@ def attend(
             part_begin = interior_end
             part_end = end
         if part == 2 or (mask_mod is None and (part == 1 or HAS_LEFT or HAS_CHUNK)):
+            # Page numbers are read one step ahead, so that no copy of keys waits for its own.
+            page = page_numbers(table, first, part_begin, lo, hi, PAGE_SIZE, BLOCK_N, ALIGNED)
             for start in tl.range(part_begin, part_end, BLOCK_N):
+                following = start + BLOCK_N
+                page_after = page_numbers(
+                    table, first, following, lo, hi, PAGE_SIZE, BLOCK_N, ALIGNED
+                )
                 acc, row_sum, row_max = attend_tile(
                     acc,
                     row_sum,
@@ -272,6 +286,7 @@ def attend(
                     head,
                     b,
                     start,
+                    page,
                     lo,
                     hi,
                     k1_ptr,
@@ -283,7 +298,6 @@ def attend(
                     stride_k2_row,
                     stride_v_page,
                     stride_v_row,
-                    table,
                     first,
                     window_left,
                     window_right,
@@ -313,6 +327,7 @@ def attend(
                     BLOCK_N,
                     part != 1,
                 )
+                page = page_after
     return acc, row_sum, row_max
 
 
