@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from headway.engine.request import SamplingParams
-from headway.engine.sampler import HEAD_SIZE, Row, sample, uniform
+from headway.engine.sampler import BLOCK, HEAD_SIZES, Row, sample, uniform
 
 DRAWS = 4000
 LOGITS = torch.tensor([2.0, 1.5, 1.0, 0.0, -1.0, -2.0, -30.0, 1.5])
@@ -82,15 +82,37 @@ def test_filters_join() -> None:
     assert_close(found, filtered(probs, [0, 1, 7, 2]))
 
 
-def test_top_p_over_a_flat_vocabulary_looks_past_its_head() -> None:
-    """Half the mass of 5,000 equal tokens is 2,500 of them, more than the sampler sorts at first."""
-    vocabulary = 5 * HEAD_SIZE
+def test_top_p_over_a_flat_vocabulary() -> None:
+    """Half the mass of 5,000 nearly equal tokens is the first half of them."""
+    vocabulary, draws = 5000, 1000
     logits = torch.linspace(0, -1e-3, vocabulary)
-    draws = 2000
     rows = [Row(SamplingParams(top_p=0.5), seed=3, index=i) for i in range(draws)]
     tokens = torch.tensor([one.token_id for one in sample(logits.expand(draws, -1), rows)])
-    assert int(tokens.max()) < vocabulary * 0.51
-    assert_close((tokens < HEAD_SIZE).float().mean()[None], torch.tensor([0.4]), draws)
+    assert int(tokens.max()) < vocabulary * 0.501
+    assert_close((tokens < 1000).float().mean()[None], torch.tensor([0.4]), draws)
+
+
+@pytest.mark.parametrize("top_k", [*HEAD_SIZES, HEAD_SIZES[-1] + 1])
+def test_top_k_of_any_size(top_k: int) -> None:
+    vocabulary, draws = 3000, 1000
+    logits = torch.linspace(0, -1e-3, vocabulary)[torch.randperm(vocabulary)]
+    best = set(logits.topk(top_k).indices.tolist())
+    rows = [Row(SamplingParams(top_k=top_k), seed=3, index=i) for i in range(draws)]
+    drawn = {one.token_id for one in sample(logits.expand(draws, -1), rows)}
+    assert drawn <= best
+    assert len(drawn) > min(top_k, draws) / 3
+
+
+@pytest.mark.parametrize("vocabulary", [16 * BLOCK, 16 * BLOCK + 1, 50 * BLOCK, 50 * BLOCK - 7])
+def test_wide_rows(vocabulary: int) -> None:
+    """Draws from a wide vocabulary, of which a few spread tokens have all the mass."""
+    torch.manual_seed(vocabulary)
+    logits = torch.full((vocabulary,), float("-inf"))
+    places = [0, BLOCK - 1, BLOCK, vocabulary // 2, vocabulary - 1]
+    logits[places] = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5])
+    wanted = torch.softmax(logits, dim=-1)
+    assert_close(frequencies(logits, SamplingParams()), wanted)
+    assert_close(frequencies(logits, SamplingParams(top_p=0.999999)), wanted)
 
 
 def test_greedy_is_the_largest() -> None:

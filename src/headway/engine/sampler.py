@@ -15,11 +15,18 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from headway.engine.request import SamplingParams, TokenLogprob
 
-#: Top-p without a top-k looks at this many of the most likely tokens first, at all of them if need be.
-HEAD_SIZE = 1024
+#: A top-k up to one of these has that many tokens sorted, otherwise the whole vocabulary.
+HEAD_SIZES = (64, 1024)
+
+#: Kinds of rows beside those with a top-k.
+WHOLE, NUCLEUS = 0, -1
+
+#: Width of the blocks in which wide rows are searched.
+BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -79,60 +86,65 @@ def uniform(seed: int, index: int) -> float:
 
 def _draw(logits: Tensor, rows: Sequence[Row]) -> list[int]:
     """Tokens for rows that all have a temperature."""
-    temperatures = _column([row.params.temperature for row in rows], logits)
-    scaled = logits / temperatures
+    scaled = logits / _column([row.params.temperature for row in rows], logits)
     uniforms = _column([uniform(row.seed, row.index) for row in rows], logits, torch.float64)
     tokens = [-1] * len(rows)
-    for size, members in _by_head_size(rows, logits.shape[-1]).items():
-        subset = scaled if len(members) == len(rows) else scaled[members]
+    for kind, members in _by_kind(rows, logits.shape[-1]).items():
+        everyone = len(members) == len(rows)
         params = [rows[i].params for i in members]
-        picked = _draw_from(subset, params, uniforms[members], size)
+        subset, numbers = (scaled, uniforms) if everyone else (scaled[members], uniforms[members])
+        if kind == NUCLEUS:
+            each = zip(subset, params, numbers, strict=True)
+            picked = [_draw_from_nucleus(*one) for one in each]
+        elif kind == WHOLE:
+            probs = _keep_min_p(torch.softmax(subset, dim=-1), params)
+            picked = _invert(probs, numbers).tolist()
+        else:
+            picked = _draw_from_head(subset, params, numbers, kind)
         for i, token in zip(members, picked, strict=True):
             tokens[i] = token
     return tokens
 
 
-def _by_head_size(rows: Sequence[Row], vocabulary: int) -> dict[int, list[int]]:
-    """Rows grouped by how many of the most likely tokens they need sorted; 0: none.
+def _by_kind(rows: Sequence[Row], vocabulary: int) -> dict[int, list[int]]:
+    """Rows grouped by what has to be sorted for them: WHOLE nothing, NUCLEUS, or so many of the best.
 
-    The group is a function of the row's own parameters, so that ties fall the same way in every batch.
+    The kind is a function of the row's own parameters, so that ties fall the same way in every batch.
     """
     groups: dict[int, list[int]] = {}
     for i, row in enumerate(rows):
         params = row.params
-        size = 0
+        kind = WHOLE if params.top_p == 1 else NUCLEUS
         if 0 < params.top_k < vocabulary:
-            size = next((n for n in (64, HEAD_SIZE) if params.top_k <= n), vocabulary)
-        elif params.top_p < 1:
-            size = HEAD_SIZE
-        groups.setdefault(min(size, vocabulary), []).append(i)
+            kind = min(next((n for n in HEAD_SIZES if params.top_k <= n), vocabulary), vocabulary)
+        groups.setdefault(kind, []).append(i)
     return groups
 
 
-def _draw_from(
-    scaled: Tensor, params: Sequence[SamplingParams], uniforms: Tensor, head_size: int
+def _draw_from_head(
+    scaled: Tensor, params: Sequence[SamplingParams], uniforms: Tensor, size: int
 ) -> list[int]:
-    """Inverse-CDF draws; with a head size, from that many most likely tokens in descending order."""
-    if head_size == 0:
-        probs = torch.softmax(scaled, dim=-1)
-        return _invert(_keep_min_p(probs, params), uniforms).tolist()
-    values, ids = scaled.topk(head_size, dim=-1)
-    probs = torch.exp(values - scaled.logsumexp(dim=-1, keepdim=True))
-    probs = _keep_top_k(probs, params)
-    # With top-k, top-p counts shares of what top-k left; without, of the whole vocabulary.
-    limited = _column([0 < p.top_k <= head_size for p in params], scaled, torch.bool)
-    totals = torch.where(limited, probs.sum(dim=-1, keepdim=True), 1.0)
-    mass = _column([p.top_p for p in params], scaled) * totals
-    before = probs.cumsum(dim=-1) - probs
-    short = (before[:, -1:] + probs[:, -1:] < mass) & ~limited
-    picked = _invert(_keep_min_p(probs.masked_fill(before >= mass, 0.0), params), uniforms)
-    tokens = ids.gather(-1, picked[:, None])[:, 0].tolist()
-    vocabulary = scaled.shape[-1]
-    if head_size < vocabulary:
-        for i in short[:, 0].nonzero()[:, 0].tolist():
-            row = slice(i, i + 1)
-            tokens[i] = _draw_from(scaled[row], params[row], uniforms[row], vocabulary)[0]
-    return tokens
+    """Draws for rows with a top-k of at most ``size``."""
+    values, ids = scaled.topk(size, dim=-1)
+    probs = _keep_top_k(torch.exp(values - values[:, :1]), params)
+    mass = _column([p.top_p for p in params], scaled) * probs.sum(dim=-1, keepdim=True)
+    probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= mass, 0.0)
+    picked = _invert(_keep_min_p(probs, params), uniforms)
+    return ids.gather(-1, picked[:, None])[:, 0].tolist()
+
+
+def _draw_from_nucleus(scaled: Tensor, params: SamplingParams, uniform: Tensor) -> int:
+    """A draw for one row (vocabulary,) with a top-p and no top-k.
+
+    Tokens less likely than (1 - top_p) / vocabulary have less than 1 - top_p together, so none of them
+    is in the nucleus; what remains to be sorted is a small part of the vocabulary, unless it is flat.
+    """
+    probs = torch.softmax(scaled, dim=-1)
+    ids = (probs >= (1 - params.top_p) / len(probs)).nonzero()[:, 0]
+    values, order = probs[ids].sort(descending=True, stable=True)
+    values = values.masked_fill(values.cumsum(dim=-1) - values >= params.top_p, 0.0)[None]
+    picked = _invert(_keep_min_p(values, [params]), uniform[None])
+    return int(ids[order[picked[0]]])
 
 
 def _keep_top_k(probs: Tensor, params: Sequence[SamplingParams]) -> Tensor:
@@ -153,12 +165,28 @@ def _keep_min_p(probs: Tensor, params: Sequence[SamplingParams]) -> Tensor:
 
 
 def _invert(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """(rows,) index drawn from each row of unnormalised probabilities by its uniform number."""
+    """(rows,) index drawn from each row of unnormalised probabilities by its uniform number (rows, 1).
+
+    A wide row is searched in two steps, first for a block and then within it: a running sum over all of
+    it, exact enough to be drawn from, would cost more than all the rest.
+    """
+    if probs.shape[-1] <= 16 * BLOCK:
+        return _search(probs, uniforms)[0]
+    blocks = functional.pad(probs, (0, -probs.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    block, rest = _search(blocks.sum(dim=-1), uniforms)
+    inside = blocks.gather(1, block[:, None, None].expand(-1, 1, BLOCK))[:, 0]
+    return block * BLOCK + _search(inside, rest)[0]
+
+
+def _search(probs: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """Index of the entry a uniform number falls on, (rows,), and where within it, (rows, 1) in [0, 1)."""
     cumulative = probs.cumsum(dim=-1, dtype=torch.float64)
     target = uniforms * cumulative[:, -1:]
-    # right=True finds the first index whose cumulative mass exceeds the target: never one of mass zero.
-    index = torch.searchsorted(cumulative, target, right=True)[:, 0]
-    return index.clamp_(max=probs.shape[-1] - 1)
+    # right=True finds the first entry whose cumulative mass exceeds the target: never one of mass zero.
+    index = torch.searchsorted(cumulative, target, right=True)
+    mass = probs.gather(-1, index).double()
+    rest = (target - (cumulative.gather(-1, index) - mass)) / mass
+    return index[:, 0], rest.clamp_(0, 1 - 2.0**-53)
 
 
 def _logprobs(
