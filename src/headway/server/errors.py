@@ -39,8 +39,8 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.message = message
-        self.param = param
+        self.message = _printable(message)
+        self.param = None if param is None else _printable(param)
         self.code = code
         self.headers = headers
 
@@ -60,6 +60,11 @@ class ApiError(Exception):
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.body, self.status, headers=self.headers)
+
+
+def _printable(text: str) -> str:
+    """What a client wrote may come back in a message, and need not be Unicode text."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def invalid(param: str | None, message: str, code: str | None = "invalid_value") -> ApiError:

@@ -28,6 +28,8 @@ from headway.server.protocol import GenerationRequest
 CLIENT_GONE = 499  # nginx's number for it; no client ever reads it
 STATUS_KEY = "headway.status"  # in the ASGI scope: the outcome, where it is not the status sent
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
 T = TypeVar("T")
 
 
@@ -151,7 +153,7 @@ async def _events(group: Group, answer: Answer, watch: Stopwatch) -> AsyncIterat
 
 
 def _event(data: dict[str, Any]) -> bytes:
-    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
+    return f"data: {_ENCODER.encode(data)}\n\n".encode()
 
 
 class EventStream(Response):
