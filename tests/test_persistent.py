@@ -167,10 +167,10 @@ def test_execution_and_reduction_equal_dense_attention(case):
     """Every row of the output is written once, and no unwritten row of the partials is read."""
     work = planned(case)
     q, k, v, pages = random_tensors(case)
-    partial_out, partial_lse = persistent.partial_buffers(work, q.shape[1], 4, q.device)
-    out, lse = torch.full((*q.shape[:2], 4), torch.nan), torch.full(q.shape[:2], torch.nan)
+    heads, rows = q.shape[1], max(work.partial_rows, 1)
     out, lse, partial_out, partial_lse = (
-        t.double().fill_(torch.nan) for t in (out, lse, partial_out, partial_lse)
+        torch.full(shape, torch.nan, dtype=torch.float64)
+        for shape in ((len(q), heads, 4), (len(q), heads), (rows, heads, 4), (rows, heads))
     )
     persistent.execute(
         work,

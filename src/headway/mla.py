@@ -13,11 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from headway import persistent
+from headway import persistent, quant
 from headway.errors import InvalidInputError
-from headway.persistent import Granularity
+from headway.interface import flash_attn_varlen_func
+from headway.persistent import DeviceWork, Granularity
+from headway.problem import FLOAT8_DTYPES
 
-__all__ = ["get_ps_metadata_info_v1", "get_ps_metadata_v1"]
+__all__ = ["get_ps_metadata_info_v1", "get_ps_metadata_v1", "plan_prefill", "prefill"]
+
+#: What prefill's kernel takes at a time: query tokens of a tile, keys of a unit.
+TILE = Granularity(qhead=1, qlen=128, kvlen=128)
 
 #: Shape, as an int where there is one dimension, and dtype of one buffer.
 BufferInfo: TypeAlias = "tuple[int | tuple[int, int], torch.dtype]"
@@ -147,3 +152,238 @@ def _compute_units(device: torch.device | None) -> int:
     if on_gpu:
         return torch.cuda.get_device_properties(device).multi_processor_count
     return os.cpu_count() or 1
+
+
+# --- prefill --------------------------------------------------------------------------------------------
+
+
+def plan_prefill(
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    num_heads_k: int,
+    causal: bool = True,
+    device: torch.device | None = None,
+    num_cu: int | None = None,
+) -> DeviceWork:
+    """The schedule of one step's :func:`prefill`, for all of its layers.
+
+    Args:
+        cu_seqlens_q, cu_seqlens_k: (B + 1) first tokens of each request; on the host, or it costs a
+            synchronisation.
+        num_heads_k: KV heads, after the up-projection as many as query heads.
+        device: where the layers run; default: that of cu_seqlens_q.
+        num_cu: programs that share the work, default the multiprocessors of the device.
+
+    Raises:
+        InvalidInputError: lengths that do not fit together; causal with more query tokens than keys.
+    """
+    device = cu_seqlens_q.device if device is None else device
+    qo, kv = (t.cpu().numpy() for t in (cu_seqlens_q, cu_seqlens_k))
+    return persistent.plan_on_device(
+        qo,
+        kv,
+        np.diff(kv),
+        device,
+        num_heads_k=num_heads_k,
+        num_cu=_compute_units(device) if num_cu is None else num_cu,
+        granularity=TILE,
+        is_causal=causal,
+    )
+
+
+def prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = True,
+    fp8: bool | None = None,
+    q_scale: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    plan: DeviceWork | None = None,
+    out: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Prefill attention after the up-projection of latent keys and values, heads 192 and 128 wide.
+
+    In float8 the inputs are quantised with one scale per tensor, taken from their largest magnitudes unless
+    scales are given, and attended over a persistent schedule. Otherwise this is
+    :func:`headway.flash_attn_varlen_func`. A chunk of cached prefix is a call with ``causal=False``.
+
+    Args:
+        q: (total_q, Hq, D), k: (total_k, Hkv, D), v: (total_k, Hkv, Dv); bfloat16 or float16, or float8.
+        cu_seqlens_q, cu_seqlens_k: (B + 1) int32. Causal: the last query sees the last key.
+        softmax_scale: default 1 / sqrt(D).
+        fp8: multiply in float8; default: if inputs are float8, or HEADWAY_FP8_PREFILL=1 is set.
+        q_scale, k_scale, v_scale: float32, one element or one per KV head: the number that a stored 1
+            means.
+        plan: from :func:`plan_prefill`, made once per step; without, made here, which reads cu_seqlens.
+        out: (total_q, Hq, Dv), where to put the result.
+
+    Returns:
+        out, bfloat16 (or as q or ``out`` is), or (out, lse) with lse float32 (Hq, total_q), natural log.
+
+    Raises:
+        InvalidInputError: shapes, dtypes, scales or a plan that do not fit the call.
+    """
+    fp8 = _wants_float8(q, fp8)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    if not fp8:
+        if any(s is not None for s in (q_scale, k_scale, v_scale)):
+            raise InvalidInputError("q_scale", "scales without float8", "fp8=True, or no scales")
+        return flash_attn_varlen_func(
+            q,
+            k,
+            v,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max_seqlen_q,
+            max_seqlen_k,
+            softmax_scale=scale,
+            causal=causal,
+            out=out,
+            return_attn_probs=return_lse,
+        )
+    _check_prefill(q, k, v, plan, causal)
+    if plan is None:
+        plan = plan_prefill(
+            cu_seqlens_q, cu_seqlens_k, num_heads_k=k.shape[1], causal=causal, device=q.device
+        )
+    if plan.total_q != q.shape[0] or plan.total_k != k.shape[0]:
+        given = f"a plan for {plan.total_q} query tokens and {plan.total_k} keys"
+        raise InvalidInputError("plan", given, f"one for {q.shape[0]} and {k.shape[0]}")
+    if out is None:
+        dtype = torch.bfloat16 if q.dtype in FLOAT8_DTYPES else q.dtype
+        out = torch.empty(*q.shape[:2], v.shape[2], dtype=dtype, device=q.device)
+    lse = torch.empty(q.shape[1], q.shape[0], device=q.device) if return_lse else None
+    scales = (q_scale, k_scale, v_scale)
+    run = _float8_on_cpu if q.device.type == "cpu" else _float8_on_kernels
+    run(plan, (q, k, v), scales, scale, out, lse)
+    return out if lse is None else (out, lse)
+
+
+Inputs: TypeAlias = "tuple[Tensor, Tensor, Tensor]"
+InputScales: TypeAlias = "tuple[Tensor | None, Tensor | None, Tensor | None]"
+
+
+def _wants_float8(q: Tensor, fp8: bool | None) -> bool:
+    stored = q.dtype in FLOAT8_DTYPES
+    if fp8 is None:
+        switch = os.environ.get("HEADWAY_FP8_PREFILL", "0").lower()
+        if switch not in ("0", "1", "false", "true", "off", "on"):
+            raise InvalidInputError("HEADWAY_FP8_PREFILL", repr(switch), "0 or 1")
+        return stored or switch in ("1", "true", "on")
+    if stored and not fp8:
+        raise InvalidInputError("fp8", "False with float8 inputs", "True, or inputs in bfloat16")
+    return fp8
+
+
+def _check_prefill(q: Tensor, k: Tensor, v: Tensor, plan: DeviceWork | None, causal: bool) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dim() != 3 or tensor.stride(-1) != 1 or tensor.dtype != q.dtype:
+            given = f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+            wanted = "three tensors (tokens, heads, width) of one dtype, contiguous in width"
+            raise InvalidInputError(name, given, wanted)
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if k.shape[:2] != v.shape[:2] or q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
+        wanted = "k and v of as many tokens and heads, q and k of one width, Hkv dividing Hq"
+        raise InvalidInputError("k", shapes, wanted)
+    if plan is None:
+        return
+    made_for = (plan.num_heads_k, plan.is_causal, plan.granularity, plan.block_size)
+    if made_for != (k.shape[1], causal, TILE, 1):
+        given = f"one for {plan.num_heads_k} KV heads, causal={plan.is_causal}"
+        wanted = f"one from plan_prefill for {k.shape[1]} KV heads, causal={causal}"
+        raise InvalidInputError("plan", given, wanted)
+
+
+def _quantised(x: Tensor, scale: Tensor | None, dtype: torch.dtype, group: int) -> quant.Quantised:
+    """x in float8 and its scales per tensor or KV head; ``group`` of its heads share a KV head."""
+    if scale is None:
+        scale = quant.amax_scale(x, dtype)
+    scale = scale.reshape(-1).float()
+    for_heads = scale.repeat_interleave(group) if scale.numel() > 1 else scale
+    return quant.Quantised(quant.quantise(x, dtype, scale=for_heads).values, scale)
+
+
+def _float8_on_kernels(
+    plan: DeviceWork,
+    inputs: Inputs,
+    scales: InputScales,
+    softmax_scale: float,
+    out: Tensor,
+    lse: Tensor | None,
+) -> None:
+    from headway.kernels.portable.mla_prefill import Scales, mla_prefill
+    from headway.kernels.portable.quantise import transpose_values
+
+    q, k, v = inputs
+    q_scale, k_scale, v_scale = scales
+    stored = q.dtype in FLOAT8_DTYPES
+    dtype = q.dtype if stored else quant.native_float8(q.device)
+    if not stored:
+        q, q_scale = _quantised(q, q_scale, dtype, q.shape[1] // k.shape[1])
+        k, k_scale = _quantised(k, k_scale, dtype, 1)
+        v_scale = quant.amax_scale(v, dtype) if v_scale is None else v_scale.reshape(-1).float()
+    values = torch.empty(*v.shape[1:], plan.padded_keys, dtype=dtype, device=v.device)
+    transpose_values(
+        v,
+        None if stored else v_scale,
+        values,
+        plan.kv_indptr,
+        plan.value_indptr,
+        plan.max_seqlen_k,
+        plan.granularity.kvlen,
+    )
+    mla_prefill(
+        plan,
+        q,
+        k,
+        values,
+        out,
+        None if lse is None else lse.T,
+        softmax_scale=softmax_scale,
+        scales=Scales(q_scale, k_scale, v_scale),
+        v_transposed=True,
+    )
+
+
+def _float8_on_cpu(
+    plan: DeviceWork,
+    inputs: Inputs,
+    scales: InputScales,
+    softmax_scale: float,
+    out: Tensor,
+    lse: Tensor | None,
+) -> None:
+    """The same rounding of the inputs, then attention in float32: a CPU has no float8 arithmetic."""
+    groups = (inputs[0].shape[1] // inputs[1].shape[1], 1, 1)
+    wide = []
+    for x, scale, group in zip(inputs, scales, groups, strict=True):
+        if x.dtype in FLOAT8_DTYPES:
+            stored, scale = x, torch.ones(1) if scale is None else scale.reshape(-1)
+        else:
+            stored, scale = _quantised(x, scale, quant.native_float8(x.device), group)
+        for_heads = scale.repeat_interleave(group) if scale.numel() > 1 else scale
+        wide.append(quant.dequantise(stored, for_heads))
+    q, k, v = wide
+    attended, attended_lse = flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        plan.qo_indptr,
+        plan.kv_indptr,
+        softmax_scale=softmax_scale,
+        causal=plan.is_causal,
+        return_lse=True,
+    )
+    out.copy_(attended)
+    if lse is not None:
+        lse.copy_(attended_lse)

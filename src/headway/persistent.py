@@ -250,16 +250,121 @@ def _reduce_lists(base: Ints) -> tuple[Ints, Ints, Ints]:
     return indptr.astype(np.int32), final_map.astype(np.int32), parts[:, 1].astype(np.int32)
 
 
+# --- on the device --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DeviceWork:
+    """A plan where kernels can read it: int32 tensors that share one allocation, and what launches need.
+
+    ``value_indptr`` (B + 1) says where each request's keys start when they are padded to whole units.
+    """
+
+    work_indptr: Tensor
+    work_info: Tensor
+    reduce_indptr: Tensor
+    reduce_final_map: Tensor
+    reduce_partial_map: Tensor
+    qo_indptr: Tensor
+    kv_indptr: Tensor
+    context_lens: Tensor
+    value_indptr: Tensor
+    num_heads_k: int
+    granularity: Granularity
+    block_size: int
+    is_causal: bool
+    partial_rows: int
+    total_q: int
+    total_k: int
+    max_seqlen_k: int
+    padded_keys: int
+
+    @property
+    def num_cu(self) -> int:
+        return self.work_indptr.shape[0] - 1
+
+    @property
+    def num_groups(self) -> int:
+        return self.reduce_final_map.shape[0]
+
+    def partial_buffers(self, num_heads: int, head_dim_v: int) -> tuple[Tensor, Tensor]:
+        """Uninitialised partial_out (rows, Hq, Dv) and partial_lse (rows, Hq), at least one row."""
+        rows, device = max(self.partial_rows, 1), self.work_info.device
+        out = torch.empty(rows, num_heads, head_dim_v, dtype=torch.float32, device=device)
+        return out, torch.empty(rows, num_heads, dtype=torch.float32, device=device)
+
+
+def plan_on_device(
+    qo_indptr: Sequence[int] | Ints,
+    kv_indptr: Sequence[int] | Ints,
+    context_lens: Sequence[int] | Ints,
+    device: torch.device,
+    *,
+    num_heads_k: int,
+    num_cu: int,
+    granularity: Granularity,
+    block_size: int = 1,
+    is_causal: bool = True,
+) -> DeviceWork:
+    """:func:`plan`, copied to a device in one piece, on its current stream and without waiting for it."""
+    work = plan(
+        qo_indptr,
+        kv_indptr,
+        context_lens,
+        num_heads_k=num_heads_k,
+        num_cu=num_cu,
+        granularity=granularity,
+        block_size=block_size,
+        is_causal=is_causal,
+    )
+    lens = np.asarray(context_lens, np.int64)
+    values = np.concatenate(([0], np.cumsum(-(-lens // granularity.kvlen) * granularity.kvlen)))
+    lists = (
+        work.work_info,  # first: rows of 32 bytes, on an aligned address
+        work.work_indptr,
+        work.reduce_indptr,
+        work.reduce_final_map,
+        work.reduce_partial_map,
+        np.asarray(qo_indptr),
+        np.asarray(kv_indptr),
+        lens,
+        values,
+    )
+    info, indptr, reduce_indptr, final_map, partial_map, qo, kv, context, padded = _copied(
+        lists, device
+    )
+    return DeviceWork(
+        indptr,
+        info,
+        reduce_indptr,
+        final_map,
+        partial_map,
+        qo,
+        kv,
+        context,
+        padded,
+        num_heads_k,
+        granularity,
+        block_size,
+        is_causal,
+        work.partial_rows,
+        int(qo_indptr[-1]),
+        int(kv_indptr[-1]) * block_size,
+        int(lens.max(initial=0)),
+        int(values[-1]),
+    )
+
+
+def _copied(lists: Sequence[Ints], device: torch.device) -> list[Tensor]:
+    """Arrays as int32 tensors on a device, through one pinned buffer that torch keeps until read."""
+    sizes = [values.size for values in lists]
+    host = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=device.type == "cuda")
+    np.concatenate([values.ravel() for values in lists], out=host.numpy(), casting="unsafe")
+    pieces = host.to(device, non_blocking=True).split(sizes)
+    return [piece.view(values.shape) for piece, values in zip(pieces, lists, strict=True)]
+
+
 # --- what the lists mean --------------------------------------------------------------------------------
-
-
-def partial_buffers(
-    work: WorkList, num_heads: int, head_dim_v: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Uninitialised partial_out (rows, Hq, Dv) and partial_lse (rows, Hq), float32, one row at least."""
-    rows = max(work.partial_rows, 1)
-    out = torch.empty(rows, num_heads, head_dim_v, dtype=torch.float32, device=device)
-    return out, torch.empty(rows, num_heads, dtype=torch.float32, device=device)
 
 
 def execute(

@@ -1,0 +1,202 @@
+"""float8 quantisation: the largest magnitude of a tensor, and values scaled, saturated and rounded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from headway.kernels._triton import cdiv, jit, next_power_of_2, tl
+from headway.kernels.portable.numeric import to_e4m3_bits
+from headway.kernels.portable.operands import bits, device_of
+
+
+@jit
+def amax_kernel(
+    x_ptr,
+    out_ptr,
+    rows,
+    stride_row,
+    stride_head,
+    WIDTH: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """out[block, head]: largest finite magnitude of BLOCK_ROWS rows of a head."""
+    head = tl.program_id(0)
+    row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    col = tl.arange(0, BLOCK_WIDTH)
+    inside = (row < rows)[:, None] & (col < WIDTH)[None, :]
+    at = row.to(tl.int64)[:, None] * stride_row + head * stride_head + col[None, :]
+    size = tl.abs(tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32))
+    size = tl.where(size < float("inf"), size, 0.0)
+    tl.store(out_ptr + tl.program_id(1) * tl.num_programs(0) + head, tl.max(tl.max(size, 1), 0))
+
+
+@jit
+def to_float8(x, dtype: tl.constexpr, limit):
+    """float32 as float8, or as the bits of float8_e4m3fn where the device has none; saturates."""
+    if dtype == tl.uint8:
+        return to_e4m3_bits(x)
+    else:
+        kept = tl.where(x == x, tl.minimum(tl.maximum(x, -limit), limit), x)
+        return kept.to(dtype)
+
+
+@jit
+def quantise_kernel(
+    x_ptr,
+    out_ptr,
+    scale_ptr,
+    limit,
+    rows,
+    stride_row,
+    stride_head,
+    stride_out_row,
+    stride_out_head,
+    stride_scale,
+    WIDTH: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """out = x / scale[head], rounded and saturated."""
+    head = tl.program_id(0)
+    row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    col = tl.arange(0, BLOCK_WIDTH)
+    inside = (row < rows)[:, None] & (col < WIDTH)[None, :]
+    wide = row.to(tl.int64)[:, None]
+    x = tl.load(
+        x_ptr + wide * stride_row + head * stride_head + col[None, :], mask=inside, other=0.0
+    )
+    x = x.to(tl.float32) * (1.0 / tl.load(scale_ptr + head * stride_scale))
+    at = wide * stride_out_row + head * stride_out_head + col[None, :]
+    tl.store(out_ptr + at, to_float8(x, out_ptr.dtype.element_ty, limit), mask=inside)
+
+
+@jit
+def transpose_values_kernel(
+    v_ptr,
+    out_ptr,
+    scale_ptr,
+    limit,
+    kv_indptr,
+    value_indptr,
+    stride_row,
+    stride_head,
+    stride_out_head,
+    stride_out_dim,
+    stride_scale,
+    QUANTISE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Make keys the contiguous dimension, each request's from ``value_indptr`` on, zeros behind its end."""
+    b = tl.program_id(2)
+    head = tl.program_id(0)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tl.load(kv_indptr + b)
+    length = tl.load(kv_indptr + b + 1) - first
+    if tl.program_id(1) * BLOCK_N >= length:
+        return
+    col = tl.arange(0, BLOCK_WIDTH)
+    inside = (n < length)[:, None] & (col < WIDTH)[None, :]
+    at = (first + n).to(tl.int64)[:, None] * stride_row + head * stride_head + col[None, :]
+    if QUANTISE:
+        x = tl.load(v_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        x = x * (1.0 / tl.load(scale_ptr + head * stride_scale))
+        x = to_float8(x, out_ptr.dtype.element_ty, limit)
+    else:
+        ZERO: tl.constexpr = 0 if v_ptr.dtype.element_ty.is_int() else 0.0
+        x = tl.load(v_ptr + at, mask=inside, other=ZERO)
+    place = tl.load(value_indptr + b) + n
+    at = head * stride_out_head + col.to(tl.int64)[:, None] * stride_out_dim + place[None, :]
+    tl.store(out_ptr + at, tl.trans(x), mask=(col < WIDTH)[:, None])
+
+
+@dataclass(frozen=True)
+class QuantiseTile:
+    """Rows that a program handles."""
+
+    rows: int = 64
+    num_warps: int = 4
+
+
+def amax(x: Tensor, tile: QuantiseTile = QuantiseTile()) -> Tensor:
+    """(heads,) float32 largest finite magnitudes of (rows, heads, width)."""
+    rows, heads, width = x.shape
+    blocks = max(cdiv(rows, tile.rows), 1)
+    out = torch.empty(blocks, heads, dtype=torch.float32, device=x.device)
+    amax_kernel[(heads, blocks)](
+        x,
+        out,
+        rows,
+        x.stride(0),
+        x.stride(1),
+        WIDTH=width,
+        BLOCK_WIDTH=next_power_of_2(width),
+        BLOCK_ROWS=tile.rows,
+        num_warps=tile.num_warps,
+    )
+    return out.amax(0)
+
+
+def quantise(x: Tensor, scale: Tensor, out: Tensor, tile: QuantiseTile = QuantiseTile()) -> None:
+    """``out`` (rows, heads, width) float8 = x / scale; scale (heads,) or (1,) float32."""
+    rows, heads, width = x.shape
+    if rows == 0:
+        return
+    quantise_kernel[(heads, cdiv(rows, tile.rows))](
+        x,
+        bits(out, device_of(x.device).converts_float8),
+        scale,
+        torch.finfo(out.dtype).max,
+        rows,
+        x.stride(0),
+        x.stride(1),
+        out.stride(0),
+        out.stride(1),
+        scale.stride(0) if scale.numel() > 1 else 0,
+        WIDTH=width,
+        BLOCK_WIDTH=next_power_of_2(width),
+        BLOCK_ROWS=tile.rows,
+        num_warps=tile.num_warps,
+    )
+
+
+def transpose_values(
+    v: Tensor,
+    scale: Tensor | None,
+    out: Tensor,
+    kv_indptr: Tensor,
+    value_indptr: Tensor,
+    max_seqlen_k: int,
+    block_n: int,
+    num_warps: int = 4,
+) -> None:
+    """``out`` (Hkv, Dv, padded keys) from v (total_k, Hkv, Dv), quantised by ``scale`` if v is no float8.
+
+    Request b's keys go to columns ``value_indptr[b]`` on, multiples of block_n; columns behind its last
+    key, up to the next multiple, become zero.
+    """
+    native = device_of(v.device).converts_float8
+    _, heads, width = v.shape
+    transpose_values_kernel[(heads, max(cdiv(max_seqlen_k, block_n), 1), len(kv_indptr) - 1)](
+        bits(v, native),
+        bits(out, native),
+        scale,
+        torch.finfo(out.dtype).max,
+        kv_indptr,
+        value_indptr,
+        v.stride(0),
+        v.stride(1),
+        out.stride(0),
+        out.stride(1),
+        scale.stride(0) if scale is not None and scale.numel() > 1 else 0,
+        QUANTISE=scale is not None,
+        WIDTH=width,
+        BLOCK_WIDTH=next_power_of_2(width),
+        BLOCK_N=block_n,
+        num_warps=num_warps,
+    )

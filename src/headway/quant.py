@@ -1,0 +1,120 @@
+"""float8 quantisation with scales from the data: one per tensor or one per head.
+
+``values * scale`` is the number meant. Scales put the largest finite magnitude at the top of the format, so
+nothing overflows; given scales saturate. A plain cast would turn 449 into NaN (e4m3fn) or lose it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from headway.errors import InvalidInputError
+from headway.problem import FLOAT8_DTYPES
+
+Per = Literal["tensor", "head"]
+
+
+class Quantised(NamedTuple):
+    """float8 values in the shape of the original, and float32 scales: (1,), or (heads,) per head."""
+
+    values: Tensor
+    scale: Tensor
+
+
+def native_float8(device: torch.device) -> torch.dtype:
+    """The e4m3 format that a device multiplies: fnuz (up to 240) on AMD's gfx942, else fn (up to 448)."""
+    if device.type == "cuda" and torch.version.hip is not None:
+        arch = torch.cuda.get_device_properties(device).gcnArchName
+        if arch.startswith("gfx94"):
+            return torch.float8_e4m3fnuz
+    return torch.float8_e4m3fn
+
+
+def amax_scale(x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn, per: Per = "tensor") -> Tensor:
+    """The scale that puts the largest finite magnitude of ``x`` at the largest value of ``dtype``.
+
+    Args:
+        x: (..., heads, width), floating point.
+        per: "tensor" gives shape (1,), "head" one scale for each entry of the second to last dimension.
+
+    Returns:
+        float32, positive; 1 where all is zero. No device synchronisation.
+    """
+    _check(x, dtype, per)
+    rows = x.reshape(-1, *x.shape[-2:])
+    largest = _amax(rows)
+    if per == "tensor":
+        largest = largest.amax(0, keepdim=True)
+    scale = largest / torch.finfo(dtype).max
+    return torch.where(scale > 0, scale, 1.0)
+
+
+def quantise(
+    x: Tensor,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    per: Per = "tensor",
+    scale: Tensor | None = None,
+) -> Quantised:
+    """Values of ``x`` divided by a scale, rounded to nearest even and saturated to ``dtype``.
+
+    Args:
+        x: (..., heads, width), floating point.
+        scale: float32 (1,) or (heads,), to be used in place of the data's own. Infinities and values
+            beyond the format become its largest value; NaN stays NaN, and only where it was.
+
+    Raises:
+        InvalidInputError: x has less than two dimensions or is float8, or scale has a wrong shape.
+    """
+    _check(x, dtype, per)
+    if scale is None:
+        scale = amax_scale(x, dtype, per)
+    scale = scale.reshape(-1).float()
+    if scale.numel() not in (1, x.shape[-2]):
+        wanted = f"1 element, or one for each of the {x.shape[-2]} heads"
+        raise InvalidInputError("scale", f"{scale.numel()} elements", wanted)
+    values = torch.empty(x.shape, dtype=dtype, device=x.device)
+    _fill(x.reshape(-1, *x.shape[-2:]), scale, values.view(-1, *x.shape[-2:]))
+    return Quantised(values, scale)
+
+
+def dequantise(values: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``values * scale`` of (..., heads, width) float8 values."""
+    return (values.float() * scale.reshape(-1, 1)).to(dtype)
+
+
+def _check(x: Tensor, dtype: torch.dtype, per: str) -> None:
+    if dtype not in FLOAT8_DTYPES:
+        raise InvalidInputError("dtype", dtype, "a float8 dtype")
+    if x.dim() < 2 or not x.is_floating_point() or x.dtype in FLOAT8_DTYPES:
+        given = f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
+        raise InvalidInputError("x", given, "(..., heads, width) in a wider floating-point dtype")
+    if per not in ("tensor", "head"):
+        raise InvalidInputError("per", per, '"tensor" or "head"')
+
+
+def _amax(rows: Tensor) -> Tensor:
+    if rows.numel() == 0:
+        return torch.zeros(rows.shape[1], device=rows.device)
+    if _on_kernels(rows):
+        from headway.kernels.portable import quantise as kernels
+
+        return kernels.amax(rows)
+    size = rows.abs().float()
+    return torch.where(size < float("inf"), size, 0.0).amax((0, 2))
+
+
+def _fill(rows: Tensor, scale: Tensor, values: Tensor) -> None:
+    if _on_kernels(rows):
+        from headway.kernels.portable import quantise as kernels
+
+        kernels.quantise(rows, scale, values)
+        return
+    limit = torch.finfo(values.dtype).max
+    values.copy_((rows.float() / scale[:, None]).clamp(-limit, limit).to(values.dtype))
+
+
+def _on_kernels(rows: Tensor) -> bool:
+    return rows.device.type in ("cuda", "meta") and rows.stride(-1) == 1
