@@ -82,6 +82,13 @@ def test_every_part_of_a_llama_is_exchanged() -> None:
     assert "15 linear layers packed (10 merged)" in str(report)
 
 
+def test_a_second_call_finds_nothing_to_do() -> None:
+    model = random_model("llama", torch.float32)
+    accelerate(model)
+    again = accelerate(model)
+    assert (again.packed_linears, again.norms, again.rotaries) == (0, 0, 0)
+
+
 def test_other_models_keep_their_rotary_function() -> None:
     pytest.importorskip("numba")
     untouched = random_model("llama", torch.float32)
