@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 __all__ = [
     "INTERPRETED",
@@ -31,6 +32,8 @@ __all__ = [
     "cta_barrier",
     "descriptor",
     "fence_async_shared",
+    "gdc_launch_dependents",
+    "gdc_wait",
     "gl",
     "gluon",
     "jit",
@@ -54,7 +57,8 @@ next_power_of_2 = triton.next_power_of_2
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 # Hopper's names moved between 3.6 and 3.9; kernels use these.
-#: Bulk tensor copies: (descriptor, coordinates, barrier, smem, pred=True) in, (descriptor, coordinates, smem) out.
+#: Bulk tensor copies: in (descriptor, coordinates, barrier, smem, pred=True), out (descriptor,
+#: coordinates, smem).
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 #: A barrier over the threads of the calling partition.

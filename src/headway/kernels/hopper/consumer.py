@@ -1,0 +1,423 @@
+"""A consumer warpgroup of the forward kernel: QK, softmax and PV for 64 query rows, and their output."""
+
+# Gluon reads the annotations of aggregates as classes: no postponed evaluation here.
+from headway.kernels._triton import (
+    aggregate,
+    cta_barrier,
+    fence_async_shared,
+    gl,
+    gluon,
+    mbarrier,
+    tma,
+    tma_store,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from headway.kernels.hopper import pipeline
+from headway.kernels.hopper.masks import mask_scores, row_limits
+from headway.kernels.hopper.softmax import (
+    LOG2E,
+    finish,
+    partial_sums,
+    rescale,
+    soft_cap,
+    softmax_block,
+)
+
+
+@aggregate
+class Rows:
+    """The rows of one warpgroup in a tile, and the key blocks they see: [begin, end), of which the last
+    ``right`` and the first ``left`` need a mask."""
+
+    batch: gl.tensor
+    head: gl.tensor  # (64,)
+    position: gl.tensor  # (64,) absolute
+    lo: gl.tensor  # (64,) first visible key
+    hi: gl.tensor  # (64,) end of the visible keys
+    seqlen_k: gl.tensor
+    begin: gl.tensor
+    end: gl.tensor
+    left: gl.tensor
+    right: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, batch, head, position, lo, hi, seqlen_k, begin, end, left, right):
+        self.batch = batch
+        self.head = head
+        self.position = position
+        self.lo = lo
+        self.hi = hi
+        self.seqlen_k = seqlen_k
+        self.begin = begin
+        self.end = end
+        self.left = left
+        self.right = right
+
+
+@gluon.jit
+def _clamp(x, low, high):
+    return gl.minimum(gl.maximum(x, low), high)
+
+
+@gluon.jit
+def _rows_of(tile, call, WARPGROUP: gl.constexpr, cfg: gl.constexpr):
+    first = tile.row + WARPGROUP * 64
+    last = gl.minimum(first + 64, tile.rows) - 1
+    offset = tile.seqlen_k - tile.rows // cfg.pack
+    row = first + gl.arange(0, 64, layout=cfg.scores_row)
+    position = row // cfg.pack + offset
+    first_lo, first_hi = row_limits(first // cfg.pack + offset, tile.seqlen_k, call, cfg)
+    last_lo, last_hi = row_limits(last // cfg.pack + offset, tile.seqlen_k, call, cfg)
+    lo, hi = row_limits(position, tile.seqlen_k, call, cfg)
+    begin = _clamp(first_lo // cfg.block_n, tile.block_begin, tile.block_end)
+    end = _clamp(gl.cdiv(last_hi, cfg.block_n), begin, tile.block_end)
+    end = gl.where(first > last, begin, end)
+    return Rows(
+        tile.batch,
+        tile.head * cfg.pack + row % cfg.pack,
+        position,
+        lo,
+        hi,
+        tile.seqlen_k,
+        begin,
+        end,
+        _clamp(gl.cdiv(last_lo, cfg.block_n), begin, end) - begin,
+        end - _clamp(gl.maximum(first_hi, 0) // cfg.block_n, begin, end),
+    )
+
+
+@gluon.jit
+def _adjust(
+    scores,
+    rows,
+    block,
+    masked,
+    call,
+    score_mod: gl.constexpr,
+    mask_mod: gl.constexpr,
+    aux,
+    cfg: gl.constexpr,
+):
+    """Everything between QK and the softmax: soft cap, score and mask functions, and the mask."""
+    if cfg.has_soft_cap:
+        scores = soft_cap(scores, call.softmax_scale, call.softcap)
+    elif score_mod is not None:
+        scores = scores * call.softmax_scale
+    if score_mod is not None or mask_mod is not None:
+        columns = gl.arange(0, cfg.block_n, layout=gl.SliceLayout(0, cfg.scores))
+        kv_idx = gl.expand_dims(block * cfg.block_n + columns, 0)
+        q_idx = gl.expand_dims(rows.position, 1)
+        head = gl.expand_dims(rows.head, 1)
+        if score_mod is not None:
+            scores = score_mod(scores, rows.batch, head, q_idx, kv_idx, aux)
+        if mask_mod is not None:
+            visible = mask_mod(rows.batch, head, q_idx, kv_idx, aux)
+            scores = gl.where(visible, scores, float("-inf"))
+    if masked:
+        scores = mask_scores(scores, rows.lo, rows.hi, block * cfg.block_n, cfg.left_limit)
+    return scores
+
+
+@gluon.jit
+def _scaled(accumulator, factor, cfg: gl.constexpr):
+    return rescale(accumulator, gl.convert_layout(factor, cfg.output_row, assert_trivial=True))
+
+
+@gluon.jit
+def _as_operand(probabilities, cfg: gl.constexpr):
+    return gl.convert_layout(probabilities.to(cfg.dtype), cfg.p_operand, assert_trivial=True)
+
+
+@gluon.jit
+def _advance(
+    buffers,
+    held_q,
+    slot,
+    event,
+    block,
+    carried,
+    accumulator,
+    row_max,
+    row_sum,
+    scale_log2,
+    rows,
+    call,
+    score_mod: gl.constexpr,
+    mask_mod: gl.constexpr,
+    aux,
+    MASKED: gl.constexpr,
+    cfg: gl.constexpr,
+):
+    """PV of ``block`` together with QK of ``block`` - 1. Between calls one block is carried: as raw
+    scores, or with ``overlap`` as probabilities. In float32 either way: 16-bit values that cross
+    iterations are unpacked and packed again by the compiler, an eighth of all instructions."""
+    MAY_BE_EMPTY: gl.constexpr = MASKED or score_mod is not None or mask_mod is not None
+    if not cfg.overlap:
+        carried = _adjust(carried, rows, block, MASKED, call, score_mod, mask_mod, aux, cfg)
+        carried, row_max, row_sum, factor = softmax_block(
+            carried, row_max, row_sum, scale_log2, MAY_BE_EMPTY
+        )
+        accumulator = _scaled(accumulator, factor, cfg)
+    p = _as_operand(carried, cfg)
+    stage = pipeline.await_event(buffers, event, cfg)
+    if MASKED and not cfg.exact_k:
+        pipeline.clear_tail(buffers, stage, rows.seqlen_k - block * cfg.block_n, cfg)
+    scores = pipeline.issue_qk(buffers, held_q, slot, stage, cfg)
+    product = warpgroup_mma(p, buffers.v.index(stage), accumulator, is_async=True)
+    if cfg.overlap:
+        scores = warpgroup_mma_wait(1, deps=[scores])
+        scores = _adjust(scores, rows, block - 1, MASKED, call, score_mod, mask_mod, aux, cfg)
+        carried, row_max, row_sum, factor = softmax_block(
+            scores, row_max, row_sum, scale_log2, MAY_BE_EMPTY
+        )
+        # The next event is waited for here and not at the top of the next call: the wait ends a basic
+        # block; without one ptxas sinks the softmax below the wait for PV, which undoes the overlap.
+        pipeline.await_event(buffers, event + 1, cfg)
+        accumulator = warpgroup_mma_wait(0, deps=[product])
+        event = pipeline.release_event(buffers, event, cfg)
+        accumulator = _scaled(accumulator, factor, cfg)
+    else:
+        carried, accumulator = warpgroup_mma_wait(0, deps=[scores, product])
+        event = pipeline.release_event(buffers, event, cfg)
+    return carried, accumulator, row_max, row_sum, event
+
+
+@gluon.jit
+def _release_output(buffers, order, WARPGROUP: gl.constexpr, cfg: gl.constexpr):
+    """Once tile ``order``'s output has left shared memory, hand its slot back for another Q."""
+    tma.store_wait(0)
+    slot = order % cfg.q_slots * cfg.warpgroups + WARPGROUP
+    mbarrier.arrive(buffers.q_empty.index(slot), count=1)
+
+
+@gluon.jit
+def _release_previous(buffers, order, WARPGROUP: gl.constexpr, cfg: gl.constexpr):
+    if order > 0:
+        _release_output(buffers, order - 1, WARPGROUP, cfg)
+
+
+@gluon.jit
+def _attend(
+    buffers,
+    slot,
+    order,
+    event,
+    blocks_of_tile,
+    skipped,
+    rows,
+    scale_log2,
+    call,
+    score_mod: gl.constexpr,
+    mask_mod: gl.constexpr,
+    aux,
+    WARPGROUP: gl.constexpr,
+    cfg: gl.constexpr,
+):
+    """(unnormalised output, row maxima, row sums, event) of this warpgroup's rows of a tile."""
+    accumulator = gl.full([64, cfg.head_dim_v], 0.0, gl.float32, cfg.output)
+    row_max = gl.full([64], float("-inf"), gl.float32, cfg.scores_row)
+    row_sum = partial_sums(gl.full([64, cfg.block_n], 0.0, gl.float32, cfg.scores))
+    blocks = rows.end - rows.begin
+    if blocks > 0:
+        event = pipeline.skip_events(buffers, event, skipped, cfg)
+        held_q = pipeline.registers_of_q(buffers, slot, cfg)
+        carried, event = pipeline.first_scores(buffers, held_q, slot, event, cfg)
+        if cfg.q_slots > 1:
+            _release_previous(buffers, order, WARPGROUP, cfg)
+        top = rows.end - 1
+        last = blocks - 1
+        if cfg.overlap:
+            masked = (rows.right > 0) | (rows.left >= blocks)
+            carried = _adjust(carried, rows, top, masked, call, score_mod, mask_mod, aux, cfg)
+            carried, row_max, row_sum, _ = softmax_block(
+                carried, row_max, row_sum, scale_log2, True
+            )
+            # Call i adjusts block i + 1 of the tile, counted from the right.
+            right = _clamp(rows.right - 1, 0, last)
+            left = gl.maximum(right, last - rows.left)
+        else:
+            right = gl.minimum(rows.right, last)
+            left = _clamp(blocks - rows.left, right, last)
+        if not cfg.exact_k:
+            # The block that may end in a tail goes through the loop that clears it.
+            right = gl.minimum(gl.maximum(right, 1), last)
+            left = gl.maximum(left, right)
+        for i in range(right):
+            carried, accumulator, row_max, row_sum, event = _advance(
+                buffers, held_q, slot, event, top - i, carried, accumulator, row_max, row_sum,
+                scale_log2, rows, call, score_mod, mask_mod, aux, True, cfg,
+            )  # fmt: skip
+        for i in range(right, left):
+            carried, accumulator, row_max, row_sum, event = _advance(
+                buffers, held_q, slot, event, top - i, carried, accumulator, row_max, row_sum,
+                scale_log2, rows, call, score_mod, mask_mod, aux, False, cfg,
+            )  # fmt: skip
+        if cfg.left_limit:
+            for i in range(left, last):
+                carried, accumulator, row_max, row_sum, event = _advance(
+                    buffers, held_q, slot, event, top - i, carried, accumulator, row_max, row_sum,
+                    scale_log2, rows, call, score_mod, mask_mod, aux, True, cfg,
+                )  # fmt: skip
+        if not cfg.overlap:
+            masked = (last < rows.right) | (rows.left > 0)
+            carried = _adjust(
+                carried, rows, rows.begin, masked, call, score_mod, mask_mod,
+                aux, cfg,
+            )  # fmt: skip
+            carried, row_max, row_sum, factor = softmax_block(
+                carried, row_max, row_sum, scale_log2, True
+            )
+            accumulator = _scaled(accumulator, factor, cfg)
+        p = _as_operand(carried, cfg)
+        stage = pipeline.await_event(buffers, event, cfg)
+        if not cfg.exact_k:
+            pipeline.clear_tail(buffers, stage, rows.seqlen_k - rows.begin * cfg.block_n, cfg)
+        product = warpgroup_mma(p, buffers.v.index(stage), accumulator, is_async=True)
+        accumulator = warpgroup_mma_wait(0, deps=[product])
+        # The tile's last event stays: the next tile's first K block is in it.
+        event = pipeline.skip_events(buffers, event, blocks_of_tile - skipped - blocks, cfg)
+    else:
+        event = pipeline.skip_events(buffers, event, blocks_of_tile, cfg)
+        if cfg.q_slots > 1:
+            _release_previous(buffers, order, WARPGROUP, cfg)
+    return accumulator, row_max, row_sum, event
+
+
+@gluon.jit
+def _write_boxes(buffers, slot, tile, batch, start, out_desc, cfg: gl.constexpr):
+    view = buffers.q._reinterpret(cfg.dtype, cfg.q_view_shape, cfg.box_smem)
+    fence_async_shared()
+    cta_barrier()
+    row = (tile.first_row + start) // cfg.pack
+    for c in gl.static_range(gl.constexpr(cfg.columns_v)):
+        box = view.index(slot * cfg.columns + c)._reinterpret(
+            cfg.dtype, out_desc.block_shape, out_desc.layout
+        )
+        if cfg.pack > 1:
+            tma_store(out_desc, [batch, tile.head, row, 0, c * 64], box)
+        else:
+            tma_store(out_desc, [batch, tile.head, row, c * 64], box)
+
+
+@gluon.jit
+def _write_rows(staged, tile, batch, start, out, call, cfg: gl.constexpr):
+    """Only the rows that belong to the sequence: another one's follow in memory."""
+    row = start + gl.arange(0, 64, layout=gl.SliceLayout(1, cfg.store_layout))
+    column = gl.arange(0, cfg.head_dim_v, layout=gl.SliceLayout(0, cfg.store_layout))
+    token = ((tile.first_row + row) // cfg.pack).to(gl.int64)
+    head = (tile.head * cfg.pack + row % cfg.pack).to(gl.int64)
+    at = token * call.stride_out_row + head * call.stride_out_head
+    at += batch.to(gl.int64) * call.stride_out_batch
+    mask = gl.expand_dims(row < tile.rows, 1) & gl.expand_dims(column < call.head_dim_v, 0)
+    values = staged.load(cfg.store_layout)
+    gl.store(out + gl.expand_dims(at, 1) + gl.expand_dims(column, 0), values, mask=mask)
+    fence_async_shared()
+
+
+@gluon.jit
+def _write(
+    buffers,
+    slot,
+    tile,
+    head,
+    accumulator,
+    row_max,
+    row_sum,
+    out_desc,
+    out,
+    lse,
+    sinks,
+    call,
+    WARPGROUP: gl.constexpr,
+    cfg: gl.constexpr,
+):
+    """Normalise and store this warpgroup's rows, by way of its own, now idle, Q buffer."""
+    start = tile.row + WARPGROUP * 64
+    row = start + gl.arange(0, 64, layout=cfg.scores_row)
+    if sinks is not None:
+        sink = gl.load(sinks + head).to(gl.float32)
+    else:
+        sink = gl.full([64], float("-inf"), gl.float32, cfg.scores_row)
+    row_sum = gl.convert_layout(gl.sum(row_sum, 1), cfg.scores_row, assert_trivial=True)
+    factor, natural = finish(row_max, row_sum, sink)
+    batch = tile.batch
+    if cfg.ragged_q:
+        batch = gl.to_tensor(0)
+    if lse is not None:
+        at = batch.to(gl.int64) * call.stride_lse_batch + head.to(gl.int64) * call.stride_lse_head
+        at += (tile.first_row + row) // cfg.pack
+        gl.store(lse + at, natural, mask=row < tile.rows)
+    factor = gl.convert_layout(factor, cfg.output_row, assert_trivial=True)
+    result = accumulator * gl.expand_dims(factor, 1)
+    staged = buffers.q.index(slot * cfg.pieces)._reinterpret(
+        cfg.dtype, [64, cfg.head_dim_v], cfg.o_smem
+    )
+    staged.store(result.to(cfg.dtype))
+    if cfg.exact_q or start + 64 <= tile.rows:
+        _write_boxes(buffers, slot, tile, batch, start, out_desc, cfg)
+    else:
+        _write_rows(staged, tile, batch, start, out, call, cfg)
+
+
+@gluon.jit
+def consume(
+    buffers,
+    out_desc,
+    out,
+    lse,
+    sinks,
+    call,
+    aux,
+    score_mod: gl.constexpr,
+    mask_mod: gl.constexpr,
+    WARPGROUP: gl.constexpr,
+    cfg: gl.constexpr,
+):
+    """Tiles in the order the producer publishes them, until it ends the work."""
+    if cfg.has_soft_cap or score_mod is not None:
+        scale_log2 = LOG2E
+    else:
+        scale_log2 = call.softmax_scale * LOG2E
+    event = gl.to_tensor(0)
+    order = gl.to_tensor(0)
+    slot, tile = pipeline.await_tile(buffers, order, WARPGROUP, cfg)
+    while tile.batch >= 0:
+        rows = _rows_of(tile, call, WARPGROUP, cfg)
+        accumulator, row_max, row_sum, event = _attend(
+            buffers,
+            slot,
+            order,
+            event,
+            tile.block_end - tile.block_begin,
+            tile.block_end - rows.end,
+            rows,
+            scale_log2,
+            call,
+            score_mod,
+            mask_mod,
+            aux,
+            WARPGROUP,
+            cfg,
+        )
+        _write(
+            buffers,
+            slot,
+            tile,
+            rows.head,
+            accumulator,
+            row_max,
+            row_sum,
+            out_desc,
+            out,
+            lse,
+            sinks,
+            call,
+            WARPGROUP,
+            cfg,
+        )
+        if cfg.q_slots == 1:
+            _release_output(buffers, order, WARPGROUP, cfg)
+        order += 1
+        slot, tile = pipeline.await_tile(buffers, order, WARPGROUP, cfg)
+    tma.store_wait(0)

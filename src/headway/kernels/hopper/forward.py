@@ -1,0 +1,534 @@
+"""Attention forward for Hopper: one persistent kernel for dense, ragged and paged keys.
+
+A CTA is one producer warp and two or three consumer warpgroups of 64 query rows each. The producer takes
+tiles off the schedule, fetches Q, K and V with TMA and tells the consumers what they work on; each consumer
+runs QK, softmax and PV over the blocks its rows see, from the last key to the first, and writes its rows.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headway.errors import UnsupportedError
+from headway.kernels._triton import cdiv, descriptor, gl, gluon, launch
+from headway.kernels.hopper import pipeline
+from headway.kernels.hopper.config import ForwardConfig
+from headway.kernels.hopper.consumer import consume
+from headway.kernels.hopper.producer import produce
+from headway.kernels.hopper.schedule import max_tiles, order_tiles
+from headway.kernels.hopper.tiles import ForwardTile, forward_tile, padded_dims
+
+_UNSPECIALISED = [
+    "rows_q",
+    "rows_k",
+    "num_heads",
+    "group",
+    "tiles_per_head",
+    "scheduled_heads",
+    "section",
+    "page_table_stride",
+    "window_left",
+    "window_right",
+    "chunk",
+    "head_dim_v",
+    "stride_out_batch",
+    "stride_out_row",
+    "stride_out_head",
+    "stride_lse_batch",
+    "stride_lse_head",
+]
+
+
+@gluon.jit(do_not_specialize=_UNSPECIALISED)
+def forward_kernel(
+    q_desc,
+    k_desc,
+    v_desc,
+    out_desc,
+    out,
+    lse,
+    sinks,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    seqused_q,
+    seqused_k,
+    leftpad_k,
+    cache_batch_idx,
+    page_table,
+    schedule,
+    aux,
+    rows_q,
+    rows_k,
+    num_heads,
+    group,
+    tiles_per_head,
+    scheduled_heads,
+    section,
+    page_table_stride,
+    window_left,
+    window_right,
+    chunk,
+    head_dim_v,
+    stride_out_batch,
+    stride_out_row,
+    stride_out_head,
+    stride_lse_batch,
+    stride_lse_head,
+    softmax_scale,
+    softcap,
+    score_mod: gl.constexpr,
+    mask_mod: gl.constexpr,
+    cfg: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    buffers = pipeline.allocate(cfg)
+    call = pipeline.Call(
+        rows_q,
+        rows_k,
+        num_heads,
+        group,
+        tiles_per_head,
+        scheduled_heads,
+        section,
+        page_table_stride,
+        window_left,
+        window_right,
+        chunk,
+        head_dim_v,
+        stride_out_batch,
+        stride_out_row,
+        stride_out_head,
+        stride_lse_batch,
+        stride_lse_head,
+        softmax_scale,
+        softcap,
+    )
+    # Registers per thread of each partition; the first one keeps what the others leave.
+    if cfg.warpgroups == 3:
+        gl.warp_specialize(
+            [
+                (
+                    consume,
+                    (buffers, out_desc, out, lse, sinks, call, aux, score_mod, mask_mod, 0, cfg),
+                ),
+                (
+                    consume,
+                    (buffers, out_desc, out, lse, sinks, call, aux, score_mod, mask_mod, 1, cfg),
+                ),
+                (
+                    consume,
+                    (buffers, out_desc, out, lse, sinks, call, aux, score_mod, mask_mod, 2, cfg),
+                ),
+                (
+                    produce,
+                    (
+                        q_desc,
+                        k_desc,
+                        v_desc,
+                        cu_seqlens_q,
+                        cu_seqlens_k,
+                        seqused_q,
+                        seqused_k,
+                        leftpad_k,
+                        cache_batch_idx,
+                        page_table,
+                        schedule,
+                        buffers,
+                        call,
+                        cfg,
+                    ),
+                ),
+            ],
+            [4, 4, 1],
+            [cfg.consumer_registers, cfg.consumer_registers, cfg.producer_registers],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (
+                    consume,
+                    (buffers, out_desc, out, lse, sinks, call, aux, score_mod, mask_mod, 0, cfg),
+                ),
+                (
+                    consume,
+                    (buffers, out_desc, out, lse, sinks, call, aux, score_mod, mask_mod, 1, cfg),
+                ),
+                (
+                    produce,
+                    (
+                        q_desc,
+                        k_desc,
+                        v_desc,
+                        cu_seqlens_q,
+                        cu_seqlens_k,
+                        seqused_q,
+                        seqused_k,
+                        leftpad_k,
+                        cache_batch_idx,
+                        page_table,
+                        schedule,
+                        buffers,
+                        call,
+                        cfg,
+                    ),
+                ),
+            ],
+            [4, 1],
+            [cfg.consumer_registers, cfg.producer_registers],
+        )
+
+
+# ---- launcher ----------------------------------------------------------------------------------------
+
+#: Bytes of K and V whose heads may be interleaved: about half of the L2 cache.
+_SECTION_BYTES = 32 << 20
+_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    out: Tensor,
+    lse: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    page_table: Tensor | None = None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float,
+    causal: bool = False,
+    window_left: int | None = None,
+    window_right: int | None = None,
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    score_mod: Any = None,
+    mask_mod: Any = None,
+    aux: Any = None,
+    schedule: Tensor | None = None,
+    tile: ForwardTile | None = None,
+) -> None:
+    """Attention of ``q`` over ``k`` and ``v`` into ``out`` (and ``lse``).
+
+    - q, out: (B, Sq, Hq, D | Dv), or (total_q, Hq, D | Dv) with ``cu_seqlens_q``; bfloat16 or float16.
+    - k, v: (B, Sk, Hkv, D | Dv); (total_k, Hkv, D | Dv) with ``cu_seqlens_k``; (num_pages, page_size, Hkv,
+      D | Dv) with ``page_table`` (B, max_pages). Hkv divides Hq.
+    - lse: float32 (B, Hq, Sq) or (Hq, total_q); natural log; -inf where a row sees nothing.
+    - cu_seqlens_*: int32 (B + 1,). seqused_*, leftpad_k, cache_batch_idx: int32 (B,). ``seqused_k`` counts
+      from the start of the row, padding on the left included. sinks: (Hq,).
+    - softmax_scale > 0. Windows count keys beside the query's own; None is unlimited.
+    - score_mod, mask_mod, aux: Gluon functions and what they look into, from headway.kernels.mods.
+    - schedule: for ragged q an :func:`~.schedule.order_tiles` of the same call, else int32 zeros (2,); it
+      spares a launch, and comes back as it was. One call at a time may use it.
+
+    The last dimension of q, k, v and out is contiguous; other strides and the addresses are multiples of
+    16 bytes. Page sizes are multiples of 8. Nothing is checked on the device and nothing synchronises.
+
+    Raises:
+        UnsupportedError: head dims, page size, strides or a combination this kernel does not take.
+    """
+    if out.numel() == 0:
+        return
+    if k.numel() == 0:
+        _fill_empty(out, lse, sinks)
+        return
+    if page_table is not None and leftpad_k is not None:
+        raise UnsupportedError("hopper forward: leftpad_k with page_table; use unpaged keys")
+    right = _tighter(window_right, 0 if causal else None)
+    batch_size = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+    plan = _plan(
+        q.dtype,
+        (q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), out.shape, out.stride()),
+        None if lse is None else lse.stride(),
+        batch_size,
+        cu_seqlens_q is not None,
+        cu_seqlens_k is not None,
+        seqused_q is not None,
+        seqused_k is not None,
+        None if page_table is None else page_table.stride(0),
+        max_seqlen_q,
+        max_seqlen_k,
+        window_left,
+        right,
+        attention_chunk,
+        softcap > 0,
+        tile,
+        q.device,
+    )
+    cfg = plan.cfg
+    if schedule is None and cfg.work_list:
+        schedule = order_tiles(
+            batch_size=batch_size,
+            total_rows=q.shape[0] * cfg.pack,
+            block_m=cfg.block_m,
+            pack=cfg.pack,
+            max_seqlen_q=max_seqlen_q,
+            max_seqlen_k=max_seqlen_k,
+            cu_seqlens_q=cu_seqlens_q,
+            seqused_q=seqused_q,
+            cu_seqlens_k=cu_seqlens_k,
+            seqused_k=seqused_k,
+            causal=cfg.has_right,
+            window_tokens=plan.window_tokens,
+            device=q.device,
+        )
+    elif schedule is None and cfg.dynamic:
+        schedule = torch.zeros(2, dtype=torch.int32, device=q.device)
+    pointers = (
+        out,
+        lse,
+        sinks,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        seqused_q,
+        seqused_k,
+        leftpad_k,
+        cache_batch_idx,
+        page_table,
+        schedule,
+    )
+    addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
+    if (addresses[0] | addresses[1] | addresses[2] | addresses[3]) % 16:
+        raise UnsupportedError("hopper forward: q, k, v and out need addresses at multiples of 16")
+    args = (
+        descriptor(q, *plan.q_spec),
+        descriptor(k, *plan.k_spec),
+        descriptor(v, *plan.v_spec),
+        descriptor(out, *plan.out_spec),
+        *pointers,
+        aux,
+        *plan.numbers,
+        softmax_scale,
+        softcap,
+        score_mod,
+        mask_mod,
+        cfg,
+        4,
+    )
+    kind = [None if p is None else p.data_ptr() % 16 == 0 for p in pointers[1:]]
+    sink_dtype = None if sinks is None else sinks.dtype
+    key = (plan.key, *kind, sink_dtype, score_mod, mask_mod, _kind_of(aux))
+    launch(forward_kernel, plan.grid, key, args)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a call's shapes and options decide, kept from call to call."""
+
+    cfg: ForwardConfig
+    grid: tuple[int, int, int]
+    key: Hashable  # of the compiled kernel, as far as it is decided here
+    numbers: tuple[int, ...]  # the kernel's integers, rows_q to stride_lse_head
+    q_spec: tuple[Any, ...]  # arguments of descriptor(), after the tensor
+    k_spec: tuple[Any, ...]
+    v_spec: tuple[Any, ...]
+    out_spec: tuple[Any, ...]
+    window_tokens: int | None  # keys that a tile sees at most, for ordering tiles
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    dtype: torch.dtype,
+    layouts: tuple[tuple[int, ...], ...],
+    lse_stride: tuple[int, ...] | None,
+    batch_size: int,
+    ragged_q: bool,
+    ragged_k: bool,
+    seqused_q: bool,
+    seqused_k: bool,
+    page_table_stride: int | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    window_left: int | None,
+    window_right: int | None,
+    chunk: int,
+    has_soft_cap: bool,
+    tile: ForwardTile | None,
+    device: torch.device,
+) -> _Plan:
+    q_shape, q_stride, k_shape, k_stride, v_shape, v_stride, out_shape, out_stride = layouts
+    num_heads, num_heads_k = q_shape[-2], k_shape[-2]
+    # Bounds that no row reaches cost nothing.
+    left = None if window_left is None or window_left >= max_seqlen_k - 1 else window_left
+    right = None if window_right is None or window_right >= max_seqlen_q - 1 else window_right
+    pack = _heads_to_pack(max_seqlen_q, num_heads // num_heads_k)
+    paged = page_table_stride is not None
+    cfg = _config(
+        dtype,
+        q_shape[-1],
+        v_shape[-1],
+        page_size=k_shape[1] if paged else 0,
+        tile=tile,
+        max_seqlen_q=max_seqlen_q,
+        pack=pack,
+        ragged_q=ragged_q,
+        exact_q=not ragged_q and not seqused_q,
+        exact_k=not (ragged_k or paged or seqused_k),
+        has_left=left is not None,
+        has_right=right is not None,
+        has_chunk=chunk > 0,
+        has_soft_cap=has_soft_cap,
+    )
+    heads = num_heads // pack
+    group = heads // num_heads_k
+    if cfg.work_list:
+        tiles_per_head, scheduled_heads = 0, heads
+        programs = max_tiles(batch_size, q_shape[0] * pack, cfg.block_m) * heads
+    else:
+        tiles_per_head, scheduled_heads = cdiv(max_seqlen_q * pack, cfg.block_m), heads * batch_size
+        programs = tiles_per_head * scheduled_heads
+    numbers = (
+        max_seqlen_q,
+        max_seqlen_k,
+        heads,
+        group,
+        tiles_per_head,
+        scheduled_heads,
+        _section(max_seqlen_k, q_shape[-1] + v_shape[-1], group, cfg.dynamic),
+        page_table_stride or 0,
+        left or 0,
+        right or 0,
+        chunk,
+        v_shape[-1],
+        0 if ragged_q else out_stride[0],
+        out_stride[-3],
+        out_stride[-2],
+        0 if ragged_q or lse_stride is None else lse_stride[0],
+        0 if lse_stride is None else lse_stride[-2],
+    )
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return _Plan(
+        cfg=cfg,
+        grid=(min(programs, processors), 1, 1),
+        key=(cfg, tuple(n >= 2**31 for n in numbers), device),
+        numbers=numbers,
+        q_spec=_query_spec("q", q_shape, q_stride, cfg),
+        k_spec=_key_spec("k", k_shape, k_stride, ragged_k, cfg),
+        v_spec=_key_spec("v", v_shape, v_stride, ragged_k, cfg),
+        out_spec=_query_spec("out", out_shape, out_stride, cfg),
+        window_tokens=left + cfg.block_m if left is not None and right is not None else None,
+    )
+
+
+def _config(
+    dtype: torch.dtype,
+    head_dim: int,
+    head_dim_v: int,
+    *,
+    page_size: int,
+    tile: ForwardTile | None,
+    max_seqlen_q: int,
+    **features: Any,
+) -> ForwardConfig:
+    padded = padded_dims(head_dim, head_dim_v)
+    if dtype not in _DTYPES:
+        raise UnsupportedError(f"hopper forward: dtype {dtype}; takes bfloat16 and float16")
+    if padded is None or head_dim % 8 or head_dim_v % 8:
+        raise UnsupportedError(
+            f"hopper forward: head dims {head_dim}/{head_dim_v}; takes multiples of 8 up to 256"
+        )
+    if page_size % 8:
+        raise UnsupportedError(f"hopper forward: page_size={page_size}; takes multiples of 8")
+    limited = features["has_left"] or features["has_right"] or features["has_chunk"]
+    return ForwardConfig(
+        dtype=_DTYPES[dtype],
+        tile=tile or forward_tile(*padded, features["has_right"], max_seqlen_q),
+        head_dim=padded[0],
+        head_dim_v=padded[1],
+        page_size=page_size,
+        work_list=features["ragged_q"],
+        # Where all tiles take the same time, round robin needs no counter.
+        dynamic=limited or not (features["exact_q"] and features["exact_k"]),
+        **features,
+    )
+
+
+def _tighter(a: int | None, b: int | None) -> int | None:
+    """The smaller of two bounds, of which None is no bound."""
+    if a is None or b is None:
+        return b if a is None else a
+    return min(a, b)
+
+
+def _fill_empty(out: Tensor, lse: Tensor | None, sinks: Tensor | None) -> None:
+    """The result where there is no key at all."""
+    out.zero_()
+    if lse is not None:
+        lse.fill_(float("-inf"))
+        if sinks is not None:
+            lse.copy_(sinks.float().unsqueeze(-1).expand_as(lse))
+
+
+def _heads_to_pack(seqlen_q: int, group: int) -> int:
+    """Query heads of a KV head to pack into the rows of a tile: all, where they fill tiles clearly better
+    and divide the 64 rows of a warpgroup; otherwise 1."""
+    if group == 1 or 64 % group:
+        return 1
+    filled = seqlen_q / (cdiv(seqlen_q, 128) * 128)
+    filled_packed = seqlen_q * group / (cdiv(seqlen_q * group, 128) * 128)
+    return group if filled < 0.9 * filled_packed else 1
+
+
+def _section(seqlen_k: int, bytes_per_key: int, group: int, longest_first: bool) -> int:
+    """Heads whose tiles are interleaved. Tiles of equal length need no interleaving beyond the heads that
+    share keys; longest first does, as far as L2 holds the keys."""
+    if not longest_first:
+        return group
+    return max(_SECTION_BYTES // max(2 * seqlen_k * bytes_per_key, 1), 1) * group
+
+
+def _kind_of(aux: Any) -> Any:
+    """What compiled code depends on in ``aux``: the types in its nest of tuples, and pointer alignment."""
+    if isinstance(aux, tuple):
+        return tuple(_kind_of(x) for x in aux)
+    if isinstance(aux, Tensor):
+        return aux.dtype, aux.data_ptr() % 16 == 0
+    # Triton compiles for 1 and for multiples of 16 apart from other integers.
+    return (aux == 1, aux % 16 == 0, aux >= 2**31) if isinstance(aux, int) else type(aux)
+
+
+def _check_strides(name: str, strides: tuple[int, ...]) -> None:
+    if strides[-1] != 1 or any(s % 8 for s in strides[:-1]):
+        raise UnsupportedError(
+            f"hopper forward: {name} with strides {tuple(strides)}; takes a contiguous last dimension "
+            "and multiples of 8 elsewhere"
+        )
+
+
+def _query_spec(
+    name: str, shape: tuple[int, ...], strides: tuple[int, ...], cfg: ForwardConfig
+) -> tuple[Any, ...]:
+    """q or out as (batch, head, row, column), or (batch, KV head, row, head in group, column)."""
+    _check_strides(name, strides)
+    rows, heads, dim = shape[-3:]
+    row, head, _ = strides[-3:]
+    batch, batch_stride = (1, rows * row) if len(shape) == 3 else (shape[0], strides[0])
+    if cfg.pack == 1:
+        dims, steps = [batch, heads, rows, dim], [batch_stride, head, row, 1]
+    else:
+        dims = [batch, heads // cfg.pack, rows, cfg.pack, dim]
+        steps = [batch_stride, head * cfg.pack, row, head, 1]
+    return dims, steps, cfg.q_box, cfg.q_box_smem
+
+
+def _key_spec(
+    name: str, shape: tuple[int, ...], strides: tuple[int, ...], ragged: bool, cfg: ForwardConfig
+) -> tuple[Any, ...]:
+    """k or v as (batch entry or page, head, row, column)."""
+    _check_strides(name, strides)
+    rows, heads, dim = shape[-3:]
+    row, head, _ = strides[-3:]
+    batch, batch_stride = (1, rows * row) if ragged else (shape[0], strides[0])
+    return [batch, heads, rows, dim], [batch_stride, head, row, 1], cfg.k_box, cfg.k_box_smem

@@ -1,0 +1,355 @@
+"""What the producer warp and the consumer warpgroups of a CTA share, and how data moves through it.
+
+The stream of K and V blocks is a ring of ``stages`` events, one stream through all tiles of a CTA. Event i
+carries K block i and V block i - 1, the two that one consumer iteration needs: one barrier to wait on and
+one to release per iteration. A tile's first K thus travels with the V of the tile before it.
+"""
+
+# Gluon reads the annotations of aggregates as classes: no postponed evaluation here.
+from headway.kernels._triton import (
+    aggregate,
+    cta_barrier,
+    fence_async_shared,
+    gl,
+    gluon,
+    mbarrier,
+    tma_load,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+#: int32 facts about a tile that the producer publishes beside its Q; see TileInfo
+INFO_FIELDS: gl.constexpr = gl.constexpr(8)
+
+
+@aggregate
+class Buffers:
+    """Shared memory of a CTA."""
+
+    q: gl.shared_memory_descriptor  # (q_slots * warpgroups * pieces, 64, piece)
+    k: gl.shared_memory_descriptor  # (stages * pieces, block_n, piece)
+    v: gl.shared_memory_descriptor  # (stages, block_n, head_dim_v)
+    info: gl.shared_memory_descriptor  # (q_slots * INFO_FIELDS, 1) int32
+    q_full: gl.shared_memory_descriptor  # (q_slots * warpgroups, 1)
+    q_empty: gl.shared_memory_descriptor
+    kv_full: gl.shared_memory_descriptor  # (stages, 1)
+    kv_empty: gl.shared_memory_descriptor
+
+    @gluon.constexpr_function
+    def __init__(self, q, k, v, info, q_full, q_empty, kv_full, kv_empty):
+        self.q = q
+        self.k = k
+        self.v = v
+        self.info = info
+        self.q_full = q_full
+        self.q_empty = q_empty
+        self.kv_full = kv_full
+        self.kv_empty = kv_empty
+
+
+@aggregate
+class TileInfo:
+    """A tile as its consumers see it; ``batch`` < 0 ends the work."""
+
+    batch: gl.tensor
+    head: gl.tensor  # query head, or KV head where its query heads are packed into rows
+    row: gl.tensor  # first row of the tile within its sequence
+    rows: gl.tensor  # rows of the sequence
+    first_row: gl.tensor  # row of q and out at which a ragged sequence starts
+    seqlen_k: gl.tensor
+    block_begin: gl.tensor
+    block_end: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, batch, head, row, rows, first_row, seqlen_k, block_begin, block_end):
+        self.batch = batch
+        self.head = head
+        self.row = row
+        self.rows = rows
+        self.first_row = first_row
+        self.seqlen_k = seqlen_k
+        self.block_begin = block_begin
+        self.block_end = block_end
+
+
+@aggregate
+class Call:
+    """The numbers of a call."""
+
+    rows_q: gl.tensor  # query rows of a sequence, unless cu_seqlens_q or seqused_q say
+    rows_k: gl.tensor  # keys of a sequence, likewise
+    num_heads: gl.tensor  # heads the schedule counts: query heads, or KV heads where packed
+    group: gl.tensor  # of those heads, how many share a KV head
+    tiles_per_head: gl.tensor  # query tiles of a sequence; ragged calls have a work list
+    scheduled_heads: gl.tensor  # of all sequences, or of one where there is a work list
+    section: gl.tensor  # heads whose tiles are interleaved, see _locate
+    page_table_stride: gl.tensor
+    window_left: gl.tensor
+    window_right: gl.tensor
+    chunk: gl.tensor
+    head_dim_v: gl.tensor
+    stride_out_batch: gl.tensor
+    stride_out_row: gl.tensor
+    stride_out_head: gl.tensor
+    stride_lse_batch: gl.tensor
+    stride_lse_head: gl.tensor
+    softmax_scale: gl.tensor
+    softcap: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(
+        self,
+        rows_q,
+        rows_k,
+        num_heads,
+        group,
+        tiles_per_head,
+        scheduled_heads,
+        section,
+        page_table_stride,
+        window_left,
+        window_right,
+        chunk,
+        head_dim_v,
+        stride_out_batch,
+        stride_out_row,
+        stride_out_head,
+        stride_lse_batch,
+        stride_lse_head,
+        softmax_scale,
+        softcap,
+    ):
+        self.rows_q = rows_q
+        self.rows_k = rows_k
+        self.num_heads = num_heads
+        self.group = group
+        self.tiles_per_head = tiles_per_head
+        self.scheduled_heads = scheduled_heads
+        self.section = section
+        self.page_table_stride = page_table_stride
+        self.window_left = window_left
+        self.window_right = window_right
+        self.chunk = chunk
+        self.head_dim_v = head_dim_v
+        self.stride_out_batch = stride_out_batch
+        self.stride_out_row = stride_out_row
+        self.stride_out_head = stride_out_head
+        self.stride_lse_batch = stride_lse_batch
+        self.stride_lse_head = stride_lse_head
+        self.softmax_scale = softmax_scale
+        self.softcap = softcap
+
+
+@gluon.jit
+def allocate(cfg: gl.constexpr):
+    barrier: gl.constexpr = mbarrier.MBarrierLayout()
+    slots: gl.constexpr = cfg.q_slots * cfg.warpgroups
+    buffers = Buffers(
+        gl.allocate_shared_memory(cfg.dtype, [slots * cfg.pieces, 64, cfg.piece], cfg.q_smem),
+        gl.allocate_shared_memory(
+            cfg.dtype, [cfg.stages * cfg.pieces, cfg.block_n, cfg.piece], cfg.k_smem
+        ),
+        gl.allocate_shared_memory(cfg.dtype, [cfg.stages, cfg.block_n, cfg.head_dim_v], cfg.v_smem),
+        gl.allocate_shared_memory(gl.int32, [cfg.q_slots * INFO_FIELDS, 1], cfg.info_smem),
+        gl.allocate_shared_memory(gl.int64, [slots, 1], barrier),
+        gl.allocate_shared_memory(gl.int64, [slots, 1], barrier),
+        gl.allocate_shared_memory(gl.int64, [cfg.stages, 1], barrier),
+        gl.allocate_shared_memory(gl.int64, [cfg.stages, 1], barrier),
+    )
+    for i in gl.static_range(slots):
+        mbarrier.init(buffers.q_full.index(i), count=1)
+        mbarrier.init(buffers.q_empty.index(i), count=1)
+    for i in gl.static_range(gl.constexpr(cfg.stages)):
+        mbarrier.init(buffers.kv_full.index(i), count=1)
+        mbarrier.init(buffers.kv_empty.index(i), count=cfg.warpgroups)
+    fence_async_shared()
+    return buffers
+
+
+# ---- producer ----------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def publish(buffers, tile, order, cfg: gl.constexpr):
+    """Wait until slot ``order`` % q_slots is free in every warpgroup and describe the tile there."""
+    slot = order % cfg.q_slots
+    free = (order // cfg.q_slots) & 1 ^ 1
+    for w in gl.static_range(gl.constexpr(cfg.warpgroups)):
+        mbarrier.wait(buffers.q_empty.index(slot * cfg.warpgroups + w), free)
+    facts = (
+        tile.batch,
+        tile.head,
+        tile.row,
+        tile.rows,
+        tile.first_row,
+        tile.seqlen_k,
+        tile.block_begin,
+        tile.block_end,
+    )
+    for field in gl.static_range(INFO_FIELDS):
+        fact = gl.full([1], 0, gl.int32, cfg.producer_scalar) + facts[field]
+        buffers.info.index(slot * INFO_FIELDS + field).store(fact)
+    cta_barrier()
+
+
+@gluon.jit
+def load_q(q_desc, buffers, tile, order, cfg: gl.constexpr):
+    """Each warpgroup's 64 rows of Q, behind its own barrier. Rows beyond the tensor arrive as zeros."""
+    publish(buffers, tile, order, cfg)
+    view = buffers.q._reinterpret(cfg.dtype, cfg.q_view_shape, cfg.box_smem)
+    batch = tile.batch
+    if cfg.ragged_q:
+        batch = 0
+    for w in gl.static_range(gl.constexpr(cfg.warpgroups)):
+        slot = order % cfg.q_slots * cfg.warpgroups + w
+        full = buffers.q_full.index(slot)
+        mbarrier.expect(full, 64 * cfg.head_dim * 2)
+        row = tile.first_row + tile.row + w * 64
+        for c in gl.static_range(gl.constexpr(cfg.columns)):
+            box = view.index(slot * cfg.columns + c)._reinterpret(
+                cfg.dtype, q_desc.block_shape, q_desc.layout
+            )
+            if cfg.pack > 1:
+                at = [batch, tile.head, row // cfg.pack, 0, c * 64]
+            else:
+                at = [batch, tile.head, row, c * 64]
+            tma_load(q_desc, at, full, box)
+
+
+@gluon.jit
+def end_of_work(buffers, tile, order, cfg: gl.constexpr):
+    """Publish a tile with batch < 0 and let the consumers see it."""
+    publish(buffers, tile, order, cfg)
+    for w in gl.static_range(gl.constexpr(cfg.warpgroups)):
+        mbarrier.arrive(buffers.q_full.index(order % cfg.q_slots * cfg.warpgroups + w), count=1)
+
+
+@gluon.jit
+def begin_event(buffers, event, has_k, has_v, cfg: gl.constexpr):
+    """Wait for a free stage and announce its bytes; returns the stage."""
+    stage = event % cfg.stages
+    mbarrier.wait(buffers.kv_empty.index(stage), (event // cfg.stages) & 1 ^ 1)
+    full = buffers.kv_full.index(stage)
+    k_bytes: gl.constexpr = cfg.block_n * cfg.head_dim * 2
+    v_bytes: gl.constexpr = cfg.block_n * cfg.head_dim_v * 2
+    mbarrier.expect(full, k_bytes + v_bytes, pred=has_k & has_v)
+    mbarrier.expect(full, k_bytes, pred=has_k & (has_v == 0))
+    mbarrier.expect(full, v_bytes, pred=has_v & (has_k == 0))
+    return stage
+
+
+@gluon.jit
+def load_block(
+    desc, smem, full, stage, pages, head, row, pred, COLUMNS: gl.constexpr, cfg: gl.constexpr
+):
+    """One block of K or V in boxes of ``box_rows`` keys by 64 columns. ``pages`` holds the first
+    coordinate of each box (page or batch entry); ``row`` is the first key's place in its page."""
+    boxes: gl.constexpr = cfg.block_n // cfg.box_rows
+    view = smem._reinterpret(
+        cfg.dtype, [cfg.stages * COLUMNS * boxes, cfg.box_rows, 64], cfg.box_smem
+    )
+    for c in gl.static_range(COLUMNS):
+        for j in gl.static_range(boxes):
+            box = view.index((stage * COLUMNS + c) * boxes + j)._reinterpret(
+                cfg.dtype, desc.block_shape, desc.layout
+            )
+            at_row = row + j * cfg.box_rows
+            if cfg.page_size > 0:
+                at_row = at_row % cfg.page_size
+            tma_load(desc, [pages[j], head, at_row, c * 64], full, box, pred=pred)
+
+
+# ---- consumers ---------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def _fact(buffers, slot, FIELD: gl.constexpr, cfg: gl.constexpr):
+    return gl.max(buffers.info.index(slot * INFO_FIELDS + FIELD).load(cfg.consumer_scalar), 0)
+
+
+@gluon.jit
+def await_tile(buffers, order, WARPGROUP: gl.constexpr, cfg: gl.constexpr):
+    """Wait for this warpgroup's Q of tile ``order`` of this CTA; (its slot, the tile)."""
+    ring = order % cfg.q_slots
+    slot = ring * cfg.warpgroups + WARPGROUP
+    mbarrier.wait(buffers.q_full.index(slot), (order // cfg.q_slots) & 1)
+    tile = TileInfo(
+        _fact(buffers, ring, 0, cfg),
+        _fact(buffers, ring, 1, cfg),
+        _fact(buffers, ring, 2, cfg),
+        _fact(buffers, ring, 3, cfg),
+        _fact(buffers, ring, 4, cfg),
+        _fact(buffers, ring, 5, cfg),
+        _fact(buffers, ring, 6, cfg),
+        _fact(buffers, ring, 7, cfg),
+    )
+    return slot, tile
+
+
+@gluon.jit
+def await_event(buffers, event, cfg: gl.constexpr):
+    stage = event % cfg.stages
+    mbarrier.wait(buffers.kv_full.index(stage), (event // cfg.stages) & 1)
+    return stage
+
+
+@gluon.jit
+def release_event(buffers, event, cfg: gl.constexpr):
+    mbarrier.arrive(buffers.kv_empty.index(event % cfg.stages), count=1)
+    return event + 1
+
+
+@gluon.jit
+def skip_events(buffers, event, count, cfg: gl.constexpr):
+    """Let ``count`` events pass that hold nothing this warpgroup's rows see."""
+    for _ in range(count):
+        await_event(buffers, event, cfg)
+        event = release_event(buffers, event, cfg)
+    return event
+
+
+@gluon.jit
+def registers_of_q(buffers, slot, cfg: gl.constexpr):
+    """The pieces of Q that stay in registers, as wgmma operands."""
+    held = ()
+    for p in gl.static_range(gl.constexpr(cfg.q_in_registers)):
+        held = held + (buffers.q.index(slot * cfg.pieces + p).load(cfg.q_operand),)  # type: ignore[assignment]  # noqa: RUF005
+    return held
+
+
+@gluon.jit
+def issue_qk(buffers, held_q, slot, stage, cfg: gl.constexpr):
+    """Start S = Q K^T of the K block in ``stage``; asynchronous."""
+    scores = gl.full([64, cfg.block_n], 0.0, gl.float32, cfg.scores)
+    for p in gl.static_range(gl.constexpr(cfg.pieces)):
+        k = buffers.k.index(stage * cfg.pieces + p).permute((1, 0))
+        if p < cfg.q_in_registers:
+            scores = warpgroup_mma(held_q[p], k, scores, use_acc=p > 0, is_async=True)
+        else:
+            q = buffers.q.index(slot * cfg.pieces + p)
+            scores = warpgroup_mma(q, k, scores, use_acc=p > 0, is_async=True)
+    return scores
+
+
+@gluon.jit
+def first_scores(buffers, held_q, slot, event, cfg: gl.constexpr):
+    stage = await_event(buffers, event, cfg)
+    scores = issue_qk(buffers, held_q, slot, stage, cfg)
+    scores = warpgroup_mma_wait(0, deps=[scores])
+    return scores, release_event(buffers, event, cfg)
+
+
+@gluon.jit
+def clear_tail(buffers, stage, valid, cfg: gl.constexpr):
+    """Zero the V rows from ``valid`` on: beyond a sequence lies whatever lies there, NaN included, and
+    0 * NaN is NaN. Every warpgroup clears for itself, so no warpgroup waits for another."""
+    if valid < cfg.block_n:
+        v = buffers.v.index(stage)
+        rows = gl.arange(0, 16, layout=gl.SliceLayout(1, cfg.clear_layout))
+        for r in gl.static_range(gl.constexpr(cfg.block_n // 16)):
+            if valid < (r + 1) * 16:
+                part = v.slice(r * 16, 16, dim=0)
+                kept = gl.expand_dims(rows + r * 16, 1) < valid
+                part.store(gl.where(kept, part.load(cfg.clear_layout), 0.0))
+        fence_async_shared()
+        cta_barrier()

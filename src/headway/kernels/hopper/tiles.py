@@ -1,0 +1,68 @@
+"""Tile choices of the forward kernel: a table of data, and where each row was measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_READING = "benchmarks/results/h200/hopper-prefill-tiles.json"
+
+
+@dataclass(frozen=True)
+class ForwardTile:
+    """How one CTA works on one tile of query rows.
+
+    Every 64 rows of ``block_m`` are a consumer warpgroup; K and V travel in blocks of ``block_n`` keys,
+    ``stages`` of them in flight; ``q_slots`` tiles of Q are resident, so with 2 the next one is
+    prefetched. QK runs in pieces of ``piece`` elements of the head dim, of which ``q_in_registers``
+    are kept in registers. ``overlap``: softmax runs beside the PV product of the previous block in the
+    same warpgroup, and not only beside the other warpgroups' products.
+    """
+
+    block_m: int
+    block_n: int
+    stages: int
+    q_slots: int
+    piece: int
+    q_in_registers: int
+    overlap: bool
+    reading: str
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A tile for calls with these head dims, as padded; None stands for any."""
+
+    head_dim: int
+    head_dim_v: int
+    causal: bool | None
+    max_seqlen_q: int | None
+    tile: ForwardTile
+
+
+#: The first row that fits a call decides.
+FORWARD_TILES: tuple[_Row, ...] = (
+    _Row(64, 64, True, 2048, ForwardTile(128, 128, 3, 2, 64, 0, False, _READING)),
+    _Row(64, 64, None, None, ForwardTile(192, 128, 2, 2, 64, 0, False, _READING)),
+    _Row(128, 128, None, None, ForwardTile(128, 128, 2, 2, 128, 0, True, _READING)),
+    _Row(192, 128, None, None, ForwardTile(128, 128, 2, 1, 64, 0, True, _READING)),
+    _Row(256, 256, True, None, ForwardTile(128, 64, 2, 1, 256, 0, True, _READING)),
+    _Row(256, 256, None, None, ForwardTile(128, 64, 2, 1, 128, 1, False, _READING)),
+)
+
+
+def padded_dims(head_dim: int, head_dim_v: int) -> tuple[int, int] | None:
+    """The smallest head dims in :data:`FORWARD_TILES` that hold these two, or None."""
+    dims = {(row.head_dim, row.head_dim_v) for row in FORWARD_TILES}
+    return min((d for d in dims if d[0] >= head_dim and d[1] >= head_dim_v), key=sum, default=None)
+
+
+def forward_tile(head_dim: int, head_dim_v: int, causal: bool, max_seqlen_q: int) -> ForwardTile:
+    """The tile for a call whose head dims, as padded, are in the table."""
+    for row in FORWARD_TILES:
+        if (
+            (row.head_dim, row.head_dim_v) == (head_dim, head_dim_v)
+            and row.causal in (None, causal)
+            and (row.max_seqlen_q is None or max_seqlen_q <= row.max_seqlen_q)
+        ):
+            return row.tile
+    raise KeyError((head_dim, head_dim_v))
