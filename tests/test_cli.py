@@ -103,6 +103,8 @@ def test_flags_arrive_as_the_settings_they_name() -> None:
         ("bench serve --url http://127.0.0.1:1", "no server answers"),
         ("bench serve --num-prompts 0", "--num-prompts: got 0"),
         ("bench generate m --batch-sizes 1,x", "--batch-sizes"),
+        ("bench generate m --peers tgi", "--peers: got 'tgi'"),
+        ("bench generate m --peers vllm", "vllm_python"),
     ],
 )
 def test_mistakes_are_one_message_and_exit_code_2(

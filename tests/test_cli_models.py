@@ -20,9 +20,11 @@ pytest.importorskip("typer")
 from typer.testing import CliRunner
 
 from headway import cli
+from headway.bench.peers import VllmPeer
 from headway.engine.config import EngineConfig
 from headway.engine.llm import LLM
 from headway.engine.request import SamplingParams
+from headway.errors import HeadwayError
 from tests.engine.conftest import TinyModel, save_tiny
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
@@ -65,7 +67,7 @@ def test_serve_introduces_itself_answers_and_drains(
     server: tuple[subprocess.Popen[str], str, str], llama: TinyModel
 ) -> None:
     process, url, said = server
-    assert re.search(r"model +llama \(.* parameters, float32, cpu\)", said)
+    assert re.search(r"model +llama \(float32, cpu\)", said)
     assert re.search(r"context +512 tokens", said)
     assert re.search(r"KV cache +1024 tokens in pages of 8", said)
     assert re.search(r"attention +\w+ \(.*\)", said)
@@ -122,6 +124,43 @@ def test_bench_generate_measures_every_batch_size(llama: TinyModel, tmp_path: Pa
         tokens = row["batch_size"] * 5
         assert row["best_output_throughput"] == pytest.approx(tokens / min(row["runs_s"]))
         assert 0 < row["ttft_ms"] < 1e3 * max(row["runs_s"])
+
+
+def test_bench_generate_stands_beside_transformers(llama: TinyModel, tmp_path: Path) -> None:
+    path = tmp_path / "reading.json"
+    run(
+        "bench", "generate", str(llama.path), "--device", "cpu", "--batch-sizes", "2",
+        "--input-len", "20", "--output-len", "5", "--repeats", "2", "--peers", "transformers",
+        "--output", str(path),
+    )  # fmt: skip
+    rows = json.loads(path.read_text())["results"]
+    assert [row["engine"] for row in rows] == ["headway", "transformers"]
+    assert all(row["decode_throughput"] > row["output_throughput"] > 0 for row in rows)
+
+
+def test_the_vllm_peer_speaks_with_a_process(tmp_path: Path) -> None:
+    """A module named vllm that counts, in the place of the real one: the protocol is what is tested."""
+    (tmp_path / "vllm.py").write_text(
+        "import types\n"
+        "__version__ = '9'\n"
+        "class SamplingParams:\n"
+        "    def __init__(self, **settings): self.max_tokens = settings['max_tokens']\n"
+        "class LLM:\n"
+        "    def __init__(self, **settings): print('loading', settings['model'])\n"
+        "    def generate(self, prompts, params, use_tqdm):\n"
+        "        one = types.SimpleNamespace(token_ids=[0] * params.max_tokens)\n"
+        "        return [types.SimpleNamespace(outputs=[one]) for _ in prompts]\n"
+    )
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    peer = VllmPeer(tmp_path, "float32", python=python, max_model_len=64)
+    assert peer.version == "9"
+    assert peer.generate([[1, 2], [3, 4]], 5).total_s > 0
+    peer.close()
+    python.write_text("#!/bin/sh\nexit 7\n")
+    with pytest.raises(HeadwayError, match="exit code 7"):
+        VllmPeer(tmp_path, "float32", python=python, max_model_len=64)
 
 
 @pytest.mark.parametrize(

@@ -141,13 +141,12 @@ def _introduce(llm: LLM, names: tuple[str, ...], url: str, key: bool) -> None:
     from headway.engine.attention import probe_layers
 
     stats = llm.stats()
-    parameters = sum(weight.numel() for weight in llm.model.parameters())
     probe = probe_layers(llm.model, llm.model_config)
     attention = describe.chosen(describe.explain(llm.config, probe, llm.dtype))
     page_size = llm.config.page_size
     dtype = str(llm.dtype).removeprefix("torch.")
     lines = (
-        ("model", f"{', '.join(names)} ({_count(parameters)} parameters, {dtype}, {llm.device})"),
+        ("model", f"{', '.join(names)} ({dtype}, {llm.device})"),
         ("context", f"{llm.max_model_len} tokens"),
         ("KV cache", f"{stats.pages_total * page_size} tokens in pages of {page_size}"),
         ("attention", attention),
@@ -157,13 +156,6 @@ def _introduce(llm: LLM, names: tuple[str, ...], url: str, key: bool) -> None:
     for label, text in lines:
         print(f"  {label:<10} {text}")
     sys.stdout.flush()
-
-
-def _count(number: int) -> str:
-    for size, letter in ((10**9, "B"), (10**6, "M")):
-        if number >= size:
-            return f"{number / size:.3g} {letter}"
-    return str(number)
 
 
 # --- generate -----------------------------------------------------------------------------------------

@@ -1,19 +1,26 @@
-"""``headway bench generate``: tokens per second of a model in this process, without a server."""
+"""``headway bench generate``: tokens per second of a model in this process, alone or beside peers.
+
+With ``--peers`` other engines run the same prompts in the same run, turn by turn, so that a noisy machine
+treats all alike.
+"""
 
 from __future__ import annotations
 
-import gc
 import random
 import statistics
+import tempfile
 import time
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from headway import flags
+from headway import __version__, flags
 from headway.bench import report
+from headway.bench.peers import Peer, Run, TransformersPeer, VllmPeer, export
 from headway.engine.config import EngineConfig
 from headway.engine.request import SamplingParams
 from headway.errors import HeadwayError, InvalidInputError
@@ -22,73 +29,89 @@ if TYPE_CHECKING:
     from headway.engine.llm import LLM
 
 
+class Headway(Peer):
+    """The built-in engine."""
+
+    name = "headway"
+    version = __version__
+
+    def __init__(self, llm: LLM) -> None:
+        self._llm = llm
+
+    def generate(self, prompts: Sequence[Sequence[int]], output_len: int) -> Run:
+        params = SamplingParams(max_tokens=output_len, temperature=0.0, ignore_eos=True)
+        first: dict[str, float] = {}
+        tokens = 0
+        start = time.perf_counter()
+        for i, prompt in enumerate(prompts):
+            self._llm.add_request(str(i), prompt, params)
+        while self._llm.has_unfinished():
+            for output in self._llm.step():
+                if output.error is not None:
+                    raise HeadwayError(f"generation failed: {output.error}")
+                tokens += len(output.new_token_ids)
+                first.setdefault(output.request_id, time.perf_counter() - start)
+        total = time.perf_counter() - start
+        if tokens != len(prompts) * output_len:
+            raise HeadwayError(f"got {tokens} tokens; want {len(prompts)} times {output_len}")
+        return Run(tuple(first.values()), total)
+
+
 @dataclass(frozen=True)
-class Run:
-    """One batch, timed: seconds from the start to each request's first token and to the end."""
+class Shape:
+    """What is generated: ``batch_size`` sequences of ``input_len`` tokens, ``output_len`` more each."""
 
-    first_token_s: tuple[float, ...]
-    total_s: float
-
-
-def time_batch(llm: LLM, prompts: list[list[int]], output_len: int) -> Run:
-    """Generate ``output_len`` tokens, greedily, for all prompts together."""
-    params = SamplingParams(max_tokens=output_len, temperature=0.0, ignore_eos=True)
-    first: dict[str, float] = {}
-    tokens = 0
-    start = time.perf_counter()
-    for i, prompt in enumerate(prompts):
-        llm.add_request(str(i), prompt, params)
-    while llm.has_unfinished():
-        for output in llm.step():
-            if output.error is not None:
-                raise HeadwayError(f"generation failed: {output.error}")
-            tokens += len(output.new_token_ids)
-            first.setdefault(output.request_id, time.perf_counter() - start)
-    total = time.perf_counter() - start
-    if tokens != len(prompts) * output_len:
-        raise HeadwayError(f"got {tokens} tokens; want {len(prompts)} times {output_len}")
-    return Run(tuple(first.values()), total)
+    batch_size: int
+    input_len: int
+    output_len: int
 
 
 def measure(
-    llm: LLM, batch_size: int, input_len: int, output_len: int, repeats: int, seed: int
-) -> dict[str, Any]:
-    """A reading's row: ``repeats`` runs on fresh random prompts, after one that warms up.
+    engines: Sequence[Peer], shape: Shape, repeats: int, vocab_size: int, seed: int
+) -> list[dict[str, Any]]:
+    """One row per engine: ``repeats`` runs on fresh random prompts, after one that warms up.
 
-    ``output_throughput`` counts everything, prefill included, as generate() users see it;
-    ``decode_throughput`` is that of the time after every request has its first token. Medians of runs.
+    Engines take turns, on the same prompts, each in another place of the order every time.
     """
     draw = random.Random(seed)
-    vocab_size = llm.model_config.vocab_size
     tokens = range(vocab_size // 10, vocab_size - vocab_size // 10)
+    runs: dict[str, list[Run]] = {engine.name: [] for engine in engines}
+    for round_number in range(repeats + 1):
+        prompts = [draw.choices(tokens, k=shape.input_len) for _ in range(shape.batch_size)]
+        turn = round_number % len(engines)
+        for engine in (*engines[turn:], *engines[:turn]):
+            run = engine.generate(prompts, shape.output_len)
+            if round_number > 0:
+                runs[engine.name].append(run)
+    return [as_row(engine, shape, runs[engine.name]) for engine in engines]
 
-    def run() -> Run:
-        prompts = [draw.choices(tokens, k=input_len) for _ in range(batch_size)]
-        gc.collect()
-        return time_batch(llm, prompts, output_len)
 
-    run()
-    runs = [run() for _ in range(repeats)]
-    totals = [one.total_s for one in runs]
-    output = batch_size * output_len
-    decode = [one.total_s - max(one.first_token_s) for one in runs]
+def as_row(engine: Peer, shape: Shape, runs: Sequence[Run]) -> dict[str, Any]:
+    """A reading's row, of the medians of the runs.
+
+    ``output_throughput`` counts everything, prefill included, as a caller of generate sees it;
+    ``decode_throughput`` is that of the time after every sequence has its first token.
+    """
+    totals = [run.total_s for run in runs]
+    output = shape.batch_size * shape.output_len
+    firsts = [first for run in runs for first in run.first_token_s]
+    decode = [run.total_s - max(run.first_token_s) for run in runs if run.first_token_s]
+    later = shape.batch_size * (shape.output_len - 1)
     return {
-        "batch_size": batch_size,
-        "input_len": input_len,
-        "output_len": output_len,
-        "repeats": repeats,
+        "engine": engine.name,
+        "version": engine.version,
+        **asdict(shape),
         "total_s": statistics.median(totals),
         "output_throughput": output / statistics.median(totals),
         "best_output_throughput": output / min(totals),
-        "decode_throughput": batch_size * (output_len - 1) / statistics.median(decode)
-        if output_len > 1
-        else None,
-        "ttft_ms": 1e3 * statistics.median(t for one in runs for t in one.first_token_s),
+        "decode_throughput": later / statistics.median(decode) if decode and later else None,
+        "ttft_ms": 1e3 * statistics.median(firsts) if firsts else None,
         "runs_s": totals,
     }
 
 
 COLUMNS = (
+    report.Column("engine", "engine"),
     report.Column("batch_size", "sequences", "d"),
     report.Column("input_len", "in", "d"),
     report.Column("output_len", "out", "d"),
@@ -109,16 +132,24 @@ def command(
     output_len: Annotated[int, typer.Option(min=1, help="Tokens to generate for each.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each batch size.")] = 3,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads; default: torch's choice.")
+        int | None, typer.Option(min=1, help="CPU threads of torch; default: its own choice.")
+    ] = None,
+    peers: Annotated[
+        str, typer.Option(help="Engines to run beside: transformers, vllm, or both with a comma.")
+    ] = "",
+    vllm_python: Annotated[
+        Path | None, typer.Option(help="Python of the environment that vLLM is installed in.")
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Write the reading to this JSON file.")
     ] = None,
 ) -> None:
     """Measure a model in this process: greedy generation for batches of random prompts."""
+    shapes = [Shape(size, input_len, output_len) for size in _sizes(batch_sizes)]
+    wanted = _peer_names(peers, vllm_python)
     from rich.console import Console
 
-    sizes = _sizes(batch_sizes)
+    console = Console()
     import torch
 
     from headway.engine.llm import LLM
@@ -126,22 +157,61 @@ def command(
     if threads is not None:
         torch.set_num_threads(threads)
     llm = LLM(config, progress=True)
-    rows = [measure(llm, size, input_len, output_len, repeats, config.seed) for size in sizes]
-    console = Console()
-    title = f"{Path(config.model).stem}, {llm.dtype}, {llm.device}".replace("torch.", "")
-    console.print(report.table(rows, COLUMNS, title))
+    dtype = str(llm.dtype).removeprefix("torch.")
+    with ExitStack() as stack:
+        engines: list[Peer] = [Headway(llm)]
+        if wanted:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            model = export(config.model, dtype, folder)
+            for name in wanted:
+                peer = _start(name, model, dtype, str(llm.device), vllm_python, llm.max_model_len)
+                stack.callback(peer.close)
+                engines.append(peer)
+        vocab_size = llm.model_config.vocab_size
+        rows = [
+            row
+            for shape in shapes
+            for row in measure(engines, shape, repeats, vocab_size, config.seed)
+        ]
+    console.print(report.table(rows, COLUMNS, f"{Path(config.model).stem}, {dtype}, {llm.device}"))
     if output is not None:
         settings = asdict(config) | {
             "model": Path(config.model).name,
-            "dtype": str(llm.dtype).removeprefix("torch."),
+            "dtype": dtype,
             "device": str(llm.device),
             "threads": torch.get_num_threads(),
+            "repeats": repeats,
         }
         report.Reading("generate", settings, rows).save(output)
         console.print(f"wrote {output}", markup=False)
 
 
-def _sizes(text: str) -> list[int]:
+def _start(
+    name: str,
+    model: Path,
+    dtype: str,
+    device: str,
+    vllm_python: Path | None,
+    max_model_len: int,
+) -> Peer:
+    if name == "transformers":
+        return TransformersPeer(model, dtype, device)
+    assert vllm_python is not None
+    return VllmPeer(model, dtype, python=vllm_python, max_model_len=max_model_len)
+
+
+def _peer_names(text: str, vllm_python: Path | None) -> list[str]:
+    names = [name for name in text.split(",") if name]
+    if not set(names) <= {"transformers", "vllm"}:
+        raise InvalidInputError("peers", repr(text), "transformers, vllm, or transformers,vllm")
+    if "vllm" in names and vllm_python is None:
+        raise InvalidInputError(
+            "vllm_python", None, "the python of an environment with vLLM, for --peers vllm"
+        )
+    return names
+
+
+def _sizes(text: str) -> Iterable[int]:
     try:
         sizes = [int(word) for word in text.split(",")]
     except ValueError:
