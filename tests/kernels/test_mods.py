@@ -132,7 +132,7 @@ def documented_calls():
         mods = [kwargs.get("score_mod"), kwargs.get("mask_mod")]
         aux = tuple(kwargs.get("aux_tensors", ()))
         name = next(mod for mod in mods if mod is not None).__name__
-        calls.append(SimpleNamespace(name=name, mods=mods, aux=aux, q=q, k=k))
+        calls.append(SimpleNamespace(name=name, mods=mods, aux=aux, q=q, k=k, v=v, kwargs=kwargs))
         out = headway.flash_attn_func(q, k, v, **kwargs)
         want = headway.flash_attn_func(q, k, v, backend="reference", **kwargs)
         torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-5)
@@ -158,6 +158,22 @@ def test_documented_example_traced_equals_eager(documented_calls, name):
     scores = random_scores(call.q.shape[0], call.q.shape[2], rows, keys)
     aux = tuple(t.to(DEVICE) for t in call.aux)
     assert_same(*call.mods, scores=scores, first_position=keys - rows, aux=aux)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("rows", [None, 1])
+def test_documented_example_in_attention(documented_calls, name, rows):
+    """The portable kernels, prefill and (with a single row) decode, against the reference."""
+    call = documented_calls[name]
+    q, k, v = (
+        t.to(torch.bfloat16) for t in (call.q[:, -rows:] if rows else call.q, call.k, call.v)
+    )
+    aux = {"aux_tensors": [t.to(DEVICE) for t in call.aux]} if call.aux else {}
+    options = {**call.kwargs, **aux}
+    got = headway.flash_attn_func(*(t.to(DEVICE) for t in (q, k, v)), backend="portable", **options)
+    wide = (t.float() for t in (q, k, v))
+    want = headway.flash_attn_func(*wide, backend="reference", **call.kwargs)
+    assert (got.float().cpu() - want).abs().max() <= 2**-7 * want.abs().max()
 
 
 # --- single operations ----------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ _ELEMENTS = {
     torch.float32: "fp32",
     torch.float64: "fp64",
     torch.float8_e4m3fn: "fp8e4nv",
+    torch.float8_e4m3fnuz: "fp8e4b8",
     torch.float8_e5m2: "fp8e5",
     torch.uint8: "u8",
     torch.int8: "i8",

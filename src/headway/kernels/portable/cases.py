@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from headway.kernels.compile import Case
+from headway.mla import plan_prefill
+from headway.persistent import DeviceWork
 
 _BF16, _FLOAT8 = torch.bfloat16, torch.float8_e4m3fn
 
@@ -74,6 +76,58 @@ def append(dtype: torch.dtype, kv_dtype: torch.dtype, interleaved: bool) -> None
     decode(128, dtype=dtype, kv_dtype=kv_dtype, **new, **rotary)
 
 
+def persistent_prefill(dtype: torch.dtype, v_transposed: bool) -> None:
+    """The work-list kernel at MLA's widths, and the merge of what it splits."""
+    from headway.kernels.portable.mla_prefill import Scales, mla_prefill
+
+    work = _work(16)
+    q, k = _meta(3000, 16, 192, dtype=dtype), _meta(5000, 16, 192, dtype=dtype)
+    v = _meta(5000, 16, 128, dtype=dtype)
+    if v_transposed:
+        v = _meta(16, 128, work.padded_keys, dtype=dtype)
+    scale = _meta(1, dtype=torch.float32) if v_transposed else None
+    mla_prefill(
+        work,
+        q,
+        k,
+        v,
+        _meta(3000, 16, 128),
+        _meta(3000, 16, dtype=torch.float32),
+        softmax_scale=0.07,
+        scales=Scales(scale, scale, scale),
+        v_transposed=v_transposed,
+    )
+
+
+def quantised_prefill() -> None:
+    """All kernels of ``headway.mla.prefill`` from bfloat16 inputs."""
+    from headway import mla
+
+    q, k, v = (_meta(n, 16, w) for n, w in ((3000, 192), (5000, 192), (5000, 128)))
+    cu = _int32(3)
+    mla.prefill(q, k, v, cu, cu, fp8=True, plan=_work(16), return_lse=True)
+
+
+def _work(num_heads: int) -> DeviceWork:
+    cu_q, cu_k = torch.tensor([0, 1000, 3000]), torch.tensor([0, 2000, 5000])
+    device = torch.device("meta")
+    return plan_prefill(cu_q, cu_k, num_heads_k=num_heads, device=device, num_cu=132)
+
+
+def _alibi(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any, aux: Any) -> Any:
+    return score + aux[0][h] * (kv_idx - q_idx)
+
+
+def _same_document(b: Any, h: Any, q_idx: Any, kv_idx: Any, aux: Any) -> Any:
+    return aux[1][b, q_idx] == aux[1][b, kv_idx]
+
+
+def _mods() -> dict[str, Any]:
+    """A score_mod and a mask_mod that look into tensors."""
+    aux = (_meta(32, dtype=torch.float32), _int32(64, 8192))
+    return {"score_mod": _alibi, "mask_mod": _same_document, "aux_tensors": aux}
+
+
 def _cases() -> tuple[Case, ...]:
     def case(label: str, function: Any, *args: Any, **kwargs: Any) -> Case:
         return Case(label, functools.partial(function, *args, **kwargs))
@@ -105,6 +159,11 @@ def _cases() -> tuple[Case, ...]:
         case("mla qv", decode, 64, 512, heads=(128, 1), page_size=64, qv=_meta(64, 1, 128, 512)),
         case("append", append, _BF16, _BF16, True),
         case("append float8 cache", append, _BF16, _FLOAT8, False),
+        case("prefill 128 mods", prefill, 128, **_mods()),
+        case("decode 128 mods", decode, 128, **_mods()),
+        case("work list", persistent_prefill, _BF16, False),
+        case("work list float8", persistent_prefill, _FLOAT8, True),
+        case("mla prefill float8", quantised_prefill),
     ]
     return tuple(rows)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -26,7 +27,11 @@ def choose_tile(problem: Problem) -> Tile:
     dim = block_width(max(problem.head_dim, problem.head_dim_v))
     rows = problem.max_seqlen_q * (problem.num_q_heads // problem.num_kv_heads)
     arch = device_of(problem.device).arch
-    return tile_for("forward", arch, dim, rows, problem.k.element_size())
+    tile = tile_for("forward", arch, dim, rows, problem.k.element_size())
+    if problem.scores.score_mod is not None or problem.mask.mask_mod is not None:
+        # What a mod holds per score needs registers that the largest tiles do not leave.
+        return dataclasses.replace(tile, block_n=max(tile.block_n // 2, 16))
+    return tile
 
 
 def forward(

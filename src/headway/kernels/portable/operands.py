@@ -46,15 +46,19 @@ TARGETS = {
 }
 
 
-@functools.cache
 def device_of(device: torch.device) -> Device:
     """Facts about a device, by index.
 
     The interpreter counts as a device with few multiprocessors; meta tensors stand for the target that
     HEADWAY_TARGET names, for compiling without a device.
     """
-    if device.type == "meta":
+    if device.type == "meta":  # one process compiles for several
         return TARGETS[os.environ["HEADWAY_TARGET"]]
+    return _facts(device)
+
+
+@functools.cache
+def _facts(device: torch.device) -> Device:
     if INTERPRETED.value:
         return Device("interpreter", 4, False, False)
     properties = torch.cuda.get_device_properties(device)
@@ -213,6 +217,7 @@ def operands(
         "HAS_SOFTCAP": p.scores.softcap > 0,
         "SCORES_FIRST": scores_first,
         "TWO_SCALES": s.two_scales,
+        "ROW_SCALES": p.q.dtype == torch.bfloat16 and p.k.dtype in FLOAT8_DTYPES,
         "FP8_DOT": both_float8 and device.multiplies_float8 and not s.v_is_k,
         "HEADS_PER_KV": p.num_q_heads // p.num_kv_heads,
         "PACK": pack,
