@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -264,6 +264,7 @@ def forward(
         right,
         attention_chunk,
         softcap > 0,
+        score_mod is not None or mask_mod is not None,
         tile,
         q.device,
     )
@@ -355,6 +356,7 @@ def _plan(
     window_right: int | None,
     chunk: int,
     has_soft_cap: bool,
+    has_mods: bool,
     tile: ForwardTile | None,
     device: torch.device,
 ) -> _Plan:
@@ -371,6 +373,7 @@ def _plan(
         v_shape[-1],
         page_size=k_shape[1] if paged else 0,
         tile=tile,
+        has_mods=has_mods,
         max_seqlen_q=max_seqlen_q,
         pack=pack,
         ragged_q=ragged_q,
@@ -429,6 +432,7 @@ def _config(
     *,
     page_size: int,
     tile: ForwardTile | None,
+    has_mods: bool,
     max_seqlen_q: int,
     **features: Any,
 ) -> ForwardConfig:
@@ -441,10 +445,14 @@ def _config(
         )
     if page_size % 8:
         raise UnsupportedError(f"hopper forward: page_size={page_size}; takes multiples of 8")
+    tile = tile or forward_tile(*padded, features["has_right"], max_seqlen_q)
+    if has_mods:
+        # Their arithmetic needs the registers that larger tiles and an overlapped PV would hold.
+        tile = replace(tile, block_m=128, block_n=64, overlap=False, q_in_registers=0)
     limited = features["has_left"] or features["has_right"] or features["has_chunk"]
     return ForwardConfig(
         dtype=_DTYPES[dtype],
-        tile=tile or forward_tile(*padded, features["has_right"], max_seqlen_q),
+        tile=tile,
         head_dim=padded[0],
         head_dim_v=padded[1],
         page_size=page_size,

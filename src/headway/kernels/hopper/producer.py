@@ -248,15 +248,15 @@ def produce(
             )  # fmt: skip
             v_source = source
             v_block = block
-        pipeline.load_q(q_desc, buffers, tile, order, cfg)
-        order += 1
         # The next tile is looked up while this one's first block is on its way, because its first K
-        # travels with this one's last V.
+        # travels with this one's last V: before Q where Q has to wait for its buffer, else after.
+        if cfg.q_slots > 1:
+            pipeline.load_q(q_desc, buffers, tile, order, cfg)
         if cfg.dynamic:
             index = gl.atomic_add(schedule, 1) + programs
         else:
             index += programs
-        tile, coming = _fetch(
+        next_tile, coming = _fetch(
             index,
             tiles_per_head,
             schedule,
@@ -269,6 +269,10 @@ def produce(
             call,
             cfg,
         )
+        if cfg.q_slots == 1:
+            pipeline.load_q(q_desc, buffers, tile, order, cfg)
+        order += 1
+        tile = next_tile
         for _ in range(first, block):
             block -= 1
             event = _push(
