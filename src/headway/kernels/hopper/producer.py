@@ -178,9 +178,9 @@ def _push(
     cfg: gl.constexpr,
 ):
     """Event ``event``: a block of K, and V of the block before it; the very first has no V."""
-    # Page numbers are asked for before the wait for a stage, which hides their latency.
+    # Page numbers are asked for before the wait for a stage, which hides their latency. Those of V were
+    # read for its K one event ago and come from L1; holding them meanwhile would spill.
     pages = _pages_of(page_table, source.keys, source.seqlen_k, block, cfg)
-    v_pages = _pages_of(page_table, v_source.keys, v_source.seqlen_k, v_block, cfg)
     has_v = event > 0
     stage = pipeline.begin_event(buffers, event, HAS_K, has_v, cfg)
     full = buffers.kv_full.index(stage)
@@ -189,6 +189,7 @@ def _push(
         pipeline.load_block(
             k_desc, buffers.k, full, stage, pages, source.head, at, True, cfg.columns, cfg
         )
+    v_pages = _pages_of(page_table, v_source.keys, v_source.seqlen_k, v_block, cfg)
     at = v_source.first_key + v_block * cfg.block_n
     pipeline.load_block(
         v_desc, buffers.v, full, stage, v_pages, v_source.head, at, has_v, cfg.columns_v, cfg
@@ -248,15 +249,22 @@ def produce(
             )  # fmt: skip
             v_source = source
             v_block = block
-        # The next tile is looked up while this one's first block is on its way, because its first K
-        # travels with this one's last V: before Q where Q has to wait for its buffer, else after.
-        if cfg.q_slots > 1:
-            pipeline.load_q(q_desc, buffers, tile, order, cfg)
+        pipeline.load_q(q_desc, buffers, tile, order, cfg)
+        order += 1
+        for _ in range(first + 1, block):
+            block -= 1
+            event = _push(
+                k_desc, v_desc, page_table, buffers, event, source, block, v_source, v_block,
+                True, cfg,
+            )  # fmt: skip
+            v_block = block
+        # The next tile's first K travels with this one's last V. It is taken off the schedule no sooner
+        # than needed for that: a CTA that reserves tiles early unbalances the rest.
         if cfg.dynamic:
             index = gl.atomic_add(schedule, 1) + programs
         else:
             index += programs
-        next_tile, coming = _fetch(
+        tile, coming = _fetch(
             index,
             tiles_per_head,
             schedule,
@@ -269,17 +277,12 @@ def produce(
             call,
             cfg,
         )
-        if cfg.q_slots == 1:
-            pipeline.load_q(q_desc, buffers, tile, order, cfg)
-        order += 1
-        tile = next_tile
-        for _ in range(first, block):
-            block -= 1
+        if block > first:
             event = _push(
-                k_desc, v_desc, page_table, buffers, event, source, block, v_source, v_block,
+                k_desc, v_desc, page_table, buffers, event, source, first, v_source, v_block,
                 True, cfg,
             )  # fmt: skip
-            v_block = block
+            v_block = first
         source = coming
     if event > 0:
         _push(
