@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -108,28 +109,31 @@ for line in sys.stdin:
 """
 
 
+_LOG_LINES = 20
+_VLLM_MEMORY_SHARE = 0.3  # of the device's, CPU included: the other engines live there too
+
+
 class VllmPeer(Peer):
     """vLLM, in a process of the Python environment where it is installed."""
 
     name = "vllm"
 
-    def __init__(
-        self, model: Path, dtype: str, *, python: Path, max_model_len: int, log: Path | None = None
-    ) -> None:
+    def __init__(self, model: Path, dtype: str, *, python: Path, max_model_len: int) -> None:
         settings = {
             "model": str(model),
             "dtype": dtype,
             "max_model_len": max_model_len,
             "enable_prefix_caching": False,
             "disable_log_stats": True,
+            "gpu_memory_utilization": _VLLM_MEMORY_SHARE,
         }
         words = [str(python), "-c", _VLLM, json.dumps(settings)]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-        with open(log or os.devnull, "w") as errors:
-            self._process = subprocess.Popen(
-                words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
-                env=environment,
-            )  # fmt: skip
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 -- closed with the peer
+        self._process = subprocess.Popen(
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
+            env=environment,
+        )  # fmt: skip
         self.version = str(self._read()["version"])
 
     def generate(self, prompts: Sequence[Sequence[int]], output_len: int) -> Run:
@@ -148,7 +152,10 @@ class VllmPeer(Peer):
             if line.startswith("HEADWAY "):
                 answer: dict[str, Any] = json.loads(line.removeprefix("HEADWAY "))
                 return answer
-        raise HeadwayError(f"vLLM ended with exit code {self._process.wait()}")
+        code = self._process.wait()
+        self._log.seek(0)
+        said = "".join(self._log.readlines()[-_LOG_LINES:])
+        raise HeadwayError(f"vLLM ended with exit code {code}; the last it said:\n{said}")
 
     def close(self) -> None:
         if self._process.stdin is not None:
@@ -158,6 +165,7 @@ class VllmPeer(Peer):
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._log.close()
 
 
 def export(model: str, dtype: str, folder: Path) -> Path:
