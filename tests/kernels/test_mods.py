@@ -2,7 +2,10 @@
 
 import math
 import operator
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -174,6 +177,17 @@ def test_documented_example_in_attention(documented_calls, name, rows):
     wide = (t.float() for t in (q, k, v))
     want = headway.flash_attn_func(*wide, backend="reference", **call.kwargs)
     assert (got.float().cpu() - want).abs().max() <= 2**-7 * want.abs().max()
+
+
+def test_functions_compile_into_triton_and_gluon_kernels():
+    """For NVIDIA and AMD, heads as scalars and as columns; in a process without the interpreter."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-m", "tests.kernels.mods_compile"]
+    run = subprocess.run(
+        command, env=environment, cwd=DOC.parents[1], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.count("compiled") == 24
 
 
 # --- single operations ----------------------------------------------------------------------------------

@@ -75,6 +75,12 @@ def quantise_kernel(
 
 
 @jit
+def interleaved(n):
+    """Where key n lies among transposed values: of every 16 keys, pairs 0, 4, 1, 5, 2, 6, 3, 7."""
+    return n // 16 * 16 + n % 8 // 2 * 4 + n % 16 // 8 * 2 + n % 2
+
+
+@jit
 def transpose_values_kernel(
     v_ptr,
     out_ptr,
@@ -110,7 +116,7 @@ def transpose_values_kernel(
     else:
         ZERO: tl.constexpr = 0 if v_ptr.dtype.element_ty.is_int() else 0.0
         x = tl.load(v_ptr + at, mask=inside, other=ZERO)
-    place = tl.load(value_indptr + b) + n
+    place = tl.load(value_indptr + b) + interleaved(n)
     at = head * stride_out_head + col.to(tl.int64)[:, None] * stride_out_dim + place[None, :]
     tl.store(out_ptr + at, tl.trans(x), mask=(col < WIDTH)[:, None])
 
@@ -178,7 +184,8 @@ def transpose_values(
     """``out`` (Hkv, Dv, padded keys) from v (total_k, Hkv, Dv), quantised by ``scale`` if v is no float8.
 
     Request b's keys go to columns ``value_indptr[b]`` on, multiples of block_n; columns behind its last
-    key, up to the next multiple, become zero.
+    key, up to the next multiple, become zero. Within every 16 columns keys are in the order 0, 1, 8, 9,
+    2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15, which :func:`.mla_prefill.interleave` gives the weights too.
     """
     native = device_of(v.device).converts_float8
     _, heads, width = v.shape
