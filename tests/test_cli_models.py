@@ -135,7 +135,11 @@ def test_bench_generate_stands_beside_transformers(llama: TinyModel, tmp_path: P
     )  # fmt: skip
     rows = json.loads(path.read_text())["results"]
     assert [row["engine"] for row in rows] == ["headway", "transformers"]
-    assert all(row["decode_throughput"] > row["output_throughput"] > 0 for row in rows)
+    for row in rows:
+        assert len(row["runs_s"]) == 2
+        assert row["output_throughput"] == pytest.approx(10 / (sum(row["runs_s"]) / 2))
+        assert 0 < row["ttft_ms"] < 1e3 * max(row["runs_s"])
+        assert row["decode_throughput"] > 0
 
 
 def test_the_vllm_peer_speaks_with_a_process(tmp_path: Path) -> None:
