@@ -1,5 +1,8 @@
 """The public prefill: float8 by argument and by environment, scales, plans, refusals."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -133,3 +136,13 @@ def test_refusals(changes, said):
     call = {"q": q, "k": k, "v": v, "cu_seqlens_q": CU_Q, "cu_seqlens_k": CU_K, "fp8": True}
     with pytest.raises(InvalidInputError, match=said):
         mla.prefill(**(call | changes))
+
+
+def test_code_of_the_documentation_runs():
+    text = (Path(__file__).parents[1] / "docs" / "mla.md").read_text()
+    code = "\n".join(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL))
+    namespace = {}
+    exec(compile(code, "docs/mla.md", "exec"), namespace)
+    assert namespace["out"].shape == (300, 16, 128)
+    assert namespace["out"].isfinite().all()
+    assert namespace["buffers"][1][-1] > 0
