@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-_READING = "benchmarks/results/h200/hopper-prefill-tiles.json"
+_READING = "benchmarks/results/h200/hopper-prefill.json"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,120 @@
+"""Compiles the prefill kernel for Hopper and prints what its machine code is like, as JSON. Needs no GPU.
+
+A program of its own because the tests run Triton's interpreter, which a process chooses once.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from headway.kernels._triton import gl
+from headway.kernels.hopper.config import ForwardConfig
+from headway.kernels.hopper.forward import forward_kernel
+from headway.kernels.hopper.tiles import forward_tile
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+POINTERS = {
+    "cu_seqlens_q": "*i32",
+    "cu_seqlens_k": "*i32",
+    "seqused_k": "*i32",
+    "page_table": "*i32",
+    "schedule": "*i32",
+}
+RAGGED = {"ragged_q": True, "exact_q": False, "exact_k": False, "work_list": True}
+CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "d64 causal": (64, 64, {"has_right": True, "dynamic": True}),
+    "d128 full": (128, 128, {}),
+    "d128 causal": (128, 128, {"has_right": True, "dynamic": True}),
+    "d128 ragged causal": (128, 128, {"has_right": True, "dynamic": True, **RAGGED}),
+    "d128 paged causal": (
+        128,
+        128,
+        {"has_right": True, "dynamic": True, "page_size": 64, **RAGGED},
+    ),
+    "d192/128 causal": (192, 128, {"has_right": True, "dynamic": True}),
+    "d256 full": (256, 256, {}),
+}
+
+
+def compile_forward(head_dim: int, head_dim_v: int, features: dict[str, Any]) -> Any:
+    tile = forward_tile(head_dim, head_dim_v, features.get("has_right", False), 1 << 20)
+    cfg = ForwardConfig(gl.bfloat16, tile, head_dim, head_dim_v, **features)
+    used = {"schedule"} if cfg.dynamic else set()
+    used |= {"cu_seqlens_q", "cu_seqlens_k"} if cfg.ragged_q else set()
+    used |= {"page_table", "seqused_k"} if cfg.page_size else set()
+
+    def kind(name: str) -> str:
+        if name.endswith("_desc"):
+            box = cfg.q_box if name in ("q_desc", "out_desc") else cfg.k_box
+            layout = gl.NVMMASharedLayout.get_default_for(box, cfg.dtype)
+            return f"tensordesc<bf16{box},{layout!r}>"
+        known = {"out": "*bf16", "lse": "*fp32", "softmax_scale": "fp32", "softcap": "fp32"}
+        if name in known or name in used:
+            return known.get(name) or POINTERS[name]
+        optional = {*POINTERS, "sinks", "seqused_q", "leftpad_k", "cache_batch_idx", "aux"}
+        return "constexpr" if name in {*optional, *constants} else "i32"
+
+    constants = {"score_mod": None, "mask_mod": None, "cfg": cfg, "num_warps": 4}
+    signature = {name: kind(name) for name in forward_kernel.arg_names}
+    values = {name: constants.get(name) for name, k in signature.items() if k == "constexpr"}
+    source = GluonASTSource(forward_kernel, signature, constexprs=values, attrs={})
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+
+
+def _loops(sass: str) -> list[list[str]]:
+    """Bodies of the innermost loops that multiply matrices twice: QK and PV."""
+    lines = re.findall(r"^\s+/\*([0-9a-f]{4,5})\*/\s+([^;]*);", sass, flags=re.M)
+    place = {int(address, 16): i for i, (address, _) in enumerate(lines)}
+    spans = []
+    for i, (address, text) in enumerate(lines):
+        branch = re.search(r"\bBRA\b.*0x([0-9a-f]+)", text)
+        if branch and (start := int(branch[1], 16)) < int(address, 16) and start in place:
+            body = [t for _, t in lines[place[start] : i + 1]]
+            if sum("HGMMA" in t for t in body) >= 12:
+                spans.append((place[start], i, body))
+    return [
+        body
+        for first, last, body in spans
+        if not any(first <= a and b <= last and (a, b) != (first, last) for a, b, _ in spans)
+    ]
+
+
+def measure(kernel: Any) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        ptx, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
+        ptx.write_text(kernel.asm["ptx"])
+        command = [TOOLS / "ptxas", "-v", "--gpu-name=sm_90a", ptx, "-o", cubin]
+        log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+        command = [TOOLS / "cuobjdump", "--dump-sass", cubin]
+        sass = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    loops = []
+    for body in _loops(sass):
+        waits = [i for i, t in enumerate(body) if "WARPGROUP.DEPBAR" in t]
+        exponentials = [i for i, t in enumerate(body) if "MUFU.EX2" in t]
+        loops.append(
+            {
+                "instructions": len(body),
+                "local_memory": sum("LDL" in t or "STL" in t for t in body),
+                "repacked": sum("PRMT" in t for t in body),
+                "softmax_beside_pv": len(waits) > 1
+                and sum(waits[-2] < i < waits[-1] for i in exponentials) > len(exponentials) // 2,
+            }
+        )
+    return {
+        "serialised": sorted(set(re.findall(r"C75\d\d", log))),
+        "shared_bytes": kernel.metadata.shared,
+        "loops": sorted(loops, key=lambda loop: loop["instructions"]),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps({name: measure(compile_forward(*case)) for name, case in CASES.items()}))
