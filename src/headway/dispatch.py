@@ -11,6 +11,8 @@ import dataclasses
 import os
 from dataclasses import dataclass
 
+import torch
+
 from headway import providers
 from headway.errors import InvalidInputError, UnsupportedError
 from headway.problem import Problem
@@ -99,6 +101,16 @@ def choose(problem: Problem) -> Provider:
             return providers.get(name)
         refusals[name] = reasons
     raise UnsupportedError("no provider can run this call", refusals, _others(problem, None))
+
+
+def planner(device: torch.device) -> Provider | None:
+    """The fastest provider of a device that makes plans of its own, if there is one."""
+    for name in providers.NAMES:
+        provider = providers.get(name)
+        plans = type(provider).plan is not Provider.plan
+        if plans and name not in PINNED_ONLY and provider.unavailable(device) is None:
+            return provider
+    return None
 
 
 def _others(problem: Problem, pinned: str | None) -> list[str]:

@@ -336,7 +336,6 @@ def get_scheduler_metadata(
         lengths = lengths - cache_leftpad
     if mask.window_left is not None:
         lengths = lengths.clamp(max=mask.window_left + max_seqlen_q + (mask.window_right or 0))
-    workers = max(1, _num_workers(cache_seqlens.device) - sm_margin)
     key = PlanKey(
         device=cache_seqlens.device,
         batch_size=batch_size,
@@ -352,6 +351,12 @@ def get_scheduler_metadata(
         window_right=mask.window_right,
         attention_chunk=mask.attention_chunk,
     )
+    planner = dispatch.planner(cache_seqlens.device)
+    if planner is not None:
+        return planner.plan(
+            key, lengths, kv_dtype=qkv_dtype, num_splits=num_splits, sm_margin=sm_margin
+        )
+    workers = max(1, _num_workers(cache_seqlens.device) - sm_margin)
     bound = min(num_splits or MAX_SPLITS, MAX_SPLITS)
     splits = plan_splits(lengths, num_kv_heads=num_heads_kv, num_workers=workers, max_splits=bound)
     return Plan(key, splits)

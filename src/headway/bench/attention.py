@@ -239,7 +239,7 @@ def _plan(inputs: Inputs, name: str) -> Any:
         attention_chunk=0,
     )
     try:
-        return providers.get(name).plan(key, inputs.seqlens)
+        return providers.get(name).plan(key, inputs.seqlens, kv_dtype=_DTYPES[case.kv_dtype])
     except NotImplementedError:
         return None
 

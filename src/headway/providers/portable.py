@@ -90,11 +90,19 @@ class PortableProvider(Provider):
         return out, lse
 
     def plan(
-        self, key: PlanKey, seqlens_k: Tensor, *, num_splits: int = 0, sm_margin: int = 0
+        self,
+        key: PlanKey,
+        seqlens_k: Tensor,
+        *,
+        kv_dtype: torch.dtype = torch.bfloat16,
+        num_splits: int = 0,
+        sm_margin: int = 0,
     ) -> Plan:
         from headway.kernels.portable.decode import plan
 
-        schedule = plan(key, seqlens_k, num_splits=num_splits, sm_margin=sm_margin)
+        schedule = plan(
+            key, seqlens_k, kv_dtype=kv_dtype, num_splits=num_splits, sm_margin=sm_margin
+        )
         return Plan(key, schedule.num_splits, schedule)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from headway.kernels._triton import jit, tl
 from headway.kernels.portable.mainloop import attend, finish, load_rows
-from headway.kernels.portable.numeric import cast, widen
+from headway.kernels.portable.numeric import cast, row_magnitude, widen
 from headway.kernels.portable.spans import key_span, query_span, visible_span
 
 
@@ -83,6 +83,7 @@ def attention_kernel(
     HAS_SOFTCAP: tl.constexpr,
     SCORES_FIRST: tl.constexpr,
     TWO_SCALES: tl.constexpr,
+    ROW_SCALES: tl.constexpr,
     FP8_DOT: tl.constexpr,
     HEADS_PER_KV: tl.constexpr,
     PACK: tl.constexpr,
@@ -193,6 +194,15 @@ def attention_kernel(
         scale1 = v_scale
     else:
         scale = softmax_scale * scale2
+    if ROW_SCALES:
+        # float8 keys become float16 in one step and bfloat16 in three; rows of bfloat16 queries,
+        # brought to magnitude 1, fit float16 without loss.
+        magnitude = row_magnitude(q1)
+        if D2 > 0:
+            magnitude = tl.maximum(magnitude, row_magnitude(q2))
+        q1 = (q1.to(tl.float32) / magnitude[:, None]).to(tl.float16)
+        q2 = (q2.to(tl.float32) / magnitude[:, None]).to(tl.float16)
+        scale = scale * magnitude
     table = page_table
     if PAGE_SIZE > 0:
         table = page_table + cache_row.to(tl.int64) * stride_table
@@ -237,6 +247,7 @@ def attention_kernel(
         HAS_SOFTCAP,
         SCORES_FIRST,
         TWO_SCALES,
+        ROW_SCALES,
         PAGE_SIZE,
         ALIGNED,
         V_IS_K,

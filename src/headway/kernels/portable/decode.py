@@ -101,10 +101,18 @@ def is_decode(problem: Problem) -> bool:
     return 2 * programs <= device_of(problem.device).multiprocessors
 
 
-def plan(key: PlanKey, seqlens_k: Tensor, *, num_splits: int = 0, sm_margin: int = 0) -> Schedule:
+def plan(
+    key: PlanKey,
+    seqlens_k: Tensor,
+    *,
+    kv_dtype: torch.dtype = torch.bfloat16,
+    num_splits: int = 0,
+    sm_margin: int = 0,
+) -> Schedule:
     """A schedule for every layer of a step.
 
     Args:
+        kv_dtype: of the caches; kernels for narrower ones run in more, smaller programs.
         seqlens_k: (B,) int32 keys of each sequence that its queries can see.
         num_splits: bound of the pieces of a sequence; 0: automatic.
     """
@@ -119,7 +127,7 @@ def plan(key: PlanKey, seqlens_k: Tensor, *, num_splits: int = 0, sm_margin: int
     )
     dim = block_width(max(key.head_dim, key.head_dim_v))
     op: Op = "mla" if key.head_dim_v > 256 else "decode"
-    tile = tile_for(op, device_of(key.device).arch, dim, shape.rows, 2)
+    tile = tile_for(op, device_of(key.device).arch, dim, shape.rows, kv_dtype.itemsize)
     spread = shape.spread(tile, key.device)
     into = empty_schedule(key.batch_size, spread.tiles, spread.slots, spread.max_splits, key.device)
     places = dict.fromkeys(LENGTHS) | {

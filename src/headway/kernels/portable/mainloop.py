@@ -112,6 +112,7 @@ def attend_tile(
     HAS_SOFTCAP: tl.constexpr,
     SCORES_FIRST: tl.constexpr,
     TWO_SCALES: tl.constexpr,
+    ROW_SCALES: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     ALIGNED: tl.constexpr,
     V_IS_K: tl.constexpr,
@@ -148,8 +149,11 @@ def attend_tile(
         offsets = offsets_of(page, row, lane, stride_v_page, stride_v_row)
         v = widen(load_rows(v_ptr, offsets, inside, DV, BLOCK_DV, MASKED), tl.float16)
 
+    score_scale = scale
+    if ROW_SCALES:
+        score_scale = scale[:, None]
     if SCORES_FIRST:
-        scores = scores * scale
+        scores = scores * score_scale
         if HAS_SOFTCAP:
             scores = softcap * tanh(scores / softcap)
         # The hook: score_mod(score, b, h, q_idx, kv_idx, aux) -> score, and below
@@ -183,7 +187,7 @@ def attend_tile(
     if SCORES_FIRST:
         p = tl.exp2(scores - shift[:, None])
     else:
-        p = tl.exp2(scores * scale - shift[:, None])
+        p = tl.exp2(scores * score_scale - shift[:, None])
     alpha = tl.exp2(row_max - shift)
     row_sum = row_sum * alpha + tl.sum(p, 1)
     acc = acc * alpha[:, None]
@@ -231,6 +235,7 @@ def attend(
     HAS_SOFTCAP: tl.constexpr,
     SCORES_FIRST: tl.constexpr,
     TWO_SCALES: tl.constexpr,
+    ROW_SCALES: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     ALIGNED: tl.constexpr,
     V_IS_K: tl.constexpr,
@@ -315,6 +320,7 @@ def attend(
                     HAS_SOFTCAP,
                     SCORES_FIRST,
                     TWO_SCALES,
+                    ROW_SCALES,
                     PAGE_SIZE,
                     ALIGNED,
                     V_IS_K,

@@ -54,6 +54,14 @@ def to_e4m3_bits(x):
 
 
 @jit
+def row_magnitude(x):
+    """Per row of a block, the power of two just below its largest magnitude; 1 for rows of zeros."""
+    top = tl.max(tl.abs(x.to(tl.float32)), 1)
+    power = (top.to(tl.uint32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    return tl.where(power == 0.0, 1.0, power)
+
+
+@jit
 def tanh(x):
     """tanh by one exponential; saturates without overflow. Absolute error about 1e-7."""
     return 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0)

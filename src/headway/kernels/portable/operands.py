@@ -24,6 +24,10 @@ LOG2E = math.log2(math.e)
 WIDEST_WINDOW = 1 << 30
 
 
+#: Values are padded to at least this width: with 16 columns, Triton 3.6's wgmma reads past its tile.
+NARROWEST_VALUES = 32
+
+
 @dataclass(frozen=True)
 class Device:
     """What kernels and their launchers need to know of a device."""
@@ -227,9 +231,9 @@ def operands(
         "D1": s.d1,
         "D2": s.d2,
         "DV": p.head_dim_v,
-        "BLOCK_D1": block_width(s.d1, 32 if both_float8 else 16),
+        "BLOCK_D1": block_width(s.d1, NARROWEST_VALUES if s.v_is_k or both_float8 else 16),
         "BLOCK_D2": block_width(s.d2, 32 if both_float8 else 16) if s.d2 else 0,
-        "BLOCK_DV": block_width(p.head_dim_v, 32 if both_float8 and s.v_is_k else 16),
+        "BLOCK_DV": block_width(p.head_dim_v, NARROWEST_VALUES),
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "num_warps": tile.num_warps,

@@ -40,6 +40,9 @@ class Row:
 
 ANY_ROWS = 1 << 30
 
+_SM9_10 = ("sm90", "sm100", "sm103")
+H200 = "benchmarks/results/h200/portable_tiles.json"
+
 #: First match wins.
 TABLE: tuple[Row, ...] = (
     Row("forward", ("interpreter",), 512, ANY_ROWS, Tile(32, 32, 4, 1)),
@@ -47,18 +50,20 @@ TABLE: tuple[Row, ...] = (
     Row("decode", ("interpreter",), 512, ANY_ROWS, Tile(32, 16, 4, 1)),
     Row("mla", ("interpreter",), 1024, ANY_ROWS, Tile(16, 16, 4, 1)),
     # Hopper and data-centre Blackwell: 227 KiB of shared memory.
-    Row("forward", ("sm90", "sm100", "sm103"), 64, ANY_ROWS, Tile(128, 128, 8, 3)),
-    Row("forward", ("sm90", "sm100", "sm103"), 128, ANY_ROWS, Tile(128, 128, 8, 2)),
-    Row("forward", ("sm90", "sm100", "sm103"), 256, ANY_ROWS, Tile(128, 64, 8, 2)),
-    Row("decode", ("sm90", "sm100", "sm103"), 128, 16, Tile(16, 64, 4, 3)),
-    Row("decode", ("sm90", "sm100", "sm103"), 128, 32, Tile(32, 64, 4, 3)),
-    Row("decode", ("sm90", "sm100", "sm103"), 128, ANY_ROWS, Tile(64, 64, 4, 3)),
-    Row("decode", ("sm90", "sm100", "sm103"), 256, 16, Tile(16, 64, 4, 2)),
-    Row("decode", ("sm90", "sm100", "sm103"), 256, 32, Tile(32, 64, 4, 2)),
-    Row("decode", ("sm90", "sm100", "sm103"), 256, ANY_ROWS, Tile(64, 64, 8, 2)),
-    Row("mla", ("sm90", "sm100", "sm103"), 1024, 16, Tile(16, 64, 8, 2)),
-    Row("mla", ("sm90", "sm100", "sm103"), 1024, 32, Tile(32, 64, 8, 2)),
-    Row("mla", ("sm90", "sm100", "sm103"), 1024, ANY_ROWS, Tile(64, 64, 8, 2)),
+    Row("forward", _SM9_10, 64, ANY_ROWS, Tile(128, 64, 8, 4), H200),
+    Row("forward", _SM9_10, 128, ANY_ROWS, Tile(128, 128, 8, 3), H200),
+    Row("forward", _SM9_10, 256, ANY_ROWS, Tile(128, 32, 8, 3), H200),
+    Row("decode", _SM9_10, 64, 16, Tile(16, 128, 4, 3, 1), H200, max_key_bytes=2),
+    Row("decode", _SM9_10, 128, 16, Tile(16, 16, 1, 4, 8), H200, max_key_bytes=1),
+    Row("decode", _SM9_10, 128, 16, Tile(16, 64, 4, 4, 2), H200),
+    Row("decode", _SM9_10, 128, 32, Tile(32, 64, 4, 3, 2), H200),
+    Row("decode", _SM9_10, 128, ANY_ROWS, Tile(64, 64, 4, 3, 2), H200),
+    Row("decode", _SM9_10, 256, 16, Tile(16, 32, 4, 3, 2), H200),
+    Row("decode", _SM9_10, 256, 32, Tile(32, 32, 4, 3, 2)),
+    Row("decode", _SM9_10, 256, ANY_ROWS, Tile(64, 32, 8, 3, 1)),
+    Row("mla", _SM9_10, 1024, 16, Tile(16, 32, 4, 3, 2), H200),
+    Row("mla", _SM9_10, 1024, 32, Tile(32, 64, 8, 2, 1)),
+    Row("mla", _SM9_10, 1024, ANY_ROWS, Tile(64, 64, 8, 2, 1), H200),
     # A100: 163 KiB. Other Ampere, Ada and consumer Blackwell: 99 KiB.
     Row("forward", ("sm80",), 64, ANY_ROWS, Tile(128, 64, 4, 3)),
     Row("forward", ("sm80",), 128, ANY_ROWS, Tile(128, 64, 8, 3)),
