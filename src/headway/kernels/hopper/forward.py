@@ -233,8 +233,9 @@ def forward(
     - schedule: for ragged q an :func:`~.schedule.order_tiles` of the same call, else int32 zeros (2,); it
       spares a launch, and comes back as it was. One call at a time may use it.
 
-    The last dimension of every tensor is contiguous; other strides and the addresses of q, k, v and out are
-    multiples of 16 bytes. Page sizes are multiples of 8. Nothing is checked on the device and nothing synchronises.
+    The last dimension of every tensor is contiguous; other strides and the addresses of q, k, v and out
+    are multiples of 16 bytes. Page sizes are multiples of 8. Nothing is checked on the device and nothing
+    synchronises.
 
     Raises:
         UnsupportedError: head dims, page size, strides or a combination this kernel does not take.
