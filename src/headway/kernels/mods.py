@@ -300,8 +300,14 @@ class _Writer:
                 inside.append(f"({at} < {size})")
                 at = f"{at}.to({{L}}.int64)" if wide else at
             offset += f" + {at} * {tensor}[2][{dim}]"
-        mask = f", mask={' & '.join(inside)}, other=0" if inside else ""
+        mask = f", mask={self._bounds(indices, inside)}, other=0" if inside else ""
         return self.line(f"{{L}}.load({offset}{mask}).to({{L}}.{node.dtype})")
+
+    def _bounds(self, indices: list[Operand], inside: list[str]) -> str:
+        bounds = " & ".join(inside)
+        extents = {index.extent for index in indices if isinstance(index, Node)}
+        # Triton's interpreter: what of the two is a scalar would make the mask one of integers.
+        return f"({bounds}) != 0" if len(extents) > 1 else bounds
 
 
 def _literal(value: bool | int | float) -> str:
