@@ -1,0 +1,425 @@
+"""The decode kernel's consumer: attention of a worker's blocks by one warpgroup, unit after unit."""
+
+# Gluon reads the annotations of aggregates as classes: no postponed evaluation here.
+from headway.kernels._triton import (
+    aggregate,
+    cta_barrier,
+    fence_async_shared,
+    gl,
+    gluon,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from headway.kernels.hopper.decode_load import (
+    k_tile,
+    next_unit,
+    v_tile,
+)
+from headway.kernels.hopper.decode_merge import is_last, leave_part, merge_parts
+from headway.kernels.hopper.decode_plan import BATCH, LEFT, UNIT, WIDTH, WITHIN, load_span, take_of
+from headway.kernels.hopper.masks import mask_scores, row_limits
+from headway.kernels.hopper.softmax import LAG, LOG2E, finish, rescale, soft_cap
+
+
+@aggregate
+class Call:
+    """The numbers of a call. Strides are in elements."""
+
+    units: gl.tensor  # KV heads times tiles of query rows
+    num_rows: gl.tensor  # packed query rows of a KV head
+    stride_q_batch: gl.tensor
+    stride_q_row: gl.tensor
+    stride_q_head: gl.tensor
+    stride_out_batch: gl.tensor
+    stride_out_row: gl.tensor
+    stride_out_head: gl.tensor
+    stride_lse_batch: gl.tensor
+    stride_lse_head: gl.tensor
+    scale: gl.tensor
+    softcap: gl.tensor
+    window_left: gl.tensor
+    window_right: gl.tensor
+    chunk: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(
+        self,
+        units,
+        num_rows,
+        stride_q_batch,
+        stride_q_row,
+        stride_q_head,
+        stride_out_batch,
+        stride_out_row,
+        stride_out_head,
+        stride_lse_batch,
+        stride_lse_head,
+        scale,
+        softcap,
+        window_left,
+        window_right,
+        chunk,
+    ):
+        self.units = units
+        self.num_rows = num_rows
+        self.stride_q_batch = stride_q_batch
+        self.stride_q_row = stride_q_row
+        self.stride_q_head = stride_q_head
+        self.stride_out_batch = stride_out_batch
+        self.stride_out_row = stride_out_row
+        self.stride_out_head = stride_out_head
+        self.stride_lse_batch = stride_lse_batch
+        self.stride_lse_head = stride_lse_head
+        self.scale = scale
+        self.softcap = softcap
+        self.window_left = window_left
+        self.window_right = window_right
+        self.chunk = chunk
+
+
+@aggregate
+class Parts:
+    """Where units that were cut are put together; see DecodePlan."""
+
+    arrivals: gl.tensor
+    out: gl.tensor
+    sums: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, arrivals, out, sums):
+        self.arrivals = arrivals
+        self.out = out
+        self.sums = sums
+
+
+@gluon.jit
+def _fetch_queries(q_ptr, span, batch, unit, piece, call, cfg: gl.constexpr):
+    """A piece of a unit's packed query rows, in registers; zero where there is no query."""
+    rows = (unit % cfg.m_tiles) * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, cfg.q_rows))
+    token = rows // cfg.group
+    inside = (rows < call.num_rows) & (token < span.q_rows)
+    offsets = (span.q_first + token).to(gl.int64) * call.stride_q_row
+    offsets += batch.to(gl.int64) * call.stride_q_batch
+    offsets += ((unit // cfg.m_tiles) * cfg.group + rows % cfg.group) * call.stride_q_head
+    columns = gl.arange(0, cfg.k_width, layout=gl.SliceLayout(0, cfg.q_rows))
+    columns += piece * cfg.k_width
+    pointers = q_ptr + gl.expand_dims(offsets, 1) + gl.expand_dims(columns, 0)
+    pointers = gl.multiple_of(pointers, [16, 16])
+    mask = gl.expand_dims(inside, 1) & gl.expand_dims(columns < cfg.head_dim, 0)
+    return gl.load(pointers, mask=mask, other=0.0)
+
+
+@gluon.jit
+def _largest(queries):
+    """The largest magnitude of a tile."""
+    wide = queries.to(gl.float32)
+    return gl.max(gl.max(gl.maximum(wide, -wide), 1), 0)
+
+
+@gluon.jit
+def _place_piece(queries, factor, piece, buffers, cfg: gl.constexpr):
+    """Store a piece of queries; 16-bit ones beside float8 keys as two float8 terms, times ``factor``.
+
+    A term has four significant bits and the second, signed, holds what the first left over: together
+    the eight that bfloat16 has.
+    """
+    if cfg.terms == 1:
+        buffers.q.index(piece).store(queries)
+    else:
+        scaled = queries.to(gl.float32) * factor
+        first = scaled.to(cfg.kv_dtype)
+        buffers.q.index(piece).store(first)
+        buffers.q.index(cfg.pieces + piece).store((scaled - first.to(gl.float32)).to(cfg.kv_dtype))
+
+
+@gluon.jit
+def _load_queries(q_ptr, buffers, span, batch, unit, call, cfg: gl.constexpr):
+    """A unit's queries into shared memory; all threads sync.
+
+    Returns what scores must be multiplied by because of how the queries were stored.
+    """
+    factor = 1.0
+    if cfg.terms == 2:
+        largest = 0.0
+        for piece in gl.static_range(gl.constexpr(cfg.pieces)):
+            queries = _fetch_queries(q_ptr, span, batch, unit, piece, call, cfg)
+            largest = gl.maximum(largest, _largest(queries))
+        # A power of two: what the first term leaves of a bfloat16 then fits the second exactly.
+        factor = gl.where(largest > 0.0, gl.exp2(7.0 - gl.floor(gl.log2(largest))), 1.0)
+    for piece in gl.static_range(gl.constexpr(cfg.pieces)):
+        queries = _fetch_queries(q_ptr, span, batch, unit, piece, call, cfg)
+        _place_piece(queries, factor, piece, buffers, cfg)
+    fence_async_shared()
+    cta_barrier()
+    return 1.0 / factor
+
+
+@gluon.jit
+def _clear_outside(tile, start, lo, hi, cfg: gl.constexpr):
+    """Zero the rows of a block of values outside [lo, hi): they may hold NaN, and 0 · NaN is NaN."""
+    rows = start + gl.arange(0, cfg.block_n, layout=gl.SliceLayout(1, cfg.v_rows))
+    values = tile.load(cfg.v_rows)
+    inside = gl.expand_dims((rows >= lo) & (rows < hi), 1)
+    tile.store(gl.where(inside, values, gl.zeros_like(values)))
+    fence_async_shared()
+    cta_barrier()
+
+
+@gluon.jit
+def _store_out(out_ptr, out, rows, columns, span, batch, head, call, cfg: gl.constexpr):
+    """Write finished rows of packed queries; ``rows`` and ``columns`` in slices of out's layout."""
+    token = rows // cfg.group
+    offsets = batch.to(gl.int64) * call.stride_out_batch
+    offsets += (span.q_first + token).to(gl.int64) * call.stride_out_row
+    offsets += (head * cfg.group + rows % cfg.group) * call.stride_out_head
+    inside = (rows < call.num_rows) & (token < span.q_rows)
+    pointers = out_ptr + gl.expand_dims(offsets, 1) + gl.expand_dims(columns, 0)
+    gl.store(
+        gl.multiple_of(pointers, [16, 16]),
+        out.to(out_ptr.dtype.element_ty),
+        mask=gl.expand_dims(inside, 1) & gl.expand_dims(columns < cfg.head_dim_v, 0),
+    )
+
+
+@gluon.jit
+def _store_lse(lse_ptr, lse, rows, span, batch, head, call, cfg: gl.constexpr):
+    if lse_ptr is not None:
+        token = rows // cfg.group
+        offsets = batch.to(gl.int64) * call.stride_lse_batch + (span.q_first + token)
+        offsets += (head * cfg.group + rows % cfg.group).to(gl.int64) * call.stride_lse_head
+        gl.store(lse_ptr + offsets, lse, mask=(rows < call.num_rows) & (token < span.q_rows))
+
+
+@gluon.jit
+def _load_sinks(sinks, head, rows, call, cfg: gl.constexpr):
+    """Sinks of packed rows, -inf where there are none."""
+    if sinks is None:
+        return gl.full(rows.shape, float("-inf"), gl.float32, rows.type.layout)
+    else:
+        at = sinks + head * cfg.group + rows % cfg.group
+        return gl.load(at, mask=rows < call.num_rows, other=0.0).to(gl.float32)
+
+
+@gluon.jit
+def _descale(descale, batch, head):
+    """A float8 tensor's factor for a sequence and KV head; descale is (pointer or None, strides)."""
+    pointer, stride_batch, stride_head = descale
+    if pointer is None:
+        return 1.0
+    else:
+        return gl.load(pointer + batch * stride_batch + head * stride_head)
+
+
+@gluon.jit
+def _widen_values(stage, start, buffers, span, cfg: gl.constexpr):
+    """One stage's float8 values as float16, rows that may hold anything as zeros."""
+    values = v_tile(buffers, stage, cfg).load(cfg.v_rows).to(cfg.p_dtype)
+    if not cfg.gathered:  # a gathering producer has cleared them
+        if (start < span.lo) | (start + cfg.block_n > span.hi):
+            rows = start + gl.arange(0, cfg.block_n, layout=gl.SliceLayout(1, cfg.v_rows))
+            inside = gl.expand_dims((rows >= span.lo) & (rows < span.hi), 1)
+            values = gl.where(inside, values, gl.zeros_like(values))
+    cta_barrier()  # all are past their products with the values before
+    buffers.v_wide.store(values)
+    fence_async_shared()
+    cta_barrier()
+
+
+@gluon.jit
+def _scores(stage, start, buffers, span, cfg: gl.constexpr):
+    """Products of the queries with a stage's keys; meanwhile its values are made ready."""
+    scores = gl.full([64, cfg.block_n], 0.0, gl.float32, cfg.scores)
+    for tile in gl.static_range(gl.constexpr(cfg.q_tiles)):
+        k = k_tile(buffers, stage, tile % cfg.pieces, cfg).permute((1, 0))
+        scores = warpgroup_mma(buffers.q.index(tile), k, scores, use_acc=tile > 0, is_async=True)
+    if cfg.narrow:
+        _widen_values(stage, start, buffers, span, cfg)
+    elif not cfg.gathered:
+        if (start < span.lo) | (start + cfg.block_n > span.hi):
+            _clear_outside(v_tile(buffers, stage, cfg), start, span.lo, span.hi, cfg)
+    scores = warpgroup_mma_wait(0, deps=(scores,))
+    if cfg.narrow:
+        mbarrier.arrive(buffers.empty.index(stage), count=1)
+    return scores
+
+
+@gluon.jit
+def _softmax_block(scores, row_max, row_sum, scale_log2):
+    """One block of scores: (probabilities, row_max, row_sum, factor for what was accumulated before).
+
+    ``row_max`` is in units of log2 and may lag the true one by LAG; -inf: the row has seen nothing.
+    """
+    block_max = gl.maximum(row_max, gl.max(scores, 1) * scale_log2)
+    row_max_new = gl.where(block_max - row_max > LAG, block_max, row_max)
+    shift = gl.where(row_max_new == float("-inf"), 0.0, row_max_new)
+    factor = gl.exp2(row_max - shift)
+    probabilities = gl.exp2(scores * scale_log2 - gl.expand_dims(shift, 1))
+    return probabilities, row_max_new, row_sum * factor + gl.sum(probabilities, 1), factor
+
+
+@gluon.jit
+def _attend_block(
+    acc, row_max, row_sum, lo, hi, scale, start, stage, buffers, span, call, cfg: gl.constexpr
+):
+    """Take one block of keys and values in, and free its stage: returns (acc, row_max, row_sum)."""
+    scores = _scores(stage, start, buffers, span, cfg)
+    scale_log2 = scale * LOG2E
+    if cfg.has_soft_cap:
+        scores = soft_cap(scores, scale, call.softcap)
+        scale_log2 = LOG2E
+    if (start < span.full_lo) | (start + cfg.block_n > span.full_hi):
+        scores = mask_scores(scores, lo, hi, start, gl.constexpr(cfg.left_limit))
+    p, row_max, row_sum, factor = _softmax_block(scores, row_max, row_sum, scale_log2)
+    acc = rescale(acc, gl.convert_layout(factor, cfg.output_row, assert_trivial=True))
+    p = gl.convert_layout(p.to(cfg.p_dtype), cfg.p_operand, assert_trivial=True)
+    if cfg.narrow:
+        acc = warpgroup_mma(p, buffers.v_wide, acc, is_async=True)
+    else:
+        acc = warpgroup_mma(p, v_tile(buffers, stage, cfg), acc, is_async=True)
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    if not cfg.narrow:
+        mbarrier.arrive(buffers.empty.index(stage), count=1)
+    return acc, row_max, row_sum
+
+
+@gluon.jit
+def _merge(
+    out_ptr,
+    lse_ptr,
+    sinks,
+    parts,
+    first_slot,
+    second_slot,
+    workers,
+    span,
+    batch,
+    head,
+    first_row,
+    v_descale,
+    call,
+    cfg: gl.constexpr,
+):
+    """Put a unit's parts together and write its rows."""
+    by_row: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, cfg.merged))
+    out_layout: gl.constexpr = gl.SliceLayout(0, cfg.merged)
+    columns = gl.arange(0, cfg.v_width, layout=gl.SliceLayout(0, out_layout))
+    for row in range(0, gl.minimum(call.num_rows - first_row, 64), cfg.merge_rows):
+        rows = first_row + row + gl.arange(0, cfg.merge_rows, layout=by_row)
+        out, lse = merge_parts(
+            parts.out,
+            parts.sums,
+            first_slot,
+            second_slot,
+            workers,
+            row,
+            _load_sinks(sinks, head, rows, call, cfg),
+            cfg,
+        )
+        out_rows = gl.arange(0, cfg.merge_rows, layout=gl.SliceLayout(1, out_layout))
+        out_rows += first_row + row
+        _store_out(out_ptr, out * v_descale, out_rows, columns, span, batch, head, call, cfg)
+        _store_lse(lse_ptr, lse, rows, span, batch, head, call, cfg)
+
+
+@gluon.jit
+def consume(
+    q_ptr,
+    out_ptr,
+    lse_ptr,
+    sinks,
+    descales,
+    spans,
+    works,
+    share_ptr,
+    buffers,
+    parts,
+    call,
+    cfg: gl.constexpr,
+):
+    """One warpgroup: attention of this worker's blocks, unit after unit."""
+    q_descale, k_descale, v_descale = descales
+    columns = gl.arange(0, cfg.v_width, layout=gl.SliceLayout(0, cfg.output))
+    worker = gl.program_id(0)
+    record = works + worker * WIDTH
+    span = load_span(record)
+    batch = gl.load(record + BATCH)
+    unit = gl.load(record + UNIT)
+    within = gl.load(record + WITHIN)
+    left = gl.load(record + LEFT)
+    share = gl.load(share_ptr)
+    line = worker * share
+    step = 0
+    while left > 0:
+        take, first, count = take_of(span, within, left, gl.constexpr(cfg.unit_cost))
+        unscale = _load_queries(q_ptr, buffers, span, batch, unit, call, cfg)
+        head = unit // cfg.m_tiles
+        scale = call.scale * unscale
+        scale *= _descale(q_descale, batch, head) * _descale(k_descale, batch, head)
+        v_scale = _descale(v_descale, batch, head)
+        first_row = (unit % cfg.m_tiles) * 64
+        rows = first_row + gl.arange(0, 64, layout=cfg.scores_row)
+        out_rows = first_row + gl.arange(0, 64, layout=cfg.output_row)
+        lo, hi = row_limits(span.position + rows // cfg.group, span.keys, call, cfg)
+        lo = gl.maximum(lo, 0) + span.pad
+        hi += span.pad
+        acc = gl.full([64, cfg.v_width], 0.0, gl.float32, cfg.output)
+        row_max = gl.full([64], float("-inf"), gl.float32, cfg.scores_row)
+        row_sum = gl.full([64], 0.0, gl.float32, cfg.scores_row)
+        start = (span.first_block + first) * cfg.block_n
+        for _ in range(count):
+            stage = step % cfg.stages
+            mbarrier.wait(buffers.full.index(stage), (step // cfg.stages) & 1)
+            if cfg.gathered:
+                fence_async_shared()
+            acc, row_max, row_sum = _attend_block(
+                acc, row_max, row_sum, lo, hi, scale, start, stage, buffers, span, call, cfg
+            )
+            start += cfg.block_n
+            step += 1
+
+        if count == span.blocks:
+            factor, lse = finish(row_max, row_sum, _load_sinks(sinks, head, rows, call, cfg))
+            factor = gl.convert_layout(factor, cfg.output_row, assert_trivial=True)
+            out = acc * gl.expand_dims(factor * v_scale, 1)
+            _store_out(out_ptr, out, out_rows, columns, span, batch, head, call, cfg)
+            _store_lse(lse_ptr, lse, rows, span, batch, head, call, cfg)
+        elif count > 0:
+            # A worker begins at most one unit that others go on with, and goes on with at most one.
+            leave_part(
+                parts.out,
+                parts.sums,
+                2 * worker + gl.where(first == 0, 1, 0),
+                acc,
+                row_max,
+                row_sum,
+                rows - first_row,
+                out_rows - first_row,
+                columns,
+                gl.minimum(call.num_rows - first_row, 64),
+                cfg,
+            )
+            blocks_line = line - within + cfg.unit_cost
+            first_worker = blocks_line // share
+            workers = (blocks_line + span.blocks - 1) // share - first_worker + 1
+            if is_last(parts.arrivals + batch * call.units + unit, workers):
+                _merge(
+                    out_ptr,
+                    lse_ptr,
+                    sinks,
+                    parts,
+                    2 * first_worker + 1,
+                    2 * first_worker + 2,
+                    workers,
+                    span,
+                    batch,
+                    head,
+                    first_row,
+                    v_scale,
+                    call,
+                    cfg,
+                )
+        left -= take
+        line += take
+        within = 0
+        unit, batch, span = next_unit(unit, batch, span, spans, call.units, left)

@@ -1,0 +1,237 @@
+"""How the decode kernel's producer brings blocks of keys and values into shared memory.
+
+Boxes: the copy engine takes ``box_rows`` rows at a time, a whole block where pages are at least that long
+or there are none. Gathered: four warps copy rows one by one through their page numbers, for pages too
+short (or too odd) for boxes.
+"""
+
+# Gluon reads the annotations of aggregates as classes: no postponed evaluation here.
+from headway.kernels._triton import (
+    aggregate,
+    async_copy,
+    fence_async_shared,
+    gl,
+    gluon,
+    mbarrier,
+    tma_load,
+)
+from headway.kernels.hopper.decode_plan import BATCH, LEFT, UNIT, WIDTH, WITHIN, load_span, take_of
+
+
+@aggregate
+class Buffers:
+    """Shared memory of a worker: ``full`` and ``empty`` count the stages of keys and values."""
+
+    q: gl.shared_memory_descriptor  # (terms * pieces, 64, k_width)
+    k: gl.shared_memory_descriptor  # (stages * pieces, 1, 1, block_n, k_width)
+    v: gl.shared_memory_descriptor  # (stages, 1, 1, block_n, v_width)
+    v_wide: gl.shared_memory_descriptor  # (block_n, v_width), one block of float8 values as float16
+    full: gl.shared_memory_descriptor  # (stages, 1)
+    empty: gl.shared_memory_descriptor
+
+    @gluon.constexpr_function
+    def __init__(self, q, k, v, v_wide, full, empty):
+        self.q = q
+        self.k = k
+        self.v = v
+        self.v_wide = v_wide
+        self.full = full
+        self.empty = empty
+
+
+@gluon.jit
+def allocate(cfg: gl.constexpr):
+    """Buffers, with their barriers set up."""
+    q = gl.allocate_shared_memory(cfg.kv_dtype, [cfg.q_tiles, 64, cfg.k_width], cfg.q_smem)
+    k_shape: gl.constexpr = [cfg.stages * cfg.pieces, 1, 1, cfg.block_n, cfg.k_width]
+    k = gl.allocate_shared_memory(cfg.kv_dtype, k_shape, cfg.k_boxes)
+    v_shape: gl.constexpr = [cfg.stages, 1, 1, cfg.block_n, cfg.v_width]
+    v = gl.allocate_shared_memory(cfg.kv_dtype, v_shape, cfg.v_boxes)
+    v_wide = v
+    if cfg.narrow:
+        v_wide = gl.allocate_shared_memory(cfg.p_dtype, [cfg.block_n, cfg.v_width], cfg.v_wide)
+    full = gl.allocate_shared_memory(gl.int64, [cfg.stages, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [cfg.stages, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(gl.constexpr(cfg.stages)):
+        mbarrier.init(full.index(stage), count=cfg.full_count)
+        mbarrier.init(empty.index(stage), count=1)
+    fence_async_shared()
+    return Buffers(q, k, v, v_wide, full, empty)
+
+
+@gluon.jit
+def k_tile(buffers, stage, piece, cfg: gl.constexpr):
+    """One stage's (block_n, k_width) piece of keys."""
+    tile = buffers.k.index(stage * cfg.pieces + piece)
+    return tile._reinterpret(cfg.kv_dtype, [cfg.block_n, cfg.k_width], cfg.k_stage)
+
+
+@gluon.jit
+def v_tile(buffers, stage, cfg: gl.constexpr):
+    """One stage's (block_n, v_width) values."""
+    return buffers.v.index(stage)._reinterpret(
+        cfg.kv_dtype, [cfg.block_n, cfg.v_width], cfg.v_stage
+    )
+
+
+@gluon.jit
+def next_unit(unit, batch, span, spans, units, left):
+    """The unit after this one, its sequence and its Span; sequences follow one another."""
+    unit += 1
+    if unit == units:
+        unit = 0
+        batch += 1
+        if left > 0:
+            span = load_span(spans + batch * WIDTH)
+    return unit, batch, span
+
+
+@gluon.jit
+def _pages_of_block(span, table, start, num_pages, cfg: gl.constexpr):
+    """Page numbers of a block's boxes; one past the last page, which reads as zeros, for boxes that
+    hold no visible key, because their entries of the page table may be anything."""
+    pages = ()
+    for box in gl.static_range(gl.constexpr(cfg.boxes)):
+        if cfg.page_size == 0:
+            pages = pages + (span.cache_row,)  # noqa: RUF005 (Gluon's tuples know only +)
+        else:
+            at = start + box * cfg.box_rows
+            needed = (at < span.hi) & (at + cfg.box_rows > span.lo)
+            page = gl.load(table + at // cfg.page_size, mask=needed, other=num_pages)
+            pages = pages + (page,)  # noqa: RUF005
+    return pages
+
+
+@gluon.jit
+def _load_boxes(desc, pages, head, start, column, barrier, smem, cfg: gl.constexpr):
+    """Copy one block's boxes, columns from ``column``, into a (1, 1, block_n, width) tile."""
+    for box in gl.static_range(gl.constexpr(cfg.boxes)):
+        row = start + box * cfg.box_rows
+        if cfg.page_size > 0:
+            row = row % cfg.page_size
+        tile = smem.slice(box * cfg.box_rows, cfg.box_rows, dim=2)
+        tma_load(desc, [pages[box], head, row, column], barrier, tile)
+
+
+@gluon.jit
+def produce_boxes(
+    k_desc,
+    v_desc,
+    buffers,
+    page_table,
+    spans,
+    works,
+    units,
+    stride_table,
+    num_pages,
+    cfg: gl.constexpr,
+):
+    """One warp: this worker's blocks in order, one stage each, keys and values on one barrier."""
+    record = works + gl.program_id(0) * WIDTH
+    span = load_span(record)
+    batch = gl.load(record + BATCH)
+    unit = gl.load(record + UNIT)
+    within = gl.load(record + WITHIN)
+    left = gl.load(record + LEFT)
+    step = 0
+    while left > 0:
+        take, first, count = take_of(span, within, left, gl.constexpr(cfg.unit_cost))
+        head = unit // cfg.m_tiles
+        start = (span.first_block + first) * cfg.block_n
+        table = page_table
+        if cfg.page_size > 0:
+            table = page_table + span.cache_row.to(gl.int64) * stride_table
+        pages = _pages_of_block(span, table, start, num_pages, cfg)
+        for _ in range(count):
+            ahead = _pages_of_block(span, table, start + cfg.block_n, num_pages, cfg)
+            stage = step % cfg.stages
+            full = buffers.full.index(stage)
+            mbarrier.wait(buffers.empty.index(stage), ((step // cfg.stages) & 1) ^ 1)
+            mbarrier.expect(full, cfg.stage_bytes)
+            for piece in gl.static_range(gl.constexpr(cfg.pieces)):
+                k = buffers.k.index(stage * cfg.pieces + piece)
+                _load_boxes(k_desc, pages, head, start, piece * cfg.k_width, full, k, cfg)
+            _load_boxes(v_desc, pages, head, start, 0, full, buffers.v.index(stage), cfg)
+            pages = ahead
+            start += cfg.block_n
+            step += 1
+        left -= take
+        within = 0
+        unit, batch, span = next_unit(unit, batch, span, spans, units, left)
+
+
+@gluon.jit
+def _gather(ptr, smem, offsets, inside, column, COLUMNS: gl.constexpr, layout: gl.constexpr):
+    """Rows at ``offsets`` (int64), columns from ``column`` to COLUMNS, into a tile; zeros elsewhere."""
+    columns = column + gl.arange(0, smem.shape[1], layout=gl.SliceLayout(0, layout))
+    pointers = ptr + gl.expand_dims(offsets, 1) + gl.expand_dims(columns, 0)
+    mask = gl.expand_dims(inside, 1) & gl.expand_dims(columns < COLUMNS, 0)
+    # Partitions do not see what the launcher knows: rows start at multiples of 16 bytes.
+    pointers = gl.multiple_of(pointers, [16, 16])
+    async_copy.async_copy_global_to_shared(smem, pointers, mask=mask)
+
+
+@gluon.jit
+def _visible(span, at, table, cfg: gl.constexpr):
+    """Which rows ``at`` hold a visible key, and the page numbers of those that do."""
+    inside = (at >= span.lo) & (at < span.hi)
+    return inside, gl.load(table + at // cfg.page_size, mask=inside, other=0)
+
+
+@gluon.jit
+def produce_gathered(
+    k_ptr, v_ptr, buffers, page_table, spans, works, units, stride_table, strides, cfg: gl.constexpr
+):
+    """Four warps: as :func:`produce_boxes`, row by row. Rows that hold no visible key become zeros."""
+    k_page, k_row, k_head, v_page, v_row, v_head = strides
+    record = works + gl.program_id(0) * WIDTH
+    span = load_span(record)
+    batch = gl.load(record + BATCH)
+    unit = gl.load(record + UNIT)
+    within = gl.load(record + WITHIN)
+    left = gl.load(record + LEFT)
+    step = 0
+    while left > 0:
+        take, first, count = take_of(span, within, left, gl.constexpr(cfg.unit_cost))
+        head = (unit // cfg.m_tiles).to(gl.int64)
+        start = (span.first_block + first) * cfg.block_n
+        table = page_table + span.cache_row.to(gl.int64) * stride_table
+        k_at = start + gl.arange(0, cfg.block_n, layout=gl.SliceLayout(1, cfg.k_rows))
+        v_at = start + gl.arange(0, cfg.block_n, layout=gl.SliceLayout(1, cfg.v_rows))
+        k_seen, k_pages = _visible(span, k_at, table, cfg)
+        v_seen, v_pages = _visible(span, v_at, table, cfg)
+        for _ in range(count):
+            stage = step % cfg.stages
+            k_offsets = k_pages.to(gl.int64) * k_page + (k_at % cfg.page_size) * k_row
+            v_offsets = v_pages.to(gl.int64) * v_page + (v_at % cfg.page_size) * v_row
+            k_at += cfg.block_n
+            v_at += cfg.block_n
+            k_next, k_pages = _visible(span, k_at, table, cfg)
+            v_next, v_pages = _visible(span, v_at, table, cfg)
+            mbarrier.wait(buffers.empty.index(stage), ((step // cfg.stages) & 1) ^ 1)
+            for piece in gl.static_range(gl.constexpr(cfg.pieces)):
+                _gather(
+                    k_ptr + head * k_head,
+                    k_tile(buffers, stage, piece, cfg),
+                    k_offsets,
+                    k_seen,
+                    piece * cfg.k_width,
+                    gl.constexpr(cfg.head_dim),
+                    gl.constexpr(cfg.k_rows),
+                )
+            _gather(
+                v_ptr + head * v_head,
+                v_tile(buffers, stage, cfg),
+                v_offsets,
+                v_seen,
+                0,
+                gl.constexpr(cfg.head_dim_v),
+                gl.constexpr(cfg.v_rows),
+            )
+            async_copy.mbarrier_arrive(buffers.full.index(stage), increment_count=False)
+            k_seen = k_next
+            v_seen = v_next
+            step += 1
+        left -= take
+        within = 0
+        unit, batch, span = next_unit(unit, batch, span, spans, units, left)

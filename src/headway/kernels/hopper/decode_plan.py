@@ -1,0 +1,419 @@
+"""The plan of a decode step, made on the device: every worker gets an equal share of one line of KV blocks.
+
+The line runs through the sequences, in each through its units (KV head by tile of packed query rows), in
+each through the blocks of keys that the unit sees, after a few places for what a unit costs besides.
+Workers take consecutive shares of it, so one sequence of 128k tokens and sixty of 100 balance alike, and a
+unit is cut only where a share ends. Nothing is copied to the host, and every buffer keeps its size while
+lengths change: a CUDA graph may replay a plan.
+"""
+
+# Gluon reads the annotations of aggregates as classes: no postponed evaluation here.
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from headway.kernels._triton import aggregate, cta_barrier, gl, gluon, next_power_of_2
+from headway.kernels.hopper.decode_config import DecodeTile
+from headway.kernels.hopper.masks import row_limits
+
+#: Fields of a sequence's record, int32; a worker's record goes on with where its share begins.
+FIELDS = 16
+FIRST_BLOCK: gl.constexpr = gl.constexpr(0)
+BLOCKS: gl.constexpr = gl.constexpr(1)
+LO: gl.constexpr = gl.constexpr(2)
+HI: gl.constexpr = gl.constexpr(3)
+FULL_LO: gl.constexpr = gl.constexpr(4)
+FULL_HI: gl.constexpr = gl.constexpr(5)
+POSITION: gl.constexpr = gl.constexpr(6)
+KEYS: gl.constexpr = gl.constexpr(7)
+PAD: gl.constexpr = gl.constexpr(8)
+CACHE_ROW: gl.constexpr = gl.constexpr(9)
+Q_FIRST: gl.constexpr = gl.constexpr(10)
+Q_ROWS: gl.constexpr = gl.constexpr(11)
+BATCH: gl.constexpr = gl.constexpr(12)
+UNIT: gl.constexpr = gl.constexpr(13)
+WITHIN: gl.constexpr = gl.constexpr(14)
+LEFT: gl.constexpr = gl.constexpr(15)
+WIDTH: gl.constexpr = gl.constexpr(FIELDS)
+
+#: Sequences that the planning kernel takes at once, at most.
+AT_ONCE = 1024
+
+
+@aggregate
+class Span:
+    """One sequence of a step. Rows of the cache are counted with its padding, positions without."""
+
+    first_block: gl.tensor  # first block with a visible key, counted from row 0 of the cache
+    blocks: gl.tensor  # blocks from there to the last visible key, at least 1
+    lo: gl.tensor  # rows [lo, hi) hold every key that some query sees
+    hi: gl.tensor
+    full_lo: gl.tensor  # all queries see all of [full_lo, full_hi)
+    full_hi: gl.tensor
+    position: gl.tensor  # of the first query
+    keys: gl.tensor  # number of keys
+    pad: gl.tensor  # first row that holds a key
+    cache_row: gl.tensor
+    q_first: gl.tensor  # first query row, 0 unless queries are ragged
+    q_rows: gl.tensor  # queries in use
+
+    @gluon.constexpr_function
+    def __init__(
+        self,
+        first_block,
+        blocks,
+        lo,
+        hi,
+        full_lo,
+        full_hi,
+        position,
+        keys,
+        pad,
+        cache_row,
+        q_first,
+        q_rows,
+    ):
+        self.first_block = first_block
+        self.blocks = blocks
+        self.lo = lo
+        self.hi = hi
+        self.full_lo = full_lo
+        self.full_hi = full_hi
+        self.position = position
+        self.keys = keys
+        self.pad = pad
+        self.cache_row = cache_row
+        self.q_first = q_first
+        self.q_rows = q_rows
+
+
+@aggregate
+class Limits:
+    """The numbers of a mask."""
+
+    window_left: gl.tensor
+    window_right: gl.tensor
+    chunk: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, window_left, window_right, chunk):
+        self.window_left = window_left
+        self.window_right = window_right
+        self.chunk = chunk
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """Everything a compiled planning kernel depends on."""
+
+    block_n: int
+    unit_cost: int
+    at_once: int  # sequences taken at once
+    workers: int  # rounded up to a power of two
+    has_left: bool
+    has_right: bool
+    has_chunk: bool
+
+
+@gluon.jit
+def load_span(record):
+    """The Span of a sequence's or a worker's record."""
+    return Span(
+        gl.load(record + FIRST_BLOCK),
+        gl.load(record + BLOCKS),
+        gl.load(record + LO),
+        gl.load(record + HI),
+        gl.load(record + FULL_LO),
+        gl.load(record + FULL_HI),
+        gl.load(record + POSITION),
+        gl.load(record + KEYS),
+        gl.load(record + PAD),
+        gl.load(record + CACHE_ROW),
+        gl.load(record + Q_FIRST),
+        gl.load(record + Q_ROWS),
+    )
+
+
+@gluon.jit
+def take_of(span, within, left, cost: gl.constexpr):
+    """What a worker with ``left`` of its share takes of a unit, from place ``within``: (places, first
+    block, blocks). A unit's first ``cost`` places stand for the work around its blocks."""
+    take = gl.minimum(left, span.blocks + cost - within)
+    first = gl.maximum(within - cost, 0)
+    return take, first, gl.maximum(within + take - cost, 0) - first
+
+
+@gluon.jit
+def _load_or(ptr, offsets, mask, default):
+    """Values at ``offsets``, or ``default`` where there is no tensor."""
+    if ptr is None:
+        return offsets * 0 + default
+    else:
+        return gl.load(ptr + offsets, mask=mask, other=0)
+
+
+@gluon.jit
+def _add(a, b):
+    return a + b
+
+
+@gluon.jit
+def _plan_sequences(
+    spans,
+    b,
+    inside,
+    seqlens_k,
+    leftpad_k,
+    cache_batch_idx,
+    cu_seqlens_q,
+    seqused_q,
+    rows_q,
+    capacity,
+    limits,
+    cfg: gl.constexpr,
+):
+    """Write the records of sequences ``b``; returns their numbers of blocks."""
+    pad = _load_or(leftpad_k, b, inside, 0)
+    keys = _load_or(seqlens_k, b, inside, capacity) - pad
+    cache_row = b
+    if cache_batch_idx is not None:
+        cache_row = gl.load(cache_batch_idx + b, mask=inside, other=0)
+    q_first = _load_or(cu_seqlens_q, b, inside, 0)
+    q_rows = b * 0 + rows_q
+    if cu_seqlens_q is not None:
+        q_rows = gl.load(cu_seqlens_q + b + 1, mask=inside, other=0) - q_first
+    if seqused_q is not None:
+        q_rows = gl.load(seqused_q + b, mask=inside, other=0)
+    position = keys - q_rows
+    lo, full_hi = row_limits(position, keys, limits, cfg)
+    full_lo, hi = row_limits(keys - 1, keys, limits, cfg)
+    lo = gl.minimum(gl.maximum(lo, 0), keys)
+    hi = gl.where(q_rows > 0, gl.maximum(hi, lo), lo)
+    first_block = (lo + pad) // cfg.block_n
+    blocks = gl.maximum(gl.cdiv(hi + pad, cfg.block_n) - first_block, 1)
+    record = spans + b * WIDTH
+    gl.store(record + FIRST_BLOCK, first_block, mask=inside)
+    gl.store(record + BLOCKS, blocks, mask=inside)
+    gl.store(record + LO, lo + pad, mask=inside)
+    gl.store(record + HI, hi + pad, mask=inside)
+    gl.store(record + FULL_LO, full_lo + pad, mask=inside)
+    gl.store(record + FULL_HI, full_hi + pad, mask=inside)
+    gl.store(record + POSITION, position, mask=inside)
+    gl.store(record + KEYS, keys, mask=inside)
+    gl.store(record + PAD, pad, mask=inside)
+    gl.store(record + CACHE_ROW, cache_row, mask=inside)
+    gl.store(record + Q_FIRST, q_first, mask=inside)
+    gl.store(record + Q_ROWS, q_rows, mask=inside)
+    return blocks
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "batch_size",
+        "rows_q",
+        "capacity",
+        "units",
+        "workers",
+        "min_share",
+        "window_left",
+        "window_right",
+        "chunk",
+    ]
+)
+def plan_kernel(
+    seqlens_k,
+    leftpad_k,
+    cache_batch_idx,
+    cu_seqlens_q,
+    seqused_q,
+    spans,
+    works,
+    share_ptr,
+    starts,
+    batch_size,
+    rows_q,
+    capacity,
+    units,
+    workers,
+    min_share,
+    window_left,
+    window_right,
+    chunk,
+    cfg: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """One program plans the step; see :class:`DecodePlan` for what it fills."""
+    layout: gl.constexpr = gl.BlockedLayout(
+        [cfg.at_once // (32 * num_warps)], [32], [num_warps], [0]
+    )
+    limits = Limits(window_left, window_right, chunk)
+    total = 0
+    for base in range(0, batch_size, cfg.at_once):
+        b = base + gl.arange(0, cfg.at_once, layout=layout)
+        inside = b < batch_size
+        blocks = _plan_sequences(
+            spans,
+            b,
+            inside,
+            seqlens_k,
+            leftpad_k,
+            cache_batch_idx,
+            cu_seqlens_q,
+            seqused_q,
+            rows_q,
+            capacity,
+            limits,
+            cfg,
+        )
+        places = gl.where(inside, (blocks + cfg.unit_cost) * units, 0)
+        ends = gl.associative_scan(places, 0, _add)
+        gl.store(starts + b, total + ends - places, mask=inside)
+        total += gl.sum(places, 0)
+    cta_barrier()
+
+    share = gl.maximum(gl.cdiv(total, workers), min_share)
+    gl.store(share_ptr, share)
+    by_worker: gl.constexpr = gl.BlockedLayout(
+        [cfg.workers // (32 * num_warps)], [32], [num_warps], [0]
+    )
+    worker = gl.arange(0, cfg.workers, layout=by_worker)
+    start = gl.minimum(worker * share, total - 1)
+    low = worker * 0
+    high = low + batch_size
+    width = batch_size
+    while width > 1:  # the last sequence that begins at or before the start is in [low, high)
+        middle = (low + high) // 2
+        right = gl.load(starts + middle) <= start
+        low = gl.where(right, middle, low)
+        high = gl.where(right, high, middle)
+        width = (width + 1) // 2
+    inside = worker < workers
+    source = spans + low * WIDTH
+    record = works + worker * WIDTH
+    for field in gl.static_range(BATCH):
+        gl.store(record + field, gl.load(source + field), mask=inside)
+    within = start - gl.load(starts + low)
+    length = gl.load(source + BLOCKS) + cfg.unit_cost
+    gl.store(record + BATCH, low, mask=inside)
+    gl.store(record + UNIT, within // length, mask=inside)
+    gl.store(record + WITHIN, within % length, mask=inside)
+    left = gl.maximum(gl.minimum(total - worker * share, share), 0)
+    gl.store(record + LEFT, left, mask=inside)
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """Device buffers of a step, reused by every layer and every step of the same geometry.
+
+    ``spans`` (B, 16) and ``works`` (workers, 16) are the records above; ``share`` (1,) is how many
+    places of the line a worker takes. ``parts`` holds unfinished output of units that were cut, two
+    per worker: (2 · workers, rows, head_dim_v) float32, and ``part_sums`` (2 · workers, 2, rows) their row
+    maxima (base 2) and sums. ``arrivals`` (B · units,) counts workers that have left theirs; the last one
+    merges and resets it.
+    """
+
+    tile: DecodeTile
+    units: int
+    workers: int
+    spans: Tensor
+    works: Tensor
+    share: Tensor
+    starts: Tensor
+    arrivals: Tensor
+    parts: Tensor
+    part_sums: Tensor
+
+    @functools.cached_property
+    def addresses(self) -> tuple[int, ...]:
+        """Where the buffers lie, as the decode kernel takes them."""
+        buffers = self.spans, self.works, self.share, self.arrivals, self.parts, self.part_sums
+        return tuple(buffer.data_ptr() for buffer in buffers)
+
+
+def empty_plan(
+    *,
+    batch_size: int,
+    units: int,
+    rows: int,
+    head_dim_v: int,
+    tile: DecodeTile,
+    workers: int,
+    device: torch.device,
+) -> DecodePlan:
+    """Buffers for steps of ``batch_size`` sequences of ``units`` units with ``rows`` query rows each."""
+
+    def ints(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.int32, device=device)
+
+    return DecodePlan(
+        tile=tile,
+        units=units,
+        workers=workers,
+        spans=ints(batch_size, FIELDS),
+        works=ints(workers, FIELDS),
+        share=ints(1),
+        starts=ints(batch_size),
+        arrivals=ints(batch_size * units),
+        parts=torch.empty(2 * workers, rows, head_dim_v, dtype=torch.float32, device=device),
+        part_sums=torch.empty(2 * workers, 2, rows, dtype=torch.float32, device=device),
+    )
+
+
+def plan_decode(
+    plan: DecodePlan,
+    *,
+    seqlens_k: Tensor | None,
+    capacity: int,
+    rows_q: int,
+    leftpad_k: Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    seqused_q: Tensor | None = None,
+    window_left: int | None = None,
+    window_right: int | None = None,
+    chunk: int = 0,
+    min_share: int = 1,
+) -> None:
+    """Fill ``plan`` for the lengths on the device now; one kernel, no synchronisation.
+
+    Args:
+        seqlens_k: (B,) int32, end of each sequence's keys in its cache rows; None: ``capacity`` each.
+        rows_q: queries per sequence, unless ``cu_seqlens_q`` (B+1,) or ``seqused_q`` (B,) say.
+        window_left, window_right, chunk: the mask, as :class:`headway.problem.Mask` has it.
+        min_share: places of the line below which work is not cut further.
+    """
+    batch_size = plan.spans.shape[0]
+    if batch_size == 0:
+        return
+    plan_kernel[(1,)](
+        seqlens_k,
+        leftpad_k,
+        cache_batch_idx,
+        cu_seqlens_q,
+        seqused_q,
+        plan.spans,
+        plan.works,
+        plan.share,
+        plan.starts,
+        batch_size,
+        rows_q,
+        capacity,
+        plan.units,
+        plan.workers,
+        min_share,
+        window_left or 0,
+        window_right or 0,
+        max(chunk, 1),
+        PlanConfig(
+            block_n=plan.tile.block_n,
+            unit_cost=plan.tile.unit_cost,
+            at_once=min(max(next_power_of_2(batch_size), 256), AT_ONCE),
+            workers=max(next_power_of_2(plan.workers), 256),
+            has_left=window_left is not None,
+            has_right=window_right is not None,
+            has_chunk=chunk > 0,
+        ),
+        num_warps=8,
+    )

@@ -1,0 +1,70 @@
+"""Starting a compiled kernel with next to no work on the host.
+
+Triton's own launch path binds, specialises and hashes every argument, and encodes every tensor descriptor,
+on each call: tens of microseconds, more than a decode kernel takes. A :class:`DirectLaunch` hands the
+arguments of an already compiled kernel to the C function underneath. Encoded descriptors are values that
+depend on nothing but their numbers, so they are kept.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from headway.kernels._triton import triton
+
+#: A descriptor as kernels take it: the encoded map, then its shape, then its strides.
+TensorMap = tuple[Any, ...]
+
+#: CUtensorMapDataType, CUtensorMapSwizzle
+_MAP_DTYPES = {torch.float8_e4m3fn: 0, torch.float16: 6, torch.bfloat16: 9}
+_SWIZZLES = {32: 1, 64: 2, 128: 3}
+
+
+@functools.lru_cache(maxsize=4096)
+def tensor_map(
+    address: int,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    box: tuple[int, ...],
+) -> TensorMap:
+    """Encode a tiled tensor map whose boxes land in the default swizzle of their rows' bytes.
+
+    Args:
+        address: of the first element, a multiple of 16.
+        strides: in elements, the last 1, others multiples of 16 bytes.
+        box: rows and columns copied at once; wide rows are split into pieces of 128 bytes.
+    """
+    row_bytes = min(box[-1] * dtype.itemsize, 128)
+    encoded = triton.runtime.driver.active.utils.fill_tma_descriptor(
+        address,
+        _SWIZZLES[row_bytes],
+        dtype.itemsize,
+        _MAP_DTYPES[dtype],
+        [*box[:-1], row_bytes // dtype.itemsize],
+        list(shape),
+        list(strides),
+        0,
+    )
+    return (encoded, *shape, *strides)
+
+
+class DirectLaunch:
+    """A compiled kernel. Called with its arguments in order: addresses, numbers, tensor maps expanded."""
+
+    def __init__(self, kernel: Any) -> None:
+        run = kernel.run  # loads the module on first use
+        launch = run.launch
+        if launch.__class__.__name__ == "function":  # wraps the C function to encode descriptors
+            cells = dict(zip(launch.__code__.co_freevars, launch.__closure__, strict=True))
+            launch = cells["launcher"].cell_contents
+        self._launch = launch
+        self._head = (kernel.function, run.launch_cooperative_grid, run.launch_pdl, None, None)
+        self._metadata = (kernel.packed_metadata, None, None, None)
+
+    def __call__(self, programs: int, device_index: int, *args: Any) -> None:
+        stream = torch._C._cuda_getCurrentRawStream(device_index)
+        self._launch(programs, 1, 1, stream, *self._head, *self._metadata, *args)

@@ -1,0 +1,162 @@
+"""Compiles the decode kernels for Hopper and prints what ptxas says of them, as JSON. Needs no GPU.
+
+A program of its own because the tests run Triton's interpreter, which a process chooses once.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from headway.kernels._triton import gl
+from headway.kernels.hopper.decode import decode_kernel
+from headway.kernels.hopper.decode_config import DecodeConfig, tile_for
+from headway.kernels.hopper.decode_plan import PlanConfig, plan_kernel
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+NAMES = {gl.bfloat16: "bf16", gl.float16: "fp16", gl.float8e4nv: "fp8e4nv"}
+
+
+def compile_for_hopper(
+    fn: Any, types: dict[str, str], constants: dict[str, Any], **options: Any
+) -> Any:
+    signature = {name: types.get(name, "constexpr") for name in fn.arg_names}
+    attrs = {
+        (fn.arg_names.index(name),): [["tt.divisibility", 16]]
+        for name, kind in types.items()
+        if kind.startswith("*")
+    }
+    constants = {name: None for name in fn.arg_names if name not in types} | constants
+    source = GluonASTSource(fn, signature, constexprs=constants, attrs=attrs)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def descriptor(cfg: DecodeConfig, width: int) -> str:
+    box = [1, 1, cfg.box_rows, width]
+    layout = gl.NVMMASharedLayout.get_default_for(box, cfg.kv_dtype)
+    return f"tensordesc<{NAMES[cfg.kv_dtype]}{box},{layout!r}>"
+
+
+def compile_decode(cfg: DecodeConfig, *, lse: bool = True, sinks: bool = False) -> Any:
+    types = {"q_ptr": f"*{NAMES[cfg.q_dtype]}", "out_ptr": "*bf16"}
+    if cfg.gathered:
+        types |= dict.fromkeys(["k_ptr", "v_ptr"], f"*{NAMES[cfg.kv_dtype]}")
+    else:
+        types |= {"k_desc": descriptor(cfg, cfg.k_width), "v_desc": descriptor(cfg, cfg.v_width)}
+    if lse:
+        types["lse_ptr"] = "*fp32"
+    if cfg.narrow:
+        types |= dict.fromkeys(["k_descale", "v_descale"], "*fp32")
+    if sinks:
+        types["sinks"] = "*fp32"
+    if cfg.page_size:
+        types["page_table"] = "*i32"
+    types |= dict.fromkeys(["spans", "works", "share_ptr", "arrivals"], "*i32")
+    types |= dict.fromkeys(["parts", "part_sums"], "*fp32")
+    types |= dict.fromkeys(["scale", "softcap"], "fp32")
+    numbers = [n for n in decode_kernel.arg_names if n.startswith("stride_")]
+    numbers += ["units", "num_rows", "num_pages", "window_left", "window_right", "chunk"]
+    types |= dict.fromkeys(numbers, "i32")
+    constants = {"cfg": cfg, "num_warps": 4}
+    return compile_for_hopper(
+        decode_kernel, types, constants, num_warps=4, maxnreg=cfg.tile.maxnreg
+    )
+
+
+def run_tool(name: str, *arguments: str | Path) -> str:
+    run = subprocess.run([TOOLS / name, *arguments], check=True, capture_output=True, text=True)
+    return run.stdout + run.stderr
+
+
+def measure(kernel: Any, workers: int) -> dict[str, Any]:
+    """What the assembler makes of a kernel, ``workers`` of which share a multiprocessor."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, binary = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
+        source.write_text(kernel.asm["ptx"])
+        log = run_tool("ptxas", "-v", "--gpu-name=sm_90a", source, "-o", binary)
+        binary.write_bytes(kernel.asm["cubin"])
+        loop = innermost_matrix_loop(run_tool("cuobjdump", "--dump-sass", binary))
+    return {
+        "shared_bytes": kernel.metadata.shared,
+        "spilled_bytes": sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", log)),
+        "spills_per_block": sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in loop),
+        "warnings": sorted(set(re.findall(r"C75\d\d", log))),
+        "workers": workers,
+    }
+
+
+def innermost_matrix_loop(sass: str) -> list[str]:
+    """The instructions of the shortest loop that multiplies matrices; empty where nothing does."""
+    lines = re.findall(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(.*?);", sass, re.MULTILINE)
+    index = {int(address, 16): i for i, (address, _) in enumerate(lines)}
+    loops = []
+    for i, (address, text) in enumerate(lines):
+        target = re.search(r"\bBRA\S*\s.*0x([0-9a-f]+)", text)
+        if target and int(target[1], 16) < int(address, 16):
+            body = [line for _, line in lines[index[int(target[1], 16)] : i + 1]]
+            if any("GMMA" in line for line in body):
+                loops.append(body)
+    return min(loops, key=len, default=[])
+
+
+def config(head_dim: int = 128, head_dim_v: int | None = None, **fields: Any) -> DecodeConfig:
+    head_dim_v = head_dim_v or head_dim
+    defaults: dict[str, Any] = {"q_dtype": gl.bfloat16, "group": 4, "rows": 4, "has_right": True}
+    fields.setdefault("kv_dtype", fields.get("q_dtype", gl.bfloat16))
+    return DecodeConfig(
+        tile=tile_for(head_dim, head_dim_v, fields["kv_dtype"].primitive_bitwidth // 8),
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
+        **(defaults | fields),
+    )
+
+
+CONFIGS = {
+    "dense": config(),
+    "page 16": config(page_size=16),
+    "page 1, gathered": config(page_size=1, gathered=True),
+    "float16, window, chunk, left padding, soft cap": config(
+        q_dtype=gl.float16,
+        page_size=64,
+        has_left=True,
+        has_chunk=True,
+        has_pad=True,
+        has_soft_cap=True,
+    ),
+    "head_dim 64, group 8, four tokens": config(64, group=8, rows=32, page_size=16),
+    "head_dim 192/128": config(192, 128, group=1, rows=1),
+    "float8, page 16": config(kv_dtype=gl.float8e4nv, page_size=16),
+    "float8, page 1, gathered": config(kv_dtype=gl.float8e4nv, page_size=1, gathered=True),
+    "head_dim 256": config(256),
+    "head_dim 256, page 1, gathered": config(256, page_size=1, gathered=True),
+}
+
+
+def compile_plan(every_tensor: bool) -> Any:
+    tensors = ["seqlens_k", "spans", "works", "share_ptr", "starts"]
+    if every_tensor:
+        tensors += ["leftpad_k", "cache_batch_idx", "cu_seqlens_q", "seqused_q"]
+    numbers = ["batch_size", "rows_q", "capacity", "units", "workers", "min_share"]
+    numbers += ["window_left", "window_right", "chunk"]
+    types = dict.fromkeys(tensors, "*i32") | dict.fromkeys(numbers, "i32")
+    masks = dict.fromkeys(["has_left", "has_right", "has_chunk"], every_tensor)
+    cfg = PlanConfig(block_n=64, unit_cost=1, at_once=1024, workers=512, **masks)
+    return compile_for_hopper(plan_kernel, types, {"cfg": cfg, "num_warps": 8}, num_warps=8)
+
+
+if __name__ == "__main__":
+    measured = {
+        name: measure(compile_decode(cfg, sinks=cfg.has_soft_cap), cfg.tile.per_multiprocessor)
+        for name, cfg in CONFIGS.items()
+    }
+    measured["plan"] = measure(compile_plan(False), 1)
+    measured["plan, every tensor"] = measure(compile_plan(True), 1)
+    print(json.dumps(measured))
