@@ -319,8 +319,8 @@ def mla_prefill_kernel(
         if TRANSPOSED:
             v_first = tl.load(value_indptr + b)
         for piece in range(((heads >> 16) - first_head) * tiles):
-            head = first_head + piece // tiles
-            kv_head = (head // HEADS_PER_KV).to(tl.int64)
+            head = (first_head + piece // tiles).to(tl.int64)
+            kv_head = head // HEADS_PER_KV
             tile_start = q_start + piece % tiles * BLOCK_M
             rows = tile_start + tl.arange(0, BLOCK_M)
             in_use = rows < q_end
@@ -439,7 +439,7 @@ def mla_reduce_kernel(
 ):
     """Merge the parts of one group's rows. Parts without keys, whatever marks them, weigh nothing."""
     group = tl.program_id(0)
-    head = tl.program_id(2)
+    head = tl.program_id(2).to(tl.int64)
     part_begin = tl.load(reduce_indptr + group)
     part_end = tl.load(reduce_indptr + group + 1)
     if part_begin == part_end:

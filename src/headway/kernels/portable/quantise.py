@@ -24,7 +24,7 @@ def amax_kernel(
     BLOCK_ROWS: tl.constexpr,
 ):
     """out[block, head]: largest finite magnitude of BLOCK_ROWS rows of a head."""
-    head = tl.program_id(0)
+    head = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     col = tl.arange(0, BLOCK_WIDTH)
     inside = (row < rows)[:, None] & (col < WIDTH)[None, :]
@@ -61,7 +61,7 @@ def quantise_kernel(
     BLOCK_ROWS: tl.constexpr,
 ):
     """out = x / scale[head], rounded and saturated."""
-    head = tl.program_id(0)
+    head = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     col = tl.arange(0, BLOCK_WIDTH)
     inside = (row < rows)[:, None] & (col < WIDTH)[None, :]
@@ -100,7 +100,7 @@ def transpose_values_kernel(
 ):
     """Make keys the contiguous dimension, each request's from ``value_indptr`` on, zeros behind its end."""
     b = tl.program_id(2)
-    head = tl.program_id(0)
+    head = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     first = tl.load(kv_indptr + b)
     length = tl.load(kv_indptr + b + 1) - first
