@@ -112,7 +112,12 @@ def config(head_dim: int = 128, head_dim_v: int | None = None, **fields: Any) ->
     defaults: dict[str, Any] = {"q_dtype": gl.bfloat16, "group": 4, "rows": 4, "has_right": True}
     fields.setdefault("kv_dtype", fields.get("q_dtype", gl.bfloat16))
     return DecodeConfig(
-        tile=tile_for(head_dim, head_dim_v, fields["kv_dtype"].primitive_bitwidth // 8),
+        tile=tile_for(
+            head_dim,
+            head_dim_v,
+            fields["kv_dtype"].primitive_bitwidth // 8,
+            fields.get("rows", defaults["rows"]),
+        ),
         head_dim=head_dim,
         head_dim_v=head_dim_v,
         **(defaults | fields),
@@ -123,6 +128,7 @@ CONFIGS = {
     "dense": config(),
     "page 16": config(page_size=16),
     "page 1, gathered": config(page_size=1, gathered=True),
+    "four tokens": config(rows=16, page_size=16),
     "float16, window, chunk, left padding, soft cap": config(
         q_dtype=gl.float16,
         page_size=64,

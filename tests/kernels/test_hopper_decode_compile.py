@@ -39,9 +39,9 @@ def test_wgmma_is_never_serialised(measured: dict[str, dict[str, Any]]) -> None:
 
 
 def test_registers_suffice(measured: dict[str, dict[str, Any]]) -> None:
-    # An accumulator of 256 columns takes half of them: what is used once per unit spills, and two
-    # numbers that every block reads back.
+    # An accumulator of 256 columns takes half of them, and widening float8 values takes its share: what
+    # is used once per unit spills, and two numbers that every block reads back.
     for name, kernel in measured.items():
-        wide = name.startswith("head_dim 256")
-        assert kernel["spilled_bytes"] <= (300 if wide else 16), name
-        assert kernel["spills_per_block"] <= (2 if wide else 0), name
+        tight = name.startswith(("head_dim 256", "float8"))
+        assert kernel["spilled_bytes"] <= (300 if tight else 0), name
+        assert kernel["spills_per_block"] <= (2 if tight else 0), name

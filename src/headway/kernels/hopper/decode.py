@@ -258,8 +258,8 @@ def make_plan(
         itemsize: bytes per element of keys and values.
         tile: how workers are built; default: the measured one for these head dims.
     """
-    tile = tile or tile_for(head_dim, head_dim_v, itemsize)
     rows = max_seqlen_q * group
+    tile = tile or tile_for(head_dim, head_dim_v, itemsize, rows)
     count = torch.cuda.get_device_properties(device).multi_processor_count
     return empty_plan(
         tile=tile,

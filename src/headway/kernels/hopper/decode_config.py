@@ -36,8 +36,14 @@ DECODE_TILES: dict[tuple[int, int, int], DecodeTile] = {
     (192, 128, 2): DecodeTile(block_n=64, stages=5, per_multiprocessor=1, k_width=64),
     (256, 256, 2): DecodeTile(block_n=64, stages=3, per_multiprocessor=1, merge_parts=8),
     (64, 64, 1): DecodeTile(block_n=128, stages=5),
-    (128, 128, 1): DecodeTile(block_n=64, stages=5),
+    (128, 128, 1): DecodeTile(block_n=128, stages=2),
 }
+
+#: The same for more than FEW_ROWS packed rows: fewer workers leave fewer, larger parts to merge.
+MANY_ROWS_TILES: dict[tuple[int, int, int], DecodeTile] = {
+    (128, 128, 2): DecodeTile(block_n=128, stages=3, per_multiprocessor=1),
+}
+FEW_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -173,13 +179,16 @@ def padded_v(head_dim_v: int) -> int:
     return next(width for width in (64, 128, 256) if head_dim_v <= width)
 
 
-def tile_for(head_dim: int, head_dim_v: int, itemsize: int = 2) -> DecodeTile:
+def tile_for(head_dim: int, head_dim_v: int, itemsize: int = 2, rows: int = 1) -> DecodeTile:
     """The tile of these head dims: the measured one, or as many stages of 64 keys as there is room for.
 
     Args:
         itemsize: bytes per element of keys and values.
+        rows: packed query rows of a KV head.
     """
     width, v_width = padded(head_dim), padded_v(head_dim_v)
+    if rows > FEW_ROWS and (width, v_width, itemsize) in MANY_ROWS_TILES:
+        return MANY_ROWS_TILES[width, v_width, itemsize]
     if (width, v_width, itemsize) in DECODE_TILES:
         return DECODE_TILES[width, v_width, itemsize]
     block_bytes = 64 * (width + v_width)

@@ -17,7 +17,16 @@ from headway.kernels.hopper.decode_load import (
     v_tile,
 )
 from headway.kernels.hopper.decode_merge import is_last, leave_part, merge_parts
-from headway.kernels.hopper.decode_plan import BATCH, LEFT, UNIT, WIDTH, WITHIN, load_span, take_of
+from headway.kernels.hopper.decode_plan import (
+    BATCH,
+    LEFT,
+    UNIT,
+    WIDTH,
+    WITHIN,
+    cost_of,
+    load_span,
+    take_of,
+)
 from headway.kernels.hopper.masks import mask_scores, row_limits
 from headway.kernels.hopper.softmax import LAG, LOG2E, finish, rescale, soft_cap
 
@@ -213,15 +222,20 @@ def _descale(descale, batch, head):
 
 @gluon.jit
 def _widen_values(stage, start, buffers, span, cfg: gl.constexpr):
-    """One stage's float8 values as float16, rows that may hold anything as zeros."""
-    values = v_tile(buffers, stage, cfg).load(cfg.v_rows).to(cfg.p_dtype)
-    if not cfg.gathered:  # a gathering producer has cleared them
-        if (start < span.lo) | (start + cfg.block_n > span.hi):
-            rows = start + gl.arange(0, cfg.block_n, layout=gl.SliceLayout(1, cfg.v_rows))
-            inside = gl.expand_dims((rows >= span.lo) & (rows < span.hi), 1)
-            values = gl.where(inside, values, gl.zeros_like(values))
+    """One stage's float8 values as float16, rows that may hold anything as zeros.
+
+    64 rows at a time: more do not fit the registers beside scores and output.
+    """
     cta_barrier()  # all are past their products with the values before
-    buffers.v_wide.store(values)
+    for part in gl.static_range(gl.constexpr(cfg.block_n // 64)):
+        narrow = v_tile(buffers, stage, cfg).slice(part * 64, 64).load(cfg.v_rows)
+        values = narrow.to(cfg.p_dtype)
+        if not cfg.gathered:  # a gathering producer has cleared them
+            if (start < span.lo) | (start + cfg.block_n > span.hi):
+                rows = start + part * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, cfg.v_rows))
+                inside = gl.expand_dims((rows >= span.lo) & (rows < span.hi), 1)
+                values = gl.where(inside, values, gl.zeros_like(values))
+        buffers.v_wide.slice(part * 64, 64).store(values)
     fence_async_shared()
     cta_barrier()
 
@@ -351,7 +365,7 @@ def consume(
     line = worker * share
     step = 0
     while left > 0:
-        take, first, count = take_of(span, within, left, gl.constexpr(cfg.unit_cost))
+        take, first, count = take_of(span, within, left, cfg)
         unscale = _load_queries(q_ptr, buffers, span, batch, unit, call, cfg)
         head = unit // cfg.m_tiles
         scale = call.scale * unscale
@@ -399,7 +413,7 @@ def consume(
                 gl.minimum(call.num_rows - first_row, 64),
                 cfg,
             )
-            blocks_line = line - within + cfg.unit_cost
+            blocks_line = line - within + cost_of(span.blocks, cfg)
             first_worker = blocks_line // share
             workers = (blocks_line + span.blocks - 1) // share - first_worker + 1
             if is_last(parts.arrivals + batch * call.units + unit, workers):

@@ -135,7 +135,7 @@ def produce_boxes(
     left = gl.load(record + LEFT)
     step = 0
     while left > 0:
-        take, first, count = take_of(span, within, left, gl.constexpr(cfg.unit_cost))
+        take, first, count = take_of(span, within, left, cfg)
         head = unit // cfg.m_tiles
         start = (span.first_block + first) * cfg.block_n
         table = page_table
@@ -192,7 +192,7 @@ def produce_gathered(
     left = gl.load(record + LEFT)
     step = 0
     while left > 0:
-        take, first, count = take_of(span, within, left, gl.constexpr(cfg.unit_cost))
+        take, first, count = take_of(span, within, left, cfg)
         head = (unit // cfg.m_tiles).to(gl.int64)
         start = (span.first_block + first) * cfg.block_n
         table = page_table + span.cache_row.to(gl.int64) * stride_table

@@ -1,7 +1,7 @@
 """The plan of a decode step, made on the device: every worker gets an equal share of one line of KV blocks.
 
 The line runs through the sequences, in each through its units (KV head by tile of packed query rows), in
-each through the blocks of keys that the unit sees, after a few places for what a unit costs besides.
+each through the blocks of keys that the unit sees, short ones after a place for what a unit costs besides.
 Workers take consecutive shares of it, so one sequence of 128k tokens and sixty of 100 balance alike, and a
 unit is cut only where a share ends. Nothing is copied to the host, and every buffer keeps its size while
 lengths change: a CUDA graph may replay a plan.
@@ -37,6 +37,9 @@ UNIT: gl.constexpr = gl.constexpr(13)
 WITHIN: gl.constexpr = gl.constexpr(14)
 LEFT: gl.constexpr = gl.constexpr(15)
 WIDTH: gl.constexpr = gl.constexpr(FIELDS)
+
+#: Blocks from which a unit is long.
+LONG: gl.constexpr = gl.constexpr(16)
 
 #: Sequences that the planning kernel takes at once, at most.
 AT_ONCE = 1024
@@ -137,9 +140,17 @@ def load_span(record):
 
 
 @gluon.jit
-def take_of(span, within, left, cost: gl.constexpr):
+def cost_of(blocks, cfg: gl.constexpr):
+    """Places of the line for the work around a unit's blocks. Long units have none: next to their blocks
+    it is little, and equal shares of equal lengths then cut them at the same places."""
+    return gl.where(blocks < LONG, cfg.unit_cost, 0)
+
+
+@gluon.jit
+def take_of(span, within, left, cfg: gl.constexpr):
     """What a worker with ``left`` of its share takes of a unit, from place ``within``: (places, first
-    block, blocks). A unit's first ``cost`` places stand for the work around its blocks."""
+    block, blocks)."""
+    cost = cost_of(span.blocks, cfg)
     take = gl.minimum(left, span.blocks + cost - within)
     first = gl.maximum(within - cost, 0)
     return take, first, gl.maximum(within + take - cost, 0) - first
@@ -267,7 +278,7 @@ def plan_kernel(
             limits,
             cfg,
         )
-        places = gl.where(inside, (blocks + cfg.unit_cost) * units, 0)
+        places = gl.where(inside, (blocks + cost_of(blocks, cfg)) * units, 0)
         ends = gl.associative_scan(places, 0, _add)
         gl.store(starts + b, total + ends - places, mask=inside)
         total += gl.sum(places, 0)
@@ -295,7 +306,8 @@ def plan_kernel(
     for field in gl.static_range(BATCH):
         gl.store(record + field, gl.load(source + field), mask=inside)
     within = start - gl.load(starts + low)
-    length = gl.load(source + BLOCKS) + cfg.unit_cost
+    blocks = gl.load(source + BLOCKS)
+    length = blocks + cost_of(blocks, cfg)
     gl.store(record + BATCH, low, mask=inside)
     gl.store(record + UNIT, within // length, mask=inside)
     gl.store(record + WITHIN, within % length, mask=inside)
