@@ -117,6 +117,7 @@ def config(head_dim: int = 128, head_dim_v: int | None = None, **fields: Any) ->
             head_dim_v,
             fields["kv_dtype"].primitive_bitwidth // 8,
             fields.get("rows", defaults["rows"]),
+            fields.get("page_size", 0),
         ),
         head_dim=head_dim,
         head_dim_v=head_dim_v,
@@ -128,7 +129,7 @@ CONFIGS = {
     "dense": config(),
     "page 16": config(page_size=16),
     "page 1, gathered": config(page_size=1, gathered=True),
-    "four tokens": config(rows=16, page_size=16),
+    "four tokens": config(rows=16, page_size=64),
     "float16, window, chunk, left padding, soft cap": config(
         q_dtype=gl.float16,
         page_size=64,

@@ -248,6 +248,7 @@ def make_plan(
     head_dim_v: int,
     device: torch.device,
     itemsize: int = 2,
+    page_size: int = 0,
     sm_margin: int = 0,
     tile: DecodeTile | None = None,
 ) -> DecodePlan:
@@ -256,10 +257,12 @@ def make_plan(
     Args:
         group: query heads per KV head.
         itemsize: bytes per element of keys and values.
+        page_size: rows of a page, 0 where keys are not paged.
+        sm_margin: multiprocessors to leave to others.
         tile: how workers are built; default: the measured one for these head dims.
     """
     rows = max_seqlen_q * group
-    tile = tile or tile_for(head_dim, head_dim_v, itemsize, rows)
+    tile = tile or tile_for(head_dim, head_dim_v, itemsize, rows, page_size)
     count = torch.cuda.get_device_properties(device).multi_processor_count
     return empty_plan(
         tile=tile,

@@ -39,7 +39,8 @@ DECODE_TILES: dict[tuple[int, int, int], DecodeTile] = {
     (128, 128, 1): DecodeTile(block_n=128, stages=2),
 }
 
-#: The same for more than FEW_ROWS packed rows: fewer workers leave fewer, larger parts to merge.
+#: The same for more than FEW_ROWS packed rows, where boxes are long: fewer workers leave fewer, larger
+#: parts to merge.
 MANY_ROWS_TILES: dict[tuple[int, int, int], DecodeTile] = {
     (128, 128, 2): DecodeTile(block_n=128, stages=3, per_multiprocessor=1),
 }
@@ -179,15 +180,19 @@ def padded_v(head_dim_v: int) -> int:
     return next(width for width in (64, 128, 256) if head_dim_v <= width)
 
 
-def tile_for(head_dim: int, head_dim_v: int, itemsize: int = 2, rows: int = 1) -> DecodeTile:
+def tile_for(
+    head_dim: int, head_dim_v: int, itemsize: int = 2, rows: int = 1, page_size: int = 0
+) -> DecodeTile:
     """The tile of these head dims: the measured one, or as many stages of 64 keys as there is room for.
 
     Args:
         itemsize: bytes per element of keys and values.
         rows: packed query rows of a KV head.
+        page_size: 0: keys are not paged.
     """
     width, v_width = padded(head_dim), padded_v(head_dim_v)
-    if rows > FEW_ROWS and (width, v_width, itemsize) in MANY_ROWS_TILES:
+    many = rows > FEW_ROWS and page_size % 64 == 0
+    if many and (width, v_width, itemsize) in MANY_ROWS_TILES:
         return MANY_ROWS_TILES[width, v_width, itemsize]
     if (width, v_width, itemsize) in DECODE_TILES:
         return DECODE_TILES[width, v_width, itemsize]
