@@ -24,8 +24,9 @@ LOG2E = math.log2(math.e)
 WIDEST_WINDOW = 1 << 30
 
 
-#: Values are padded to at least this width: with 16 columns, Triton 3.6's wgmma reads past its tile.
-NARROWEST_VALUES = 32
+#: Values are padded to at least this width: Triton 3.6's wgmma reads past the end of narrower float16
+#: tiles that were converted from float8.
+NARROWEST_VALUES = 64
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,9 @@ TABLE: tuple[Row, ...] = (
     Row("decode", ("interpreter",), 512, 16, Tile(16, 16, 4, 1)),
     Row("decode", ("interpreter",), 512, ANY_ROWS, Tile(32, 16, 4, 1)),
     Row("mla", ("interpreter",), 1024, ANY_ROWS, Tile(16, 16, 4, 1)),
-    # Hopper and data-centre Blackwell: 227 KiB of shared memory.
+    # Hopper and data-centre Blackwell: 227 KiB of shared memory; Blackwell's compiler keeps more there.
+    Row("forward", ("sm10",), 128, ANY_ROWS, Tile(128, 64, 8, 3)),
+    Row("mla", ("sm10",), 1024, ANY_ROWS, Tile(16, 32, 4, 2, 1)),
     Row("forward", _SM9_10, 64, ANY_ROWS, Tile(128, 64, 8, 4), H200),
     Row("forward", _SM9_10, 128, ANY_ROWS, Tile(128, 128, 8, 3), H200),
     Row("forward", _SM9_10, 256, ANY_ROWS, Tile(128, 32, 8, 3), H200),
@@ -65,16 +67,18 @@ TABLE: tuple[Row, ...] = (
     Row("mla", _SM9_10, 1024, 32, Tile(32, 64, 8, 2, 1)),
     Row("mla", _SM9_10, 1024, ANY_ROWS, Tile(64, 64, 8, 2, 1), H200),
     # A100: 163 KiB. Other Ampere, Ada and consumer Blackwell: 99 KiB.
-    Row("forward", ("sm80",), 64, ANY_ROWS, Tile(128, 64, 4, 3)),
+    Row("forward", ("sm80",), 64, ANY_ROWS, Tile(128, 64, 8, 3)),
+    Row("forward", ("sm80",), 128, ANY_ROWS, Tile(128, 32, 8, 3), max_key_bytes=1),
     Row("forward", ("sm80",), 128, ANY_ROWS, Tile(128, 64, 8, 3)),
     Row("forward", ("sm80",), 256, ANY_ROWS, Tile(64, 32, 8, 2)),
-    Row("forward", ("sm",), 64, ANY_ROWS, Tile(128, 64, 4, 2)),
+    Row("forward", ("sm",), 64, ANY_ROWS, Tile(128, 64, 8, 2)),
     Row("forward", ("sm",), 128, ANY_ROWS, Tile(128, 32, 8, 2)),
     Row("forward", ("sm",), 256, ANY_ROWS, Tile(64, 32, 8, 1)),
+    Row("decode", ("sm",), 128, 16, Tile(16, 32, 2, 2), max_key_bytes=1),
     Row("decode", ("sm",), 128, 16, Tile(16, 64, 4, 2)),
-    Row("decode", ("sm",), 128, 32, Tile(32, 64, 4, 2)),
+    Row("decode", ("sm",), 128, 32, Tile(32, 32, 4, 2)),
     Row("decode", ("sm",), 128, ANY_ROWS, Tile(64, 32, 4, 2)),
-    Row("decode", ("sm",), 256, 16, Tile(16, 32, 4, 2)),
+    Row("decode", ("sm",), 256, 16, Tile(16, 16, 4, 3)),
     Row("decode", ("sm",), 256, ANY_ROWS, Tile(32, 32, 4, 2)),
     Row("mla", ("sm",), 1024, ANY_ROWS, Tile(16, 32, 8, 1)),
     # CDNA and RDNA: 64 KiB of shared memory, gfx950 160 KiB; no async copies to hide, one stage.
