@@ -10,6 +10,7 @@ finishes it last. Nothing waits for another worker.
 from __future__ import annotations
 
 import functools
+import operator
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from headway.kernels.hopper.decode_config import DecodeConfig, DecodeTile, tile_
 from headway.kernels.hopper.decode_consumer import Call, Parts, consume
 from headway.kernels.hopper.decode_load import allocate, produce_boxes, produce_gathered
 from headway.kernels.hopper.decode_plan import DecodePlan, empty_plan
-from headway.kernels.hopper.direct import DirectLaunch, TensorMap, tensor_map
+from headway.kernels.hopper.direct import DirectLaunch, TensorMap, misaligned, tensor_map
 
 _UNSPECIALISED = [
     "units",
@@ -307,12 +308,15 @@ def decode(
             (B, max_pages) int32. bfloat16 or float16, as q, or float8_e4m3fn beside a q of any of the
             three; last stride 1, other strides multiples of 16 bytes. Beside float8 keys, q keeps
             eight significant bits: all that bfloat16 has.
-        out: as q, with Dv. Rows of no query stay as they are.
+        out: as q, with Dv, any float dtype. Rows of no query stay as they are.
         lse: (B, Hq, Sq) or (Hq, total_q) float32, last stride 1, natural log; None: not wanted.
         max_seqlen_q: queries of the longest sequence, where q is ragged.
         leftpad: whether the plan was filled with ``leftpad_k``.
         sinks: (Hq,), any float dtype.
         q_descale, k_descale, v_descale: (B, Hkv) float32 factors of float8 tensors, any strides.
+
+    Raises:
+        InvalidInputError: rows of q, k, v or out do not start at multiples of 16 bytes.
     """
     if plan.spans.shape[0] == 0:
         return
@@ -384,6 +388,10 @@ class _Launch:
         window_right: int,
         chunk: int,
     ) -> None:
+        if not (_is_aligned(q) and _is_aligned(out)):
+            raise _misaligned(("out", out) if _is_aligned(q) else ("q", q))
+        if self.cfg.gathered and not (_is_aligned(k) and _is_aligned(v)):
+            raise _misaligned(("v", v) if _is_aligned(k) else ("k", k))
         numbers = (
             plan.units,
             rows,
@@ -408,14 +416,14 @@ class _Launch:
             plan.parts,
             plan.part_sums,
         )
-        if self._direct is None:
-            self._direct = self._compile(
-                (q, k, v, out, lse, sinks, *descales, page_table), plan_tensors, numbers
-            )
         if self.cfg.gathered:
             keys: tuple[Any, ...] = (None, None)
         else:
             keys = (*self._map(k, self.cfg.k_width), *self._map(v, self.cfg.v_width))
+        if self._direct is None:
+            self._direct = self._compile(
+                (q, k, v, out, lse, sinks, *descales, page_table), plan_tensors, numbers
+            )
         self._direct(
             plan.workers,
             q.device.index,
@@ -436,12 +444,12 @@ class _Launch:
 
     def _map(self, cache: Tensor, width: int) -> TensorMap:
         pages, rows, heads, columns = cache.shape
-        page, row, head, _ = cache.stride()
+        page, row, head, column = cache.stride()
         return tensor_map(
             cache.data_ptr(),
             cache.dtype,
             (pages, heads, rows, columns),
-            (page, head, row, 1),
+            (page, head, row, column),
             (1, 1, self.cfg.box_rows, width),
         )
 
@@ -457,7 +465,6 @@ class _Launch:
         assert k is not None
         assert v is not None
         assert out is not None
-        _check_alignment(q=q, k=k, v=v, out=out)
         descriptors: tuple[Any, Any] = (None, None)
         if not cfg.gathered:
             descriptors = (
@@ -552,12 +559,13 @@ def _descriptor(cache: Tensor, box: list[int], layout: Any) -> TensorDescriptor:
     return TensorDescriptor(cache, shape, strides, box, layout)
 
 
-def _check_alignment(**tensors: Tensor) -> None:
-    for name, t in tensors.items():
-        odd = [n for n in t.stride()[:-1] if n * t.itemsize % 16]
-        if t.data_ptr() % 16 or t.stride(-1) != 1 or odd:
-            raise InvalidInputError(
-                name,
-                f"strides {t.stride()} at an address {t.data_ptr() % 16} above a multiple of 16",
-                "a last stride of 1, others multiples of 16 bytes, at a multiple of 16 bytes",
-            )
+def _is_aligned(t: Tensor) -> bool:
+    """Whether every row starts at a multiple of 16 bytes and is contiguous."""
+    *strides, last = t.stride()
+    together = functools.reduce(operator.or_, strides)
+    return last == 1 and not (t.data_ptr() | together * t.element_size()) & 15
+
+
+def _misaligned(named: tuple[str, Tensor]) -> InvalidInputError:
+    name, t = named
+    return misaligned(name, t.data_ptr(), t.stride(), t.element_size())

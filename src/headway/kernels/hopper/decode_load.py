@@ -93,12 +93,12 @@ def _pages_of_block(span, table, start, num_pages, cfg: gl.constexpr):
     pages = ()
     for box in gl.static_range(gl.constexpr(cfg.boxes)):
         if cfg.page_size == 0:
-            pages = pages + (span.cache_row,)  # noqa: RUF005 (Gluon's tuples know only +)
+            pages = pages + (span.cache_row,)  # type: ignore[assignment] # noqa: RUF005 (Gluon adds tuples)
         else:
             at = start + box * cfg.box_rows
             needed = (at < span.hi) & (at + cfg.box_rows > span.lo)
             page = gl.load(table + at // cfg.page_size, mask=needed, other=num_pages)
-            pages = pages + (page,)  # noqa: RUF005
+            pages = pages + (page,)  # type: ignore[assignment] # noqa: RUF005
     return pages
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from headway.errors import InvalidInputError
 from headway.kernels._triton import triton
 
 #: A descriptor as kernels take it: the encoded map, then its shape, then its strides.
@@ -21,6 +22,17 @@ TensorMap = tuple[Any, ...]
 #: CUtensorMapDataType, CUtensorMapSwizzle
 _MAP_DTYPES = {torch.float8_e4m3fn: 0, torch.float16: 6, torch.bfloat16: 9}
 _SWIZZLES = {32: 1, 64: 2, 128: 3}
+
+
+def misaligned(
+    name: str, address: int, strides: tuple[int, ...], itemsize: int
+) -> InvalidInputError:
+    """The refusal of a tensor whose rows do not start at multiples of 16 bytes."""
+    return InvalidInputError(
+        name,
+        f"strides {strides} of {itemsize} bytes, {address % 16} bytes above a multiple of 16",
+        "a last stride of 1, other strides and the address multiples of 16 bytes",
+    )
 
 
 @functools.lru_cache(maxsize=4096)
@@ -37,7 +49,12 @@ def tensor_map(
         address: of the first element, a multiple of 16.
         strides: in elements, the last 1, others multiples of 16 bytes.
         box: rows and columns copied at once; wide rows are split into pieces of 128 bytes.
+
+    Raises:
+        InvalidInputError: address or strides are not as above.
     """
+    if address % 16 or strides[-1] != 1 or any(n * dtype.itemsize % 16 for n in strides[:-1]):
+        raise misaligned("k and v", address, strides, dtype.itemsize)
     row_bytes = min(box[-1] * dtype.itemsize, 128)
     encoded = triton.runtime.driver.active.utils.fill_tma_descriptor(
         address,

@@ -1,0 +1,80 @@
+"""What the decode launcher hands to the compiled kernel, with the kernel replaced by a recorder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from headway.errors import InvalidInputError
+from headway.kernels.hopper import decode as module
+from headway.kernels.hopper.decode_config import tile_for
+from headway.kernels.hopper.decode_plan import DecodePlan, empty_plan
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Argument lists of kernels that were started, programs and device first."""
+    calls: list[tuple[Any, ...]] = []
+    module._launch_for.cache_clear()
+    monkeypatch.setattr(module._Launch, "_compile", lambda *_: lambda *args: calls.append(args))
+    monkeypatch.setattr(module, "tensor_map", lambda *key: ("map", *key[2], *key[3]))
+    return calls
+
+
+def plan_of(batch_size: int, num_kv_heads: int, rows: int, head_dim: int) -> DecodePlan:
+    return empty_plan(
+        tile=tile_for(head_dim, head_dim),
+        batch_size=batch_size,
+        units=num_kv_heads,
+        rows=rows,
+        head_dim_v=head_dim,
+        workers=6,
+        device=torch.device("cpu"),
+    )
+
+
+def tensors(page_size: int, head_dim: int = 128) -> tuple[torch.Tensor, ...]:
+    q = torch.zeros(3, 1, 8, head_dim, dtype=torch.bfloat16)
+    k, v = (torch.zeros(20, page_size, 2, head_dim, dtype=torch.bfloat16) for _ in range(2))
+    return q, k, v, torch.empty_like(q)
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_one_argument_per_parameter(started: list[tuple[Any, ...]], page_size: int) -> None:
+    q, k, v, out = tensors(page_size)
+    table = torch.zeros(3, 4, dtype=torch.int32)
+    plan = plan_of(3, 2, 4, 128)
+    module.decode(q, k, v, out, plan, softmax_scale=0.1, page_table=table, window_right=0)
+    ((programs, device, *args),) = started
+    assert (programs, device) == (plan.workers, q.device.index)
+    expanded = 0 if page_size == 1 else 2 * 8  # a map stands for itself, 4 sizes and 4 strides
+    assert len(args) == len(module.decode_kernel.arg_names) + expanded
+    assert [q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()] == args[2 + expanded :][:4]
+
+
+def test_rows_at_odd_addresses_are_refused(started: list[tuple[Any, ...]]) -> None:
+    q, k, v, out = tensors(16)
+    plan = plan_of(3, 2, 4, 128)
+    table = torch.zeros(3, 4, dtype=torch.int32)
+    odd = torch.zeros(3, 1, 8, 132, dtype=torch.bfloat16)[..., :128]
+    for name, bad in (("q", (odd, k, v, out)), ("out", (q, k, v, odd))):
+        with pytest.raises(InvalidInputError, match=name):
+            module.decode(*bad, plan, softmax_scale=0.1, page_table=table)
+    assert not started
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_caches_at_odd_addresses_are_refused(
+    monkeypatch: pytest.MonkeyPatch, page_size: int
+) -> None:
+    q, _, v, out = tensors(page_size)
+    odd = torch.zeros(20, page_size, 2, 132, dtype=torch.bfloat16)[..., :128]
+    module._launch_for.cache_clear()
+    monkeypatch.setattr(module._Launch, "_compile", lambda *_: pytest.fail("compiled"))
+    table, plan = torch.zeros(3, 4, dtype=torch.int32), plan_of(3, 2, 4, 128)
+    with pytest.raises(InvalidInputError, match="multiples of 16 bytes"):
+        module.decode(q, odd, v, out, plan, softmax_scale=0.1, page_table=table)
