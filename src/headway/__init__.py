@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from headway.devices import is_fa3_supported, supported_versions
     from headway.dispatch import Explanation
     from headway.errors import HeadwayError, HeadwayWarning, InvalidInputError, UnsupportedError
     from headway.interface import (
@@ -36,7 +37,9 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_with_kvcache",
     "get_scheduler_metadata",
+    "is_fa3_supported",
     "merge_states",
+    "supported_versions",
 ]
 
 #: Where each public name that is not in ``interface`` lives. Names are imported when first asked for:
@@ -49,6 +52,8 @@ _HOMES = {
     "Plan": "plan",
     "UnsupportedError": "errors",
     "debug_checks": "problem",
+    "is_fa3_supported": "devices",
+    "supported_versions": "devices",
 }
 
 

@@ -1,28 +1,33 @@
 """Which provider runs a problem: ``choose`` returns the winner, ``explain`` the whole table.
 
-Both walk the same candidates in the same order. ``backend=`` (or HEADWAY_BACKEND) pins one provider: it
-runs, or UnsupportedError says why not. ``ver=`` (or HEADWAY_FLASH_ATTN_VERSION) names the interface
-generation; Headway's own kernels cover both, so it narrows nothing among them.
+Both walk the same candidates in the same order (providers/order.py). ``backend=`` (or HEADWAY_BACKEND) pins
+one provider: it runs, or UnsupportedError says why. ``ver=`` (or HEADWAY_FLASH_ATTN_VERSION) asks for an
+interface generation: its own package runs what it can, Headway's kernels, which cover every generation, the
+rest.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 
 import torch
 
-from headway import providers
+from headway import devices, providers
 from headway.errors import InvalidInputError, UnsupportedError
-from headway.problem import Problem
-from headway.providers.base import Provider
+from headway.problem import KVLayout, Problem
+from headway.providers.base import Provider, kind_of
+from headway.providers.order import Work, order_for
 
 BACKEND_VARIABLE = "HEADWAY_BACKEND"
 VERSION_VARIABLE = "HEADWAY_FLASH_ATTN_VERSION"
 
-#: Providers that run only when asked for by name.
-PINNED_ONLY = frozenset({"reference"})
+#: Choices made so far, by kind of problem and what was asked for. Whoever varies more than this many
+#: kinds of calls pays for choosing again.
+_CHOSEN: dict[Hashable, Provider] = {}
+_MOST_CHOICES = 4096
 
 
 @dataclass(frozen=True)
@@ -80,11 +85,35 @@ def requested_version(problem: Problem) -> int | None:
 
 def choose(problem: Problem) -> Provider:
     """The provider that runs the problem, or UnsupportedError with what each one said."""
-    requested_version(problem)
+    backend = problem.backend
+    if backend is None:
+        backend = os.environ.get(BACKEND_VARIABLE)
+    version: object = problem.ver
+    if version is None:
+        version = os.environ.get(VERSION_VARIABLE)
+    kind = kind_of(problem)
+    key = (kind, backend, version)
+    found = _CHOSEN.get(key)
+    if found is not None:
+        return found
+    chosen = _choose(problem)
+    if kind is not None:
+        if len(_CHOSEN) >= _MOST_CHOICES:
+            _CHOSEN.clear()
+        _CHOSEN[key] = chosen
+    return chosen
+
+
+def forget() -> None:
+    """Choose anew from now on."""
+    _CHOSEN.clear()
+
+
+def _choose(problem: Problem) -> Provider:
+    version = requested_version(problem)
     pinned, source = pinned_backend(problem)
     if pinned is not None:
-        provider = providers.get(pinned)
-        reasons = provider.reasons_against(problem)
+        provider, reasons = _loaded(problem, pinned)
         if reasons:
             raise UnsupportedError(
                 f"{source}={pinned} cannot run this call",
@@ -93,28 +122,77 @@ def choose(problem: Problem) -> Provider:
             )
         return provider
     refusals: dict[str, list[str]] = {}
-    for name in providers.NAMES:
-        if name in PINNED_ONLY:
-            continue
-        reasons = providers.get(name).reasons_against(problem)
+    for name in candidates(problem, version):
+        provider, reasons = _loaded(problem, name)
+        reasons = reasons or _unfit_unasked(provider, problem, version)
         if not reasons:
-            return providers.get(name)
+            return provider
         refusals[name] = reasons
     raise UnsupportedError("no provider can run this call", refusals, _others(problem, None))
 
 
+def candidates(problem: Problem, version: int | None) -> Iterator[str]:
+    """The providers that may run a problem without being named, in the order in which they are asked.
+
+    With a version, its own packages come first and other packages not at all.
+    """
+    work: Work = "decode" if problem.is_decode else "prefill"
+    order = order_for(devices.of(problem.device).kind, work)
+    names = providers.NAMES if order is None else order.providers
+    names = tuple(n for n in names if n in providers.NAMES and n not in providers.PINNED_ONLY)
+    if version is None:
+        yield from names
+        return
+    found = [name for name in names if providers.get(name).answers_to(version)]
+    yield from sorted(found, key=lambda name: not providers.get(name).is_package)
+
+
+def _loaded(problem: Problem, name: str) -> tuple[Provider, list[str]]:
+    """A provider, imported if it would run the problem, and its reasons not to."""
+    provider = providers.get(name)
+    reasons = provider.reasons_against(problem)
+    if not reasons:
+        try:
+            provider.load()
+        except ImportError:
+            reasons = provider.reasons_against(problem)
+    return provider, reasons
+
+
+def _unfit_unasked(provider: Provider, problem: Problem, version: int | None) -> list[str]:
+    """Why a provider that would run a problem must be asked for first.
+
+    Rows behind a sequence's last key may hold anything, NaN included: that is promised to all who name
+    no provider. Packages that multiply such rows by zero run where there are none, or when asked for.
+    """
+    if version is not None or not provider.is_package:
+        return []
+    has_tails = problem.kv_layout is not KVLayout.DENSE or problem.seqlens_k is not None
+    if has_tails and provider.capabilities(problem.device).needs_finite_tails:
+        return [TAILS]
+    return []
+
+
+#: Said of a provider that keeps all promises but one.
+TAILS = "rows behind the last key must be finite there; runs when named by backend or ver"
+
+
 def planner(device: torch.device) -> Provider | None:
     """The fastest provider of a device that makes plans of its own, if there is one."""
-    for name in providers.NAMES:
+    order = order_for(devices.of(device).kind, "decode")
+    for name in providers.NAMES if order is None else order.providers:
+        if name not in providers.NAMES or name in providers.PINNED_ONLY:
+            continue
         provider = providers.get(name)
         plans = type(provider).plan is not Provider.plan
-        if plans and name not in PINNED_ONLY and provider.unavailable(device) is None:
+        if plans and provider.unavailable(device) is None:
             return provider
     return None
 
 
 def _others(problem: Problem, pinned: str | None) -> list[str]:
-    free = dataclasses.replace(problem, backend="auto")
+    """The providers that would run the problem if they were named."""
+    free = dataclasses.replace(problem, backend="auto", ver=None)
     return [
         name
         for name in providers.NAMES
@@ -125,19 +203,45 @@ def _others(problem: Problem, pinned: str | None) -> list[str]:
 def explain(problem: Problem) -> Explanation:
     """What each provider says of the problem, which one runs it, and why that one."""
     pinned, source = pinned_backend(problem)
-    rows = []
-    for name in providers.NAMES:
-        reasons = tuple(providers.get(name).reasons_against(problem))
-        rows.append(Row(name, reasons, "only when named" if name in PINNED_ONLY else ""))
-    if pinned is not None:
-        ran = next(row for row in rows if row.provider == pinned)
-        chosen = None if ran.reasons else pinned
-        return Explanation(tuple(rows), chosen, f"pinned by {source}={pinned}")
-    able = [row.provider for row in rows if not row.reasons and row.provider not in PINNED_ONLY]
-    if not able:
-        return Explanation(tuple(rows), None, "no provider can run this call")
     version = requested_version(problem)
-    why = "first in order of speed that can run it"
-    if version is not None:
-        why += f"; version {version} of the interface is covered by Headway's own kernels"
-    return Explanation(tuple(rows), able[0], why)
+    chosen: str | None
+    try:
+        chosen = _choose(problem).name
+    except UnsupportedError:
+        chosen = None
+    rows = tuple(_row(name, problem, version) for name in providers.NAMES)
+    if pinned is not None:
+        return Explanation(rows, chosen, f"pinned by {source}={pinned}")
+    if chosen is None:
+        return Explanation(rows, None, "no provider can run this call")
+    return Explanation(rows, chosen, _why(problem, version, chosen, rows))
+
+
+def _row(name: str, problem: Problem, version: int | None) -> Row:
+    provider = providers.get(name)
+    reasons = tuple(provider.reasons_against(problem))
+    if reasons:
+        return Row(name, reasons, "only when named" if name in providers.PINNED_ONLY else "")
+    notes = [provider.note(problem)]
+    if name in providers.PINNED_ONLY:
+        notes.append("only when named")
+    elif not provider.answers_to(version):
+        notes.append(f"not asked: ver={version}")
+    elif name not in candidates(problem, version):
+        notes.append("only when named")
+    else:
+        notes += _unfit_unasked(provider, problem, version)
+    return Row(name, (), "; ".join(note for note in notes if note))
+
+
+def _why(problem: Problem, version: int | None, chosen: str, rows: tuple[Row, ...]) -> str:
+    if version is None:
+        return "first in order of speed that can run it"
+    if providers.get(chosen).is_package:
+        return f"ver={version}: the generation's own package"
+    own = [name for name in candidates(problem, version) if providers.get(name).is_package]
+    said = {row.provider: row.reasons for row in rows}
+    refused = "; ".join(f"{name}: {', '.join(said[name])}" for name in own)
+    return f"ver={version} runs on Headway's own kernels, which cover it" + (
+        f" ({refused})" if refused else ""
+    )

@@ -8,8 +8,10 @@ of another geometry is refused rather than run on the wrong schedule.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import itertools
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,7 +30,11 @@ MAX_SPLITS = 128
 
 @dataclass(frozen=True)
 class PlanKey:
-    """Everything a schedule depends on, lengths aside."""
+    """Everything a schedule depends on, lengths aside.
+
+    The fields from ``q_dtype`` on bind the parts that providers keep in a plan: each part belongs to one
+    full key. Headway's own schedules do not depend on them, so they are no ground to refuse a plan.
+    """
 
     device: torch.device
     batch_size: int
@@ -43,10 +49,24 @@ class PlanKey:
     window_left: int | None
     window_right: int | None
     attention_chunk: int
+    q_dtype: torch.dtype | None = None
+    kv_dtype: torch.dtype | None = None
+    ragged_q: bool = False
+    new_keys: int = 0  # keys per sequence that the call appends; -1: as cu_seqlens_k_new says
+    num_splits: int = 0
+    pack_gqa: bool | None = None
+    sm_margin: int = 0
+    softcap: float = 0.0
+    softmax_scale: float = 0.0
+    has_sinks: bool = False
+    has_qv: bool = False
 
     @staticmethod
     def of(problem: Problem) -> PlanKey:
-        mask = problem.mask
+        mask, hints, append = problem.mask, problem.hints, problem.append
+        new_keys = 0
+        if append is not None:
+            new_keys = append.k.shape[1] if append.cu_seqlens is None else -1
         return PlanKey(
             device=problem.device,
             batch_size=problem.batch_size,
@@ -61,11 +81,23 @@ class PlanKey:
             window_left=mask.window_left,
             window_right=mask.window_right,
             attention_chunk=mask.attention_chunk,
+            q_dtype=problem.q.dtype,
+            kv_dtype=problem.k.dtype,
+            ragged_q=problem.ragged_q,
+            new_keys=new_keys,
+            num_splits=hints.num_splits,
+            pack_gqa=hints.pack_gqa,
+            sm_margin=hints.sm_margin,
+            softcap=problem.scores.softcap,
+            softmax_scale=problem.scores.softmax_scale,
+            has_sinks=problem.scores.sinks is not None,
+            has_qv=problem.qv is not None,
         )
 
     def differences(self, other: PlanKey) -> list[str]:
-        """The names of the fields that differ, with both values."""
-        names = (field.name for field in dataclasses.fields(self))
+        """The names of the fields of the geometry that differ, with both values."""
+        every = (field.name for field in dataclasses.fields(self))
+        names = itertools.takewhile(lambda name: name != "q_dtype", every)
         pairs = ((name, getattr(self, name), getattr(other, name)) for name in names)
         return [
             f"{name} {mine} (plan) / {theirs} (call)"
@@ -87,13 +119,41 @@ class Schedule:
         return self.num_splits.shape[0]
 
 
+class Part(Protocol):
+    """What a provider keeps in a plan: a schedule of its own, buffers, workspaces."""
+
+    def expire(self) -> None:
+        """A new step begins: what was computed is stale, the memory it lies in stays."""
+
+
+P = TypeVar("P", bound=Part)
+
+
 @dataclass(frozen=True)
 class Plan:
-    """A schedule: ``num_splits`` (B,) int32 on the device says into how many pieces each KV is cut."""
+    """A schedule: ``num_splits`` (B,) int32 on the device says into how many pieces each KV is cut.
+
+    Providers keep what they compute once per step, and the memory for it, in the plan's parts. One plan
+    serves one stream of work: whoever runs two at once (a draft model beside its target, two CUDA graphs)
+    makes a plan for each, and nothing is shared between them.
+    """
 
     key: PlanKey
     num_splits: Tensor
     schedule: Schedule | None = None  # for providers that take work off a list
+    _parts: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def part(self, owner: str, key: PlanKey, make: Callable[[], P]) -> P:
+        """The part that belongs to this provider and these calls, made when it is first asked for."""
+        found: P | None = self._parts.get((owner, key))
+        if found is None:
+            found = self._parts.setdefault((owner, key), make())
+        return found
+
+    def new_step(self) -> None:
+        """Lengths or page tables have changed in place: parts are computed anew when next used."""
+        for part in tuple(self._parts.values()):
+            part.expire()
 
     def copy_(self, other: Plan) -> None:
         """Take over another step's schedule in place, so that captured CUDA graphs replay with it."""
@@ -106,6 +166,7 @@ class Plan:
         if mine is not None and theirs is not None:
             mine.split_start.copy_(theirs.split_start)
             mine.work.copy_(theirs.work)
+        self.new_step()
 
     def check_matches(self, problem: Problem) -> None:
         """Raise InvalidInputError unless this plan was made for calls of the problem's geometry."""

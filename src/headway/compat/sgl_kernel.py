@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from headway import interface
+from headway.devices import is_fa3_supported
 from headway.plan import Plan
 from headway.problem import ScoreMod
 
@@ -23,11 +24,6 @@ __all__ = [
     "get_scheduler_metadata",
     "is_fa3_supported",
 ]
-
-
-def is_fa3_supported(device: int | str | torch.device | None = None) -> bool:
-    """Whether calls with ``ver=3`` run on this device. Headway's kernels cover them everywhere."""
-    return True
 
 
 def flash_attn_with_kvcache(

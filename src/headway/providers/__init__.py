@@ -7,11 +7,13 @@ import importlib
 
 from headway.providers.base import Capabilities, Feature, Provider
 
-__all__ = ["NAMES", "Capabilities", "Feature", "Provider", "get"]
+__all__ = ["NAMES", "PINNED_ONLY", "Capabilities", "Feature", "Provider", "forget", "get"]
 
-#: Every provider, best first: where several would run a call, the first is chosen.
+#: Every provider. Which is tried first on what device is said in providers/order.py.
+NAMES = ("portable", "cpu", "fa3", "fa4", "fa2", "flashinfer", "aiter", "mate", "reference")
+
 #: ``reference`` is the specification, not a contender: it runs only where it is asked for by name.
-NAMES = ("portable", "cpu", "reference")
+PINNED_ONLY = frozenset({"reference"})
 
 
 @functools.cache
@@ -19,3 +21,13 @@ def get(name: str) -> Provider:
     """The provider of that name."""
     provider: Provider = importlib.import_module(f"headway.providers.{name}").PROVIDER
     return provider
+
+
+def forget() -> None:
+    """Look for packages anew, in a process that has installed some since it first asked for them."""
+    from headway import dispatch
+    from headway.providers import _packages
+
+    _packages.forget()
+    get.cache_clear()
+    dispatch.forget()

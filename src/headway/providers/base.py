@@ -7,15 +7,17 @@ features: a provider that learns something says so in its Capabilities and nowhe
 from __future__ import annotations
 
 import enum
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from headway.plan import Plan
-from headway.problem import KVLayout, Problem
+from headway.plan import Plan, PlanKey
+from headway.problem import FLOAT8_DTYPES, Append, Descales, KVLayout, Problem
 
 
 class Feature(enum.Enum):
@@ -78,22 +80,143 @@ def features_of(problem: Problem) -> frozenset[Feature]:
     return frozenset(feature for feature, uses in _USES.items() if uses(problem))
 
 
+class Trait(enum.Enum):
+    """Circumstances of a call that only matter together with others. Values read as reasons do."""
+
+    DENSE_Q = "q of shape (B, Sq, Hq, D)"
+    FLOAT8 = "float8 keys and values"
+    WINDOW_RIGHT = "a right bound of window_size"
+    APPEND_RAGGED = "cu_seqlens_k_new"
+    APPEND_QUANTISED = "new k / v of another dtype than the cache"
+    ROTARY_SEQLENS = "rotary_seqlens"
+    WINDOW_ZERO = "a bound of 0 in window_size"
+    DESCALES_VARY = "descales that differ between sequences or heads"
+    SEPARATE_VALUES = "values apart from the keys"
+
+
+_TRAITS: dict[Trait, Callable[[Problem], bool]] = {
+    Trait.DENSE_Q: lambda p: not p.ragged_q,
+    Trait.FLOAT8: lambda p: p.k.dtype in FLOAT8_DTYPES,
+    Trait.WINDOW_RIGHT: lambda p: p.mask.window_right is not None and not p.mask.causal,
+    Trait.APPEND_RAGGED: lambda p: p.append is not None and p.append.cu_seqlens is not None,
+    Trait.APPEND_QUANTISED: lambda p: p.append is not None and p.append.k.dtype != p.k.dtype,
+    Trait.ROTARY_SEQLENS: lambda p: (
+        p.append is not None and p.append.rotary is not None and p.append.rotary.seqlens is not None
+    ),
+    Trait.WINDOW_ZERO: lambda p: (
+        p.mask.window_left == 0 or (p.mask.window_right == 0 and not p.mask.causal)
+    ),
+    Trait.DESCALES_VARY: lambda p: descales_vary(p.descales),
+    Trait.SEPARATE_VALUES: lambda p: p.k.data_ptr() != p.v.data_ptr(),
+}
+
+
+def descales_vary(descales: Descales) -> bool:
+    """False where all are None or one number each, expanded: strides tell without reading them."""
+    given = (t for t in (descales.q, descales.k, descales.v) if t is not None)
+    return any(t.numel() > 1 and t.stride() != (0, 0) for t in given)
+
+
+Aspect: TypeAlias = Feature | Trait | KVLayout
+
+
+def aspects_of(problem: Problem) -> frozenset[Aspect]:
+    """Everything about a problem that an :class:`Exclusion` may name."""
+    traits = {trait for trait, holds in _TRAITS.items() if holds(problem)}
+    return frozenset({*features_of(problem), *traits, problem.kv_layout})
+
+
+@dataclass(frozen=True)
+class DimRange:
+    """Head dims from ``d`` (lowest, highest) with head dims of v from ``dv``, both inclusive."""
+
+    d: tuple[int, int]
+    dv: tuple[int, int]
+
+    def __contains__(self, dims: tuple[int, int]) -> bool:
+        return self.d[0] <= dims[0] <= self.d[1] and self.dv[0] <= dims[1] <= self.dv[1]
+
+    def __str__(self) -> str:
+        return "/".join(f"{a}" if a == b else f"{a}..{b}" for a, b in (self.d, self.dv))
+
+
 @dataclass(frozen=True)
 class HeadDims:
-    """Head dims a provider takes: multiples of ``multiple_of`` up to ``maximum``, or listed pairs."""
+    """Head dims a provider takes: multiples of ``multiple_of`` up to ``maximum``, or listed pairs.
+
+    ``unequal`` says which head dims of k and v go together where they differ (None: any two).
+    """
 
     maximum: int = 256
     multiple_of: int = 8
     pairs: frozenset[tuple[int, int]] = frozenset()  # further (head_dim, head_dim_v) that work
+    unequal: tuple[DimRange, ...] | None = None
+    only: frozenset[int] | None = None  # where not every multiple works: the equal ones that do
 
     def reason_against(self, d: int, dv: int) -> str | None:
-        if (d, dv) in self.pairs:
-            return None
-        if max(d, dv) <= self.maximum and d % self.multiple_of == 0 and dv % self.multiple_of == 0:
+        """Why these head dims do not work, and which would; None where they do."""
+        if (d, dv) in self.pairs or self._in_range(d, dv):
             return None
         given = f"head_dim={d}" if d == dv else f"head_dim={d}/{dv}"
-        extra = "".join(f" or {a}/{b}" for a, b in sorted(self.pairs))
-        return f"{given}: takes multiples of {self.multiple_of} up to {self.maximum}{extra}"
+        return f"{given}: takes {self}"
+
+    def _in_range(self, d: int, dv: int) -> bool:
+        if d % self.multiple_of or dv % self.multiple_of:
+            return False
+        if d != dv and self.unequal is not None:
+            return any((d, dv) in dims for dims in self.unequal)
+        return max(d, dv) <= self.maximum and (self.only is None or {d, dv} <= self.only)
+
+    def __str__(self) -> str:
+        text = f"multiples of {self.multiple_of} up to {self.maximum}"
+        if self.only is not None:
+            text = ", ".join(str(d) for d in sorted(self.only))
+        more = [f"{a}/{b}" for a, b in sorted(self.pairs)]
+        more += [str(dims) for dims in self.unequal or ()]
+        if self.unequal is not None:
+            text += ", k and v alike"
+        return text + "".join(f" or {one}" for one in more)
+
+
+@dataclass(frozen=True)
+class Exclusion:
+    """Things that work alone and not together: ``aspects`` all hold (within ``dims``, if given)."""
+
+    aspects: frozenset[Aspect]
+    why: str
+    dims: DimRange | None = None
+
+    def reason_against(self, present: frozenset[Aspect], dims: tuple[int, int]) -> str | None:
+        if not self.aspects <= present or (self.dims is not None and dims not in self.dims):
+            return None
+        return f"{self}: {self.why}"
+
+    def __str__(self) -> str:
+        names = sorted(name_of(aspect) for aspect in self.aspects)
+        if self.dims is not None:
+            names.append(f"head_dim {self.dims}")
+        return " with ".join(names)
+
+
+def excludes(*aspects: Aspect, why: str, dims: DimRange | None = None) -> Exclusion:
+    """An :class:`Exclusion` of these aspects together."""
+    return Exclusion(frozenset(aspects), why, dims)
+
+
+_LAYOUT_NAMES = {
+    KVLayout.DENSE: "dense keys and values",
+    KVLayout.RAGGED: "ragged keys and values (cu_seqlens_k)",
+    KVLayout.PAGED: "paged keys and values (page_table)",
+}
+
+
+def name_of(aspect: Aspect) -> str:
+    """An aspect of a call in its user's words."""
+    return _LAYOUT_NAMES[aspect] if isinstance(aspect, KVLayout) else aspect.value
+
+
+#: Bounds on max_seqlen_q that capabilities may set; longer queries are all alike to a provider's answer.
+LONGEST_SHORT_QUERY = 128
 
 
 @dataclass(frozen=True)
@@ -107,43 +230,225 @@ class Capabilities:
     head_dims: HeadDims = field(default_factory=HeadDims)
     kv_layouts: frozenset[KVLayout] = frozenset(KVLayout)
     page_size_multiple_of: int = 1
-    max_seqlen_q: int | None = None
+    max_seqlen_q: int | None = None  # at most LONGEST_SHORT_QUERY
+    float8_head_dims: HeadDims | None = None  # where they differ from head_dims
+    paged_head_dims: HeadDims | None = None  # likewise
+    qv_head_dims: DimRange | None = None  # None: as without qv
+    sink_dtypes: frozenset[torch.dtype] | None = None  # None: any
+    rotary_dim_multiple_of: int = 2
+    rotary_in_dtype_of_q: bool = False
+    #: strides and addresses of k and v must be multiples of this
+    kv_alignment_bytes: int = 1
+    #: rows behind a sequence's last key are multiplied by zero: they must be finite numbers
+    needs_finite_tails: bool = False
+    exclusions: tuple[Exclusion, ...] = ()
+    #: why a feature is missing, and what would work instead
+    lacks: Mapping[Feature, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.max_seqlen_q is not None and self.max_seqlen_q > LONGEST_SHORT_QUERY:
+            raise ValueError(f"max_seqlen_q: at most {LONGEST_SHORT_QUERY}, or None")
+
+    def head_dims_for(self, problem: Problem) -> HeadDims:
+        """The head dims that go with the problem's dtype and layout."""
+        if self.float8_head_dims is not None and problem.k.dtype in FLOAT8_DTYPES:
+            return self.float8_head_dims
+        if self.paged_head_dims is not None and problem.kv_layout is KVLayout.PAGED:
+            return self.paged_head_dims
+        return self.head_dims
 
 
 def reasons_against(capabilities: Capabilities, problem: Problem) -> list[str]:
     """Why a provider with these capabilities cannot run the problem; empty: it can."""
-    reasons: list[str] = []
-    if problem.device.type not in capabilities.device_types:
-        reasons.append(
-            f"device {problem.device.type}: runs on {', '.join(sorted(capabilities.device_types))}"
-        )
-    if (problem.q.dtype, problem.k.dtype) not in capabilities.dtypes:
-        reasons.append(f"q {_short(problem.q.dtype)} with k/v {_short(problem.k.dtype)}")
-    if (
-        why := capabilities.head_dims.reason_against(problem.head_dim, problem.head_dim_v)
-    ) is not None:
-        reasons.append(why)
-    if problem.kv_layout not in capabilities.kv_layouts:
-        reasons.append(f"{problem.kv_layout.value} keys and values")
-    multiple = capabilities.page_size_multiple_of
-    if problem.page_size is not None and problem.page_size % multiple:
-        reasons.append(f"page_size={problem.page_size}: takes multiples of {multiple}")
-    longest = capabilities.max_seqlen_q
-    if longest is not None and problem.max_seqlen_q > longest:
-        reasons.append(f"max_seqlen_q={problem.max_seqlen_q}: takes up to {longest}")
-    missing = features_of(problem) - capabilities.features
-    reasons += [feature.value for feature in Feature if feature in missing]
+    reasons = [
+        *_dtype_reasons(capabilities, problem),
+        *_shape_reasons(capabilities, problem),
+        *_operand_reasons(capabilities, problem),
+    ]
+    present = aspects_of(problem)
+    for feature in Feature:
+        if feature in present and feature not in capabilities.features:
+            why = capabilities.lacks.get(feature)
+            reasons.append(f"{feature.value}: {why}" if why else feature.value)
+    dims = problem.head_dim, problem.head_dim_v
+    found = (e.reason_against(present, dims) for e in capabilities.exclusions)
+    return reasons + [reason for reason in found if reason is not None]
+
+
+def _dtype_reasons(can: Capabilities, p: Problem) -> list[str]:
+    reasons = []
+    if p.device.type not in can.device_types:
+        reasons.append(f"device {p.device.type}: runs on {', '.join(sorted(can.device_types))}")
+    if (p.q.dtype, p.k.dtype) not in can.dtypes:
+        pairs = sorted({_pair(*pair) for pair in can.dtypes})
+        reasons.append(f"dtype {_pair(p.q.dtype, p.k.dtype)}: takes {', '.join(pairs)}")
+    sinks = p.scores.sinks
+    if sinks is not None and can.sink_dtypes is not None and sinks.dtype not in can.sink_dtypes:
+        takes = ", ".join(sorted(_short(dtype) for dtype in can.sink_dtypes))
+        reasons.append(f"sinks of {_short(sinks.dtype)}: takes {takes}")
     return reasons
+
+
+def _shape_reasons(can: Capabilities, p: Problem) -> list[str]:
+    reasons = []
+    dims = p.head_dim, p.head_dim_v
+    if p.qv is not None and can.qv_head_dims is not None:
+        if dims not in can.qv_head_dims:
+            reasons.append(f"head_dim={dims[0]}/{dims[1]} with qv: takes {can.qv_head_dims}")
+    else:
+        why = can.head_dims_for(p).reason_against(*dims)
+        reasons += [] if why is None else [why]
+    if p.kv_layout not in can.kv_layouts:
+        takes = ", ".join(name_of(one) for one in KVLayout if one in can.kv_layouts)
+        reasons.append(f"{name_of(p.kv_layout)}: takes {takes}")
+    multiple = can.page_size_multiple_of
+    if p.page_size is not None and p.page_size % multiple:
+        reasons.append(f"page_size={p.page_size}: takes multiples of {multiple}")
+    if can.max_seqlen_q is not None and p.max_seqlen_q > can.max_seqlen_q:
+        reasons.append(f"max_seqlen_q={p.max_seqlen_q}: takes up to {can.max_seqlen_q}")
+    return reasons
+
+
+def _operand_reasons(can: Capabilities, p: Problem) -> list[str]:
+    reasons = []
+    if p.append is not None and p.append.rotary is not None:
+        dim, multiple = 2 * p.append.rotary.cos.shape[1], can.rotary_dim_multiple_of
+        if dim % multiple:
+            reasons.append(f"rotary_cos of rotary_dim {dim}: takes multiples of {multiple}")
+        if can.rotary_in_dtype_of_q and p.append.rotary.cos.dtype != p.q.dtype:
+            given = _short(p.append.rotary.cos.dtype)
+            reasons.append(f"rotary_cos of {given}: takes the dtype of q, {_short(p.q.dtype)}")
+    if lowest_bit_of_kv(p) % can.kv_alignment_bytes:
+        strides = f"strides {tuple(p.k.stride())} and {tuple(p.v.stride())}"
+        bytes_ = can.kv_alignment_bytes
+        reasons.append(
+            f"k / v at {strides}: they would be copied; takes addresses and strides of {bytes_} bytes"
+        )
+    return reasons
+
+
+def lowest_bit_of_kv(problem: Problem) -> int:
+    """The largest power of two, up to 16, that divides all addresses of rows of k and v, in bytes."""
+    k, v = problem.k, problem.v
+    return _alignment(k, v, k.data_ptr() | v.data_ptr())
+
+
+def _alignment(k: Tensor, v: Tensor, bits: int) -> int:
+    strides = 0
+    for stride in k.stride()[:-1] + v.stride()[:-1]:
+        strides |= stride
+    bits |= strides * k.itemsize | 16
+    return bits & -bits
 
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _pair(q: torch.dtype, kv: torch.dtype) -> str:
+    return _short(q) if q == kv else f"{_short(q)} with {_short(kv)} k / v"
+
+
+def kind_of(problem: Problem) -> Hashable | None:
+    """All that a provider's answer to ``reasons_against`` may depend on; None: not to be remembered.
+
+    Two problems of one kind get the same answers, so a choice made for one serves the other. Lengths and
+    batch sizes are not in it: they may not decide whether a provider runs a call.
+    """
+    p, mask, scores, append = problem, problem.mask, problem.scores, problem.append
+    q, k, v, layout, sinks, descales = p.q, p.k, p.v, p.kv_layout, scores.sinks, p.descales
+    left, right, longest = mask.window_left, mask.window_right, p.max_seqlen_q
+    k_at, v_at = k.data_ptr(), v.data_ptr()
+    mods = None
+    if scores.score_mod is not None or mask.mask_mod is not None:
+        mods = _kind_of_mods(p)
+        if mods is None:
+            return None
+    return (
+        q.device,
+        q.dtype,
+        k.dtype,
+        q.size(-1),
+        q.size(-2),
+        k.size(-2),
+        v.size(-1),
+        layout,
+        k.size(1) if layout is KVLayout.PAGED else None,
+        _alignment(k, v, k_at | v_at),
+        k_at == v_at,
+        longest if longest <= LONGEST_SHORT_QUERY else LONGEST_SHORT_QUERY + 1,
+        mask.causal,
+        left if left is None or left == 0 else 1,
+        right if right is None or right == 0 else 1,
+        mask.attention_chunk > 0,
+        scores.softcap > 0,
+        None if sinks is None else sinks.dtype,
+        mods,
+        p.cu_seqlens_q is None,
+        p.seqused_q is None,
+        p.seqlens_k is None,
+        p.leftpad_k is None,
+        p.cache_batch_idx is None,
+        p.qv is None,
+        _kind_of_descales(descales),
+        None if append is None else _kind_of_append(append),
+        None if p.out is None else p.out.dtype,
+        p.return_lse,
+    )
+
+
+def _kind_of_descales(d: Descales) -> Hashable:
+    if d.q is None and d.k is None and d.v is None:
+        return None
+    return descales_vary(d)
+
+
+def _kind_of_append(append: Append) -> Hashable:
+    rotary = append.rotary
+    turned = None
+    if rotary is not None:
+        turned = rotary.cos.shape[1], rotary.cos.dtype, rotary.interleaved, rotary.seqlens is None
+    return append.k.dtype, append.cu_seqlens is None, turned
+
+
+def _kind_of_mods(p: Problem) -> Hashable | None:
+    """The mods themselves, but not kept alive; None for callables that cannot be referred to weakly."""
+    score_mod, mask_mod = p.scores.score_mod, p.mask.mask_mod
+    try:
+        return (
+            None if score_mod is None else weakref.ref(score_mod),
+            None if mask_mod is None else weakref.ref(mask_mod),
+            tuple((t.dtype, t.dim()) for t in p.aux_tensors),
+        )
+    except TypeError:
+        return None
+
+
 class Provider(ABC):
     """Something that solves problems on a device. Stateless: all state of a call is in its arguments."""
 
     name: str
+    #: the package's interface generation; Headway's own kernels, which are no package, answer to every one
+    generation: int | None = None
+    is_package: bool = False
+
+    def answers_to(self, version: int | None) -> bool:
+        """Whether a call that asks for this interface generation (None: any) may run here."""
+        return version is None or not self.is_package or self.generation == version
+
+    def package(self) -> tuple[str, str] | None:
+        """Name and version of the package that is installed for it; None where none is (needed)."""
+        return None
+
+    def load(self) -> None:  # noqa: B027 - most have nothing to do
+        """Import what a call needs. Afterwards ``unavailable`` knows if that failed.
+
+        Called when the provider has been chosen, and not before: packages are slow to import.
+        """
+
+    def note(self, problem: Problem) -> str:
+        """What a user of this provider should know about such a call; empty: nothing."""
+        return ""
 
     @abstractmethod
     def unavailable(self, device: torch.device) -> str | None:
@@ -153,16 +458,38 @@ class Provider(ABC):
     def capabilities(self, device: torch.device) -> Capabilities:
         """What it can do on a device where it is available."""
 
+    def prepare(self, problem: Problem) -> None:  # noqa: B027 - as above
+        """Fill this provider's part of the problem's plan now.
+
+        Its first call of a step does so by itself; under a captured graph there is no such call, so
+        whoever replays one prepares first.
+        """
+
     @abstractmethod
     def run(self, problem: Problem) -> tuple[Tensor, Tensor | None]:
         """Compute ``(out, lse)``; ``lse`` is None unless the problem asks for it."""
 
-    def plan(self, key: object, seqlens_k: Tensor) -> Plan:
-        """A schedule for a step whose KV lengths, (B,) int32 on the device, are these."""
+    def plan(
+        self,
+        key: PlanKey,
+        seqlens_k: Tensor,
+        *,
+        kv_dtype: torch.dtype = torch.bfloat16,
+        num_splits: int = 0,
+        sm_margin: int = 0,
+    ) -> Plan:
+        """A schedule for a step whose KV lengths, (B,) int32 on the device, are these.
+
+        ``kv_dtype`` is that of the caches; ``num_splits`` bounds the pieces of a sequence (0: automatic);
+        ``sm_margin`` processors are kept free.
+        """
         raise NotImplementedError(f"{self.name} takes no plan")
 
     def reasons_against(self, problem: Problem) -> list[str]:
-        """Why this provider would not run the problem; empty: it would."""
+        """Why this provider would not run the problem; empty: it would.
+
+        The answer may depend on what :func:`kind_of` holds, and on nothing else of the problem.
+        """
         absent = self.unavailable(problem.device)
         if absent is not None:
             return [absent]

@@ -1,0 +1,108 @@
+"""What a device is, as far as the choice of a provider depends on it; and which calls run there."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+Vendor = Literal["nvidia", "amd", "moore-threads", "other"]
+
+
+@dataclass(frozen=True)
+class Device:
+    """``kind`` names the architecture as its vendor does: cpu, sm90, gfx950, mp31."""
+
+    vendor: Vendor
+    kind: str
+    capability: tuple[int, int] = (0, 0)  # compute capability, NVIDIA and Moore Threads
+
+    def __str__(self) -> str:
+        return self.kind
+
+
+def of(device: torch.device) -> Device:
+    """What this device is. Asked of the driver once per device index."""
+    if device.type not in ("cuda", "musa"):
+        return _of(device.type, 0)
+    index = device.index
+    return _of(device.type, _namespace(device.type).current_device() if index is None else index)
+
+
+@functools.cache
+def _of(device_type: str, index: int) -> Device:
+    if device_type == "musa":
+        major, minor = _namespace(device_type).get_device_capability(index)
+        return Device("moore-threads", f"mp{major}{minor}", (major, minor))
+    if device_type != "cuda":
+        return Device("other", device_type)
+    if torch.version.hip is not None:
+        name = torch.cuda.get_device_properties(index).gcnArchName
+        return Device("amd", name.partition(":")[0])
+    major, minor = torch.cuda.get_device_capability(index)
+    return Device("nvidia", f"sm{major}{minor}", (major, minor))
+
+
+def _namespace(device_type: str) -> Any:
+    """``torch.cuda``, or what torch_musa adds beside it."""
+    return getattr(torch, device_type)
+
+
+def use(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Make a device the current one of its kind; nothing on devices that have no such notion."""
+    if device.type in ("cuda", "musa"):
+        return _namespace(device.type).device(device)
+    return contextlib.nullcontext()
+
+
+def toolkit_version() -> tuple[int, ...] | None:
+    """The CUDA version that torch was built for, (12, 8); None on other builds."""
+    text = torch.version.cuda
+    if text is None:
+        return None
+    return tuple(int(number) for number in re.findall(r"\d+", text)[:2])
+
+
+def supported_versions(device: int | str | torch.device | None = None) -> tuple[int, ...]:
+    """The interface generations (``ver=``) whose calls run on a device, whoever runs them.
+
+    Args:
+        device: a torch device, its name, or an index of an accelerator; None: the current accelerator,
+            or the CPU where there is none.
+
+    Returns:
+        A tuple of 3 and 4, in order; empty where no provider runs at all.
+    """
+    from headway import providers
+
+    where = _resolved(device)
+    able = [providers.get(name) for name in providers.NAMES if name not in providers.PINNED_ONLY]
+    able = [provider for provider in able if provider.unavailable(where) is None]
+    return tuple(
+        version for version in (3, 4) if any(provider.answers_to(version) for provider in able)
+    )
+
+
+def is_fa3_supported(device: int | str | torch.device | None = None) -> bool:
+    """Whether calls with ``ver=3`` run on a device (default: the current accelerator, or the CPU).
+
+    Unlike sgl_kernel's function of this name it answers on every build of torch, and for each device of
+    a machine separately. Which provider runs the calls is what :func:`headway.explain` says.
+    """
+    return 3 in supported_versions(device)
+
+
+def _resolved(device: int | str | torch.device | None) -> torch.device:
+    if device is not None and not isinstance(device, int):
+        return torch.device(device)
+    kind = next((kind for kind in ("cuda", "musa") if _has(kind)), "cpu")
+    return torch.device(kind) if device is None or kind == "cpu" else torch.device(kind, device)
+
+
+def _has(device_type: str) -> bool:
+    namespace = getattr(torch, device_type, None)
+    return namespace is not None and namespace.is_available()
