@@ -122,12 +122,17 @@ def _choose(problem: Problem) -> Provider:
             )
         return provider
     refusals: dict[str, list[str]] = {}
+    second_best = None
     for name in candidates(problem, version):
         provider, reasons = _loaded(problem, name)
-        reasons = reasons or _unfit_unasked(provider, problem, version)
-        if not reasons:
+        if reasons:
+            refusals[name] = reasons
+        elif version is None and _wants_finite_tails(provider, problem):
+            second_best = second_best or provider
+        else:
             return provider
-        refusals[name] = reasons
+    if second_best is not None:
+        return second_best
     raise UnsupportedError("no provider can run this call", refusals, _others(problem, None))
 
 
@@ -159,22 +164,20 @@ def _loaded(problem: Problem, name: str) -> tuple[Provider, list[str]]:
     return provider, reasons
 
 
-def _unfit_unasked(provider: Provider, problem: Problem, version: int | None) -> list[str]:
-    """Why a provider that would run a problem must be asked for first.
+def _wants_finite_tails(provider: Provider, problem: Problem) -> bool:
+    """Whether a provider would multiply rows behind a sequence's last key by zero, and there are some.
 
-    Rows behind a sequence's last key may hold anything, NaN included: that is promised to all who name
-    no provider. Packages that multiply such rows by zero run where there are none, or when asked for.
+    That such rows may hold anything, NaN included, is promised to all who name no provider: another one
+    is taken before it, if there is one.
     """
-    if version is not None or not provider.is_package:
-        return []
+    if not provider.is_package:
+        return False
     has_tails = problem.kv_layout is not KVLayout.DENSE or problem.seqlens_k is not None
-    if has_tails and provider.capabilities(problem.device).needs_finite_tails:
-        return [TAILS]
-    return []
+    return has_tails and provider.capabilities(problem.device).needs_finite_tails
 
 
 #: Said of a provider that keeps all promises but one.
-TAILS = "rows behind the last key must be finite there; runs when named by backend or ver"
+TAILS = "rows behind the last key must be finite there"
 
 
 def planner(device: torch.device) -> Provider | None:
@@ -229,8 +232,8 @@ def _row(name: str, problem: Problem, version: int | None) -> Row:
         notes.append(f"not asked: ver={version}")
     elif name not in candidates(problem, version):
         notes.append("only when named")
-    else:
-        notes += _unfit_unasked(provider, problem, version)
+    if _wants_finite_tails(provider, problem):
+        notes.append(TAILS)
     return Row(name, (), "; ".join(note for note in notes if note))
 
 

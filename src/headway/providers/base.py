@@ -114,7 +114,9 @@ _TRAITS: dict[Trait, Callable[[Problem], bool]] = {
 def descales_vary(descales: Descales) -> bool:
     """False where all are None or one number each, expanded: strides tell without reading them."""
     given = (t for t in (descales.q, descales.k, descales.v) if t is not None)
-    return any(t.numel() > 1 and t.stride() != (0, 0) for t in given)
+    return any(
+        size > 1 and stride for t in given for size, stride in zip(t.shape, t.stride(), strict=True)
+    )
 
 
 Aspect: TypeAlias = Feature | Trait | KVLayout
@@ -335,7 +337,9 @@ def lowest_bit_of_kv(problem: Problem) -> int:
 
 def _alignment(k: Tensor, v: Tensor, bits: int) -> int:
     strides = 0
-    for stride in k.stride()[:-1] + v.stride()[:-1]:
+    for stride in k.stride()[:-1]:
+        strides |= stride
+    for stride in v.stride()[:-1]:
         strides |= stride
     bits |= strides * k.itemsize | 16
     return bits & -bits
@@ -358,7 +362,7 @@ def kind_of(problem: Problem) -> Hashable | None:
     p, mask, scores, append = problem, problem.mask, problem.scores, problem.append
     q, k, v, layout, sinks, descales = p.q, p.k, p.v, p.kv_layout, scores.sinks, p.descales
     left, right, longest = mask.window_left, mask.window_right, p.max_seqlen_q
-    k_at, v_at = k.data_ptr(), v.data_ptr()
+    q_shape, k_shape, k_at, v_at = q.shape, k.shape, k.data_ptr(), v.data_ptr()
     mods = None
     if scores.score_mod is not None or mask.mask_mod is not None:
         mods = _kind_of_mods(p)
@@ -368,12 +372,12 @@ def kind_of(problem: Problem) -> Hashable | None:
         q.device,
         q.dtype,
         k.dtype,
-        q.size(-1),
-        q.size(-2),
-        k.size(-2),
-        v.size(-1),
+        q_shape[-1],
+        q_shape[-2],
+        k_shape[-2],
+        v.shape[-1],
         layout,
-        k.size(1) if layout is KVLayout.PAGED else None,
+        k_shape[1] if layout is KVLayout.PAGED else None,
         _alignment(k, v, k_at | v_at),
         k_at == v_at,
         longest if longest <= LONGEST_SHORT_QUERY else LONGEST_SHORT_QUERY + 1,

@@ -1,0 +1,3 @@
+from .flash_attn_interface import flash_attn_varlen_func
+
+__all__ = ["flash_attn_varlen_func"]

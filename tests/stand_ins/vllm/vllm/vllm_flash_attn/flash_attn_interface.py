@@ -1,0 +1,69 @@
+"""Stand-in for vLLM's fork: one function, FlashAttention 2 unless told otherwise."""
+
+from tests.stand_ins.fa3_calls import run
+
+DEFAULT_FA_VERSION = 2
+
+
+def flash_attn_varlen_func(
+    q,
+    k,
+    v,
+    max_seqlen_q,
+    cu_seqlens_q,
+    max_seqlen_k,
+    cu_seqlens_k=None,  # only used for non-paged prefill
+    seqused_k=None,
+    q_v=None,
+    dropout_p=0.0,
+    softmax_scale=None,
+    causal=False,
+    window_size=None,
+    softcap=0.0,  # 0.0 means deactivated
+    alibi_slopes=None,
+    deterministic=False,
+    return_attn_probs=False,
+    block_table=None,
+    return_softmax_lse=False,
+    out=None,
+    # FA3 Only
+    scheduler_metadata=None,
+    q_descale=None,
+    k_descale=None,
+    v_descale=None,
+    num_splits=0,
+    # Version selector
+    fa_version=DEFAULT_FA_VERSION,
+    s_aux=None,
+    cp_world_size=1,
+    cp_rank=0,
+    cp_tot_seqused_k=None,
+):
+    assert fa_version == 3
+    assert (cu_seqlens_k is None) != (seqused_k is None)
+    assert block_table is None or seqused_k is not None
+    assert isinstance(window_size, list)
+    result = run(
+        "vllm.flash_attn_varlen_func",
+        "flash_attn_varlen_func",
+        q,
+        k,
+        v,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        seqused_k=seqused_k,
+        qv=q_v,
+        page_table=block_table,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=tuple(window_size),
+        softcap=softcap,
+        q_descale=q_descale,
+        k_descale=k_descale,
+        v_descale=v_descale,
+        sinks=s_aux,
+        out=out,
+    )
+    return result if return_softmax_lse else result[0]
