@@ -8,6 +8,7 @@ that the step before it is still reading.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +88,9 @@ class AiterProvider(Provider):
     def capabilities(self, device: torch.device) -> Capabilities:
         return _capabilities(devices.of(device).kind, device.type)
 
+    def documented(self) -> Mapping[str, Capabilities]:
+        return {"gfx950": _build("cuda", True, True), "gfx942": _build("cuda", True, False)}
+
     def reasons_against(self, problem: Problem) -> list[str]:
         reasons = super().reasons_against(problem)
         latent = problem.head_dim == 576
@@ -127,11 +131,16 @@ class AiterProvider(Provider):
 
 @remembered
 def _capabilities(kind: str, device_type: str) -> Capabilities:
-    features = _FEATURES
-    if "sink_ptr" not in PACKAGE.parameters("flash_attn_varlen_func"):
-        features -= {Feature.SINKS}
+    has_sinks = "sink_ptr" in PACKAGE.parameters("flash_attn_varlen_func")
+    return _build(device_type, has_sinks, has_float8_prefill(kind))
+
+
+def _build(device_type: str, has_sinks: bool, has_float8: bool) -> Capabilities:
+    features = _FEATURES - (frozenset() if has_sinks else {Feature.SINKS})
+    if not has_float8:
+        features -= {Feature.DESCALE}
     dtypes = {(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16)}
-    if has_float8_prefill(kind):
+    if has_float8:
         dtypes.add((torch.float8_e4m3fn, torch.float8_e4m3fn))
     return Capabilities(
         device_types=frozenset({device_type}),

@@ -444,6 +444,13 @@ class Provider(ABC):
         """Name and version of the package that is installed for it; None where none is (needed)."""
         return None
 
+    def documented(self) -> Mapping[str, Capabilities]:
+        """Its capabilities by kind of device, with the newest package that it was written against.
+
+        What documentation says; ``capabilities`` says what holds here.
+        """
+        return {}
+
     def load(self) -> None:  # noqa: B027 - most have nothing to do
         """Import what a call needs. Afterwards ``unavailable`` knows if that failed.
 

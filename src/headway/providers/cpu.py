@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+from collections.abc import Mapping
 from functools import cache
 
 import torch
@@ -29,6 +30,9 @@ class CpuProvider(Provider):
 
     def capabilities(self, device: torch.device) -> Capabilities:
         return _CAPABILITIES
+
+    def documented(self) -> Mapping[str, Capabilities]:
+        return {"cpu": self.capabilities(torch.device("cpu"))}
 
     def run(self, problem: Problem) -> tuple[Tensor, Tensor | None]:
         q, new = problem.q, problem.append

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -80,6 +81,9 @@ class Fa2Provider(Provider):
             exclusions=_EXCLUSIONS,
             lacks={feature: _ELSEWHERE for feature in Feature if feature not in _FEATURES},
         )
+
+    def documented(self) -> Mapping[str, Capabilities]:
+        return {"sm80 and newer": self.capabilities(torch.device("cuda"))}
 
     def load(self) -> None:
         _module()

@@ -8,7 +8,7 @@ ignore. Each is called through the function that honours the call: paged keys ne
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,6 +93,10 @@ class Fa3Provider(Provider):
         assert package is not None, "asked for the capabilities of what is not available"
         return _capabilities(package, devices.of(device).capability[0], device.type)
 
+    def documented(self) -> Mapping[str, Capabilities]:
+        newest = frozenset({"sinks", "attention_chunk", "qv", "q_descale"})
+        return {"sm90": _build(newest, {}, 9, "cuda"), "sm80": _build(newest, {}, 8, "cuda")}
+
     def load(self) -> None:
         package = _installed()
         if package is not None:
@@ -126,9 +130,21 @@ def _installed() -> Package | None:
 
 @remembered
 def _capabilities(package: Package, major: int, device_type: str) -> Capabilities:
-    flags = _build_flags(package)
-    vllm = not package.parameters("flash_attn_with_kvcache")
-    takes = package.parameters("flash_attn_varlen_func" if vllm else "flash_attn_with_kvcache")
+    takes = package.parameters("flash_attn_with_kvcache")
+    vllm = not takes
+    if vllm:
+        takes = package.parameters("flash_attn_varlen_func")
+    return _build(takes, _build_flags(package), major, device_type, vllm)
+
+
+def _build(
+    takes: frozenset[str],
+    flags: Mapping[str, bool],
+    major: int,
+    device_type: str,
+    vllm: bool = False,
+) -> Capabilities:
+    """The capabilities of a build: by the arguments of its functions and what was compiled in."""
     features = set(ALL_FEATURES - {Feature.SCORE_MOD, Feature.MASK_MOD})
     by_argument = {
         Feature.SINKS: first_of(takes, "sinks", "s_aux", "learnable_sink"),
@@ -168,7 +184,7 @@ def _capabilities(package: Package, major: int, device_type: str) -> Capabilitie
     )
 
 
-def _dtypes(flags: dict[str, bool], major: int) -> frozenset[tuple[torch.dtype, torch.dtype]]:
+def _dtypes(flags: Mapping[str, bool], major: int) -> frozenset[tuple[torch.dtype, torch.dtype]]:
     pairs = set(_HALF)
     if flags.get("FP16"):
         pairs -= {(torch.float16, torch.float16)}
@@ -177,7 +193,7 @@ def _dtypes(flags: dict[str, bool], major: int) -> frozenset[tuple[torch.dtype, 
     return frozenset(pairs)
 
 
-def _unequal(flags: dict[str, bool], major: int) -> tuple[DimRange, ...]:
+def _unequal(flags: Mapping[str, bool], major: int) -> tuple[DimRange, ...]:
     if major < 9:
         return ()
     narrow = () if flags.get("HDIMDIFF64") else (_NARROW_WITH_WIDE,)

@@ -7,6 +7,7 @@ takes ``out`` and descales.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ _BENEATH = frozenset({"out", "return_lse", "q_descale", "window_size_left", "pag
 
 _HALF = frozenset({(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16)})
 _FLOAT8 = frozenset({(dtype, dtype) for dtype in (torch.float8_e4m3fn, torch.float8_e5m2)})
+_ANY_SINK = frozenset({torch.bfloat16, torch.float16, torch.float32})
 _256 = DimRange((256, 256), (256, 256))
 _LATENT = DimRange((64, 64), (512, 512))
 
@@ -100,6 +102,10 @@ class Fa4Provider(Provider):
     def capabilities(self, device: torch.device) -> Capabilities:
         return _capabilities(devices.of(device).capability[0], device.type)
 
+    def documented(self) -> Mapping[str, Capabilities]:
+        kinds = {"sm90": 9, "sm100": 10, "sm80, sm120": 8}
+        return {kind: _build(major, "cuda", True, _ANY_SINK) for kind, major in kinds.items()}
+
     def load(self) -> None:
         _functions()
 
@@ -119,11 +125,18 @@ class Fa4Provider(Provider):
 
 @remembered
 def _capabilities(major: int, device_type: str) -> Capabilities:
+    has_beneath = PACKAGE.parameters("_flash_attn_fwd") >= _BENEATH
+    return _build(major, device_type, has_beneath, _sink_dtypes())
+
+
+def _build(
+    major: int, device_type: str, has_beneath: bool, sink_dtypes: frozenset[torch.dtype]
+) -> Capabilities:
     blackwell = major in (10, 11)
     features, dtypes = _EVERYWHERE, _HALF
     if blackwell:
         features |= {Feature.QV}
-    if major == 10 and PACKAGE.parameters("_flash_attn_fwd") >= _BENEATH:
+    if major == 10 and has_beneath:
         features, dtypes = features | {Feature.DESCALE}, dtypes | _FLOAT8
     return Capabilities(
         device_types=frozenset({device_type}),
@@ -134,7 +147,7 @@ def _capabilities(major: int, device_type: str) -> Capabilities:
         float8_head_dims=HeadDims(maximum=128, multiple_of=16, pairs=frozenset({(192, 128)})),
         paged_head_dims=HeadDims(maximum=128 if blackwell else 192, multiple_of=16),
         qv_head_dims=_LATENT,
-        sink_dtypes=_sink_dtypes(),
+        sink_dtypes=sink_dtypes,
         kv_alignment_bytes=16,
         needs_finite_tails=True,
         exclusions=_exclusions(blackwell),
@@ -151,7 +164,7 @@ def _head_dims(blackwell: bool) -> HeadDims:
 def _sink_dtypes() -> frozenset[torch.dtype]:
     """Sinks are bfloat16 alone before 4.0.0b36."""
     if at_least(PACKAGE.version(), 4, 0, 0, 36):
-        return frozenset({torch.bfloat16, torch.float16, torch.float32})
+        return _ANY_SINK
     return frozenset({torch.bfloat16})
 
 

@@ -8,6 +8,7 @@ come in base 2 and are returned in base e.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +79,9 @@ class FlashInferProvider(Provider):
 
     def capabilities(self, device: torch.device) -> Capabilities:
         return _CAPABILITIES if device.type == "cuda" else _on(device.type)
+
+    def documented(self) -> Mapping[str, Capabilities]:
+        return {"sm80 and newer": _CAPABILITIES}
 
     def load(self) -> None:
         PACKAGE.load()

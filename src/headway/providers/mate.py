@@ -7,7 +7,7 @@ them and on whatever device, stream or thread they are used.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,6 +98,9 @@ class MateProvider(Provider):
     def capabilities(self, device: torch.device) -> Capabilities:
         return _capabilities(device.type)
 
+    def documented(self) -> Mapping[str, Capabilities]:
+        return {"MUSA": _build("musa", True, True)}
+
     def load(self) -> None:
         _calls()
 
@@ -131,10 +134,15 @@ class MateProvider(Provider):
 @remembered
 def _capabilities(device_type: str) -> Capabilities:
     takes = PACKAGE.parameters("flash_attn_varlen_func")
+    has_sinks = first_of(takes, "learnable_sink", "sinks", "s_aux") is not None
+    return _build(device_type, has_sinks, "attention_chunk" in takes)
+
+
+def _build(device_type: str, has_sinks: bool, has_chunk: bool) -> Capabilities:
     features = ALL_FEATURES - {Feature.SCORE_MOD, Feature.MASK_MOD, Feature.DESCALE}
-    if first_of(takes, "learnable_sink", "sinks", "s_aux") is None:
+    if not has_sinks:
         features -= {Feature.SINKS}
-    if "attention_chunk" not in takes:
+    if not has_chunk:
         features -= {Feature.CHUNK}
     return Capabilities(
         device_types=frozenset({device_type}),

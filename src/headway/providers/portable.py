@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -63,6 +64,9 @@ class PortableProvider(Provider):
 
     def capabilities(self, device: torch.device) -> Capabilities:
         return dataclasses.replace(_CAPABILITIES, device_types=frozenset({device.type}))
+
+    def documented(self) -> Mapping[str, Capabilities]:
+        return {"any GPU": _CAPABILITIES}
 
     def reasons_against(self, problem: Problem) -> list[str]:
         reasons = super().reasons_against(problem)
