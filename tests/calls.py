@@ -38,9 +38,11 @@ class Call:
     label: str = ""
 
     def copy(self, device: str = "cpu") -> Call:
-        return Call(
-            self.function, {k: _copied(v, device) for k, v in self.kwargs.items()}, self.label
-        )
+        kwargs = {k: _copied(v, device) for k, v in self.kwargs.items()}
+        k, v = (self.kwargs.get(name) for name in ("k_cache", "v_cache"))
+        if k is not None and v is not None and k.data_ptr() == v.data_ptr() and k.numel():
+            kwargs["v_cache"] = kwargs["k_cache"][..., : v.shape[-1]]  # values that are keys
+        return Call(self.function, kwargs, self.label)
 
     def problem(self) -> Problem:
         """The problem of this call, as the interface builds it."""
@@ -78,9 +80,10 @@ class Result:
 
 def _copied(value: Any, device: str) -> Any:
     if isinstance(value, Tensor):
-        # Keep strides: a test may pass non-contiguous tensors on purpose.
-        twin = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
-        return twin.copy_(value)
+        # Keep strides: a test may pass non-contiguous and expanded tensors on purpose.
+        once = value[tuple(slice(1) if stride == 0 else slice(None) for stride in value.stride())]
+        twin = torch.empty_strided(once.shape, value.stride(), dtype=value.dtype, device=device)
+        return twin.copy_(once).expand(value.shape)
     if isinstance(value, list):
         return [_copied(item, device) for item in value]
     return value

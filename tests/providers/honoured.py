@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import Counter
 from typing import Any
 
@@ -12,8 +13,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from headway import UnsupportedError, providers
-from headway.problem import Problem
-from tests.calls import Call, assert_matches, calls
+from tests.calls import FUNCTIONS, UNWRITTEN, Call, Result, assert_matches, calls
 
 #: How many drawn calls a provider ran and refused, by provider.
 RAN: Counter[str] = Counter()
@@ -26,24 +26,39 @@ many = settings(
 )
 
 
-def honoured_or_refused(call: Call, provider: str) -> None:
-    """Run where the provider would, and compare with the reference; else expect its reasons."""
-    reasons = providers.get(provider).reasons_against(_with_out_and_lse(call))
+def honoured_or_refused(
+    call: Call, provider: str, device: str = "cpu", with_lse: bool = True
+) -> bool:
+    """Run where the provider would, and compare with the reference; else expect its reasons.
+
+    ``with_lse``: with ``out`` given and the LSE asked for, or neither. Returns whether it ran.
+    """
+    problem = call.copy(device).problem()
+    if with_lse:
+        out = torch.empty(problem.out_shape, dtype=problem.out_dtype, device=device)
+        problem = dataclasses.replace(problem, out=out, return_lse=True)
+    reasons = providers.get(provider).reasons_against(problem)
     if not reasons:
         RAN[provider] += 1
-        assert_matches(call.run(provider), call.run("reference"), call)
-        return
+        run = call.run if with_lse else functools.partial(_run_plainly, call)
+        assert_matches(run(provider, device), call.run("reference"), call)
+        return True
     REFUSED[provider] += 1
     assert all(reason and reason[0] != ":" for reason in reasons)
     with pytest.raises(UnsupportedError) as caught:
-        call.run(provider)
+        (call.run if with_lse else functools.partial(_run_plainly, call))(provider, device)
     assert caught.value.reasons[provider] == tuple(reasons)
+    return False
 
 
-def _with_out_and_lse(call: Call) -> Problem:
-    problem = call.copy().problem()
-    out = torch.empty(problem.out_shape, dtype=problem.out_dtype)
-    return dataclasses.replace(problem, out=out, return_lse=True)
+def _run_plainly(call: Call, provider: str, device: str) -> Result:
+    """The result without ``out`` and the LSE; what it lacks is taken from the reference."""
+    mine, expected = call.copy(device), call.run("reference")
+    out = FUNCTIONS[call.function](**mine.kwargs, backend=provider).cpu()
+    assert out.dtype == expected.out.dtype
+    out[~expected.used] = UNWRITTEN  # nothing is promised of padding that was not handed in
+    caches = tuple(mine.kwargs[n].cpu() for n in ("k_cache", "v_cache") if n in mine.kwargs)
+    return Result(out, expected.lse, caches, expected.used)
 
 
 #: Arguments that are drawn often and taken seldom.

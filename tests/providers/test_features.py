@@ -1,0 +1,41 @@
+"""Every claim of every package provider, on stand-ins; tests/gpu shows it with the packages themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from headway.providers import aiter
+from tests.providers import feature_calls
+from tests.providers.claims import assert_claims_are_shown
+from tests.providers.honoured import honoured_or_refused
+from tests.stand_ins import installed
+
+#: Devices with their packages; what each provider says there.
+INSTALLED = {
+    "fa2": ("sm90", "fa2"),
+    "fa3": ("sm90", "sgl"),
+    "fa4": ("sm90", "fa4"),
+    "flashinfer": ("sm90", "flashinfer"),
+    "aiter": ("gfx950", "aiter"),
+    "mate": ("mp31", "mate"),
+}
+
+
+@pytest.fixture(params=INSTALLED, scope="module")
+def provider(request: pytest.FixtureRequest) -> Iterator[str]:
+    with installed(*INSTALLED[request.param]), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(aiter, "_compute_units", lambda device: 8)
+        yield request.param
+
+
+@pytest.mark.parametrize("name", feature_calls.CALLS)
+def test_a_call_is_honoured_or_refused(provider: str, name: str) -> None:
+    call = feature_calls.named(name)
+    if not honoured_or_refused(call, provider):
+        honoured_or_refused(call, provider, with_lse=False)
+
+
+def test_every_claim_is_shown(provider: str) -> None:
+    assert_claims_are_shown(provider)

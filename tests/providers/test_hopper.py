@@ -1,0 +1,326 @@
+"""The provider of the Hopper kernels: what it takes, where it sends it, and what its plans keep."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+import headway
+from headway import UnsupportedError, dispatch, providers
+from headway.plan import Plan, PlanKey
+from headway.providers import hopper
+from tests.calls import Call, assert_matches, calls
+from tests.providers import honoured
+from tests.stand_ins import hopper_kernels
+from tests.stand_ins.hopper_kernels import RAN
+
+
+@pytest.fixture
+def kernels() -> Iterator[None]:
+    with hopper_kernels.installed():
+        yield
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+def int32(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def dense(sq: int = 40, sk: int = 50, heads: tuple[int, int] = (4, 2), **more: Any) -> Call:
+    q, k, v = normal(2, sq, heads[0], 64), normal(2, sk, heads[1], 64), normal(2, sk, heads[1], 64)
+    return Call("dense", {"q": q, "k": k, "v": v, "causal": True} | more, "dense")
+
+
+def cached(sq: int = 1, page_size: int = 16, **more: Any) -> Call:
+    kwargs: dict[str, Any] = {
+        "q": normal(3, sq, 8, 64),
+        "k_cache": normal(12, page_size, 2, 64),
+        "v_cache": normal(12, page_size, 2, 64),
+        "cache_seqlens": int32(2 * page_size, 1, 0),
+        "page_table": torch.arange(12, dtype=torch.int32).flip(0).view(3, 4),
+        "causal": True,
+    }
+    return Call("kvcache", kwargs | more, f"cached {sq} page {page_size}")
+
+
+def test_any_call_is_honoured_or_refused(kernels: None) -> None:
+    honoured.RAN.clear()
+    honoured.REFUSED.clear()
+
+    @settings(honoured.many, max_examples=150, database=None)
+    @given(
+        call=calls(
+            (torch.bfloat16, torch.float16), head_dims=(8, 40, 64, 96), page_sizes=(1, 7, 16)
+        )
+    )
+    def check(call: Call) -> None:
+        honoured.honoured_or_refused(call, "hopper")
+
+    check()
+    honoured.enough_ran("hopper", 40)
+    assert {"forward", "decode", "plan"} <= set(RAN)
+
+
+@pytest.mark.parametrize(
+    ("call", "kernel"),
+    [
+        (dense(sq=1), "decode"),
+        (dense(sq=32), "decode"),
+        (dense(sq=33), "forward"),
+        (dense(sq=1, heads=(80, 1)), "decode"),
+        (cached(sq=16), "decode"),
+        (cached(sq=17), "forward"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else f"{tuple(x.kwargs['q'].shape)}",
+)
+def test_queries_of_one_tile_are_decode(kernels: None, call: Call, kernel: str) -> None:
+    assert_matches(call.run("hopper"), call.run("reference"), call)
+    assert RAN[-1] == kernel
+
+
+def test_ragged_keys_are_prefill_however_few_the_queries(kernels: None) -> None:
+    kwargs = {
+        "q": normal(3, 4, 64),
+        "k": normal(30, 2, 64),
+        "v": normal(30, 2, 64),
+        "cu_seqlens_q": int32(0, 1, 3),
+        "cu_seqlens_k": int32(0, 10, 30),
+        "max_seqlen_q": 2,
+        "max_seqlen_k": 20,
+    }
+    call = Call("varlen", kwargs, "ragged")
+    assert_matches(call.run("hopper"), call.run("reference"), call)
+    assert RAN == ["forward"]
+
+
+def _alibi(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+    return score - 0.1 * (q_idx - kv_idx)
+
+
+FLOAT8 = torch.float8_e4m3fn
+
+
+def float8(call: Call, *names: str) -> Call:
+    for name in names:
+        call.kwargs[name] = call.kwargs[name].to(FLOAT8)
+    return call
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (cached(sq=20, page_size=12), "page_size=12: takes multiples of 8 (in prefill)"),
+        (cached(sq=20, cache_leftpad=int32(0, 1, 0)), "its pages start with the first key"),
+        (cached(score_mod=_alibi), "score_mod: portable splits such calls"),
+        (cached(qv=normal(3, 1, 8, 64)), "qv: head dims up to 256 only"),
+        (
+            float8(cached(sq=20), "k_cache", "v_cache"),
+            "dtype bfloat16 with float8_e4m3fn k / v: takes bfloat16, float16 (in prefill)",
+        ),
+        (float8(cached(return_lse=True), "q", "k_cache", "v_cache"), "too coarsely"),
+        (
+            dense(q=normal(2, 40, 4, 264), k=normal(2, 9, 2, 264), v=normal(2, 9, 2, 264)),
+            "head_dim=264: takes multiples of 8 up to 256 (in prefill)",
+        ),
+        (dense(k=normal(2, 50, 2, 68)[..., :64]), "they would be copied"),
+    ],
+    ids=lambda x: x[:24] if isinstance(x, str) else "",
+)
+def test_what_the_kernels_do_not_do_is_refused_with_a_reason(
+    kernels: None, call: Call, reason: str
+) -> None:
+    with pytest.raises(UnsupportedError) as caught:
+        headway_function(call)(**call.kwargs, backend="hopper")
+    assert any(reason in said for said in caught.value.reasons["hopper"]), caught.value.reasons
+    assert not RAN
+
+
+def headway_function(call: Call) -> Any:
+    from tests.calls import FUNCTIONS
+
+    return FUNCTIONS[call.function]
+
+
+def test_odd_pages_and_left_padding_are_fine_in_decode(kernels: None) -> None:
+    for call in (cached(page_size=3), cached(cache_leftpad=int32(3, 0, 0))):
+        assert_matches(call.run("hopper"), call.run("reference"), call)
+        assert RAN[-1] == "decode"
+
+
+@pytest.mark.parametrize("names", [("k_cache", "v_cache"), ("q", "k_cache", "v_cache")])
+def test_float8_caches_are_decoded(kernels: None, names: tuple[str, ...]) -> None:
+    call = float8(cached(), *names)
+    for name in names:
+        call.kwargs[f"{name[0]}_descale"] = torch.rand(3, 2) + 0.5
+    assert honoured.honoured_or_refused(call, "hopper", with_lse=False)
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+@pytest.mark.parametrize("sq", [1, 40])
+def test_scales_that_are_not_positive(kernels: None, scale: float, sq: int) -> None:
+    call = dense(sq=sq, softmax_scale=scale)
+    assert_matches(call.run("hopper"), call.run("reference"), call)
+
+
+@pytest.mark.parametrize("sq", [1, 40])
+def test_no_keys_at_all(kernels: None, sq: int) -> None:
+    none = normal(2, 0, 2, 64)
+    for sinks in (None, normal(4)):
+        call = dense(sq=sq, sk=0, sinks=sinks)
+        assert_matches(call.run("hopper"), call.run("reference"), call)
+    ragged = Call(
+        "varlen",
+        {
+            "q": normal(2 * sq, 4, 64),
+            "k": none[0],
+            "v": none[0],
+            "cu_seqlens_q": int32(0, sq, sq),
+            "cu_seqlens_k": int32(0, 0, 0),
+        },
+        "ragged, no keys, rows behind the last sequence",
+    )
+    assert_matches(ragged.run("hopper"), ragged.run("reference"), ragged)
+
+
+@pytest.mark.parametrize("sq", [1, 40])
+def test_rows_at_odd_addresses_and_outputs_of_other_dtypes(kernels: None, sq: int) -> None:
+    call = dense(sq=sq, q=normal(2, sq, 4, 70)[..., 3:67])
+    want = call.run("reference").out
+    assert_matches(call.run("hopper"), call.run("reference"), call)
+    odd = torch.empty(2, sq, 4, 66, dtype=torch.bfloat16)[..., :64]
+    for out in (odd, torch.empty(2, sq, 4, 64)):
+        got = headway.flash_attn_func(**call.kwargs, out=out, backend="hopper")
+        assert got is out
+        torch.testing.assert_close(got, want.to(out.dtype), atol=1e-2, rtol=1e-2)
+
+
+# --- plans ----------------------------------------------------------------------------------------------
+
+
+def step_plan(new: int = 0, kv_dtype: torch.dtype = torch.bfloat16) -> Plan:
+    key = PlanKey(
+        device=torch.device("cpu"),
+        batch_size=3,
+        max_seqlen_q=1,
+        max_seqlen_k=64,
+        num_q_heads=8,
+        num_kv_heads=2,
+        head_dim=64,
+        head_dim_v=64,
+        page_size=16,
+        causal=True,
+        window_left=None,
+        window_right=0,
+        attention_chunk=0,
+    )
+    return providers.get("hopper").plan(key, int32(32 + new, 1 + new, new), kv_dtype=kv_dtype)
+
+
+def run_planned(call: Call, plan: Plan) -> Tensor:
+    out = headway.flash_attn_with_kvcache(**call.kwargs, scheduler_metadata=plan, backend="hopper")
+    assert isinstance(out, Tensor)
+    return out
+
+
+def test_layers_share_what_the_first_one_planned(kernels: None) -> None:
+    call, plan = cached(), step_plan()
+    want = headway.flash_attn_with_kvcache(**call.kwargs, backend="reference")
+    for _ in range(3):
+        torch.testing.assert_close(run_planned(call, plan), want)
+    assert RAN == ["plan", "decode", "decode", "decode"]
+
+
+def test_a_new_step_plans_anew_in_the_same_memory(kernels: None) -> None:
+    call, plan = cached(), step_plan()
+    run_planned(call, plan)
+    call.kwargs["cache_seqlens"].copy_(int32(5, 60, 17))
+    plan.new_step()
+    got = run_planned(call, plan)
+    want = headway.flash_attn_with_kvcache(**call.kwargs, backend="reference")
+    torch.testing.assert_close(got, want)
+    plan.copy_(step_plan())
+    run_planned(call, plan)
+    assert RAN.count("plan") == 3
+    assert len(plan._parts) == 1
+
+
+def test_lengths_from_elsewhere_are_planned_for(kernels: None) -> None:
+    """A plan changes no result, even if it is handed to a call with other lengths."""
+    call, plan = cached(), step_plan()
+    run_planned(call, plan)
+    call.kwargs["cache_seqlens"] = int32(5, 60, 17)
+    want = headway.flash_attn_with_kvcache(**call.kwargs, backend="reference")
+    torch.testing.assert_close(run_planned(call, plan), want)
+
+
+def test_appended_keys_count(kernels: None) -> None:
+    new = {"k": normal(3, 1, 2, 64), "v": normal(3, 1, 2, 64)}
+    mine, theirs = cached(**new).copy(), cached(**new).copy()
+    plan = step_plan(new=1)
+    for _ in range(2):
+        want = headway.flash_attn_with_kvcache(**theirs.kwargs, backend="reference")
+        torch.testing.assert_close(run_planned(mine, plan), want)
+    assert torch.equal(mine.kwargs["k_cache"], theirs.kwargs["k_cache"])
+    assert RAN.count("plan") == 1
+
+
+def test_what_is_captured_plans_itself(kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first call of a captured graph plans inside it, the warm-up before and eager calls behind too."""
+    call, plan = cached(), step_plan()
+    for capturing in (False, True, True, False, False):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda c=capturing: c)
+        run_planned(call, plan)
+    assert RAN == ["plan", "decode", "plan", "decode", "decode", "plan", "decode", "decode"]
+
+
+def test_prepare_fills_the_plan_before_a_call(kernels: None) -> None:
+    call, plan = cached(), step_plan()
+    call.kwargs["scheduler_metadata"] = plan
+    providers.get("hopper").prepare(call.problem())
+    assert RAN == ["plan"]
+    headway.flash_attn_with_kvcache(**call.kwargs, backend="hopper")
+    assert RAN == ["plan", "decode"]
+
+
+def test_a_plan_for_one_dtype_serves_caches_of_another(kernels: None) -> None:
+    call = float8(cached(), "k_cache", "v_cache")
+    want = headway.flash_attn_with_kvcache(**call.kwargs, backend="reference")
+    torch.testing.assert_close(run_planned(call, step_plan()), want)
+
+
+# --- choosing -------------------------------------------------------------------------------------------
+
+
+def test_it_is_asked_first_on_sm90(kernels: None) -> None:
+    from tests.stand_ins import installed
+
+    with installed("sm90"):
+        for call in (cached(), dense()):
+            problem = call.problem()
+            assert next(dispatch.candidates(problem, None)) == "hopper"
+            explanation = dispatch.explain(problem)
+            assert explanation.chosen == "hopper"
+            kernel = "decode" if call.function == "kvcache" else "prefill"
+            assert f"-> hopper      yes ({kernel} kernel)" in str(explanation)
+    assert not hopper.refusals(cached().problem())
+
+
+def test_where_it_cannot_run_it_says_on_what_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    provider = providers.get("hopper")
+    assert "compute capability 9.0" in str(provider.unavailable(torch.device("cpu")))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    assert "this device has 10.0" in str(provider.unavailable(torch.device("cuda")))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert provider.unavailable(torch.device("cuda")) is None
+    monkeypatch.setattr(hopper, "_triton_version", lambda: (3, 5))
+    assert provider.unavailable(torch.device("cuda")) == "needs triton 3.6 or newer"
