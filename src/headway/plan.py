@@ -143,8 +143,11 @@ class Plan:
     schedule: Schedule | None = None  # for providers that take work off a list
     _parts: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
-    def part(self, owner: str, key: PlanKey, make: Callable[[], P]) -> P:
-        """The part that belongs to this provider and these calls, made when it is first asked for."""
+    def part(self, owner: str, key: Hashable, make: Callable[[], P]) -> P:
+        """The part that belongs to this provider and these calls, made when it is first asked for.
+
+        ``key`` tells apart what the provider cannot share between calls that the plan fits.
+        """
         found: P | None = self._parts.get((owner, key))
         if found is None:
             found = self._parts.setdefault((owner, key), make())

@@ -264,7 +264,7 @@ def test_lengths_from_elsewhere_are_planned_for(kernels: None) -> None:
 
 
 def test_appended_keys_count(kernels: None) -> None:
-    new = {"k": normal(3, 1, 2, 64), "v": normal(3, 1, 2, 64)}
+    new: dict[str, Any] = {"k": normal(3, 1, 2, 64), "v": normal(3, 1, 2, 64)}
     mine, theirs = cached(**new).copy(), cached(**new).copy()
     plan = step_plan(new=1)
     for _ in range(2):

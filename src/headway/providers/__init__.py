@@ -10,7 +10,18 @@ from headway.providers.base import Capabilities, Feature, Provider
 __all__ = ["NAMES", "PINNED_ONLY", "Capabilities", "Feature", "Provider", "forget", "get"]
 
 #: Every provider. Which is tried first on what device is said in providers/order.py.
-NAMES = ("portable", "cpu", "fa3", "fa4", "fa2", "flashinfer", "aiter", "mate", "reference")
+NAMES = (
+    "hopper",
+    "portable",
+    "cpu",
+    "fa3",
+    "fa4",
+    "fa2",
+    "flashinfer",
+    "aiter",
+    "mate",
+    "reference",
+)
 
 #: ``reference`` is the specification, not a contender: it runs only where it is asked for by name.
 PINNED_ONLY = frozenset({"reference"})

@@ -1,0 +1,445 @@
+"""Headway's own kernels for Hopper (SM90), in Gluon: one for prefill, one for decode.
+
+What is one query tile per KV head or less is decode: its kernel spreads the keys over the device by a
+plan that a kernel makes from the lengths. A Plan keeps that, so that all layers of a step share it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+from collections.abc import Hashable, Mapping
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from headway import providers
+from headway.plan import Plan, PlanKey
+from headway.problem import FLOAT8_DTYPES, KVLayout, Problem
+from headway.providers import base
+from headway.providers._packages import delivered
+from headway.providers.base import (
+    ALL_FEATURES,
+    Capabilities,
+    Feature,
+    HeadDims,
+    Provider,
+    Trait,
+    excludes,
+)
+
+if TYPE_CHECKING:
+    from headway.kernels.hopper.decode_plan import DecodePlan
+    from headway.kernels.mods import ModArguments
+
+#: Packed query rows (tokens times heads that share a KV head) up to which a call is decode: one tile.
+DECODE_ROWS = 64
+
+_FLOAT8 = torch.float8_e4m3fn
+_HALF = frozenset({(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16)})
+_LATENT = "head dims up to 256 only; portable runs absorbed MLA"
+_LONG = frozenset({KVLayout.DENSE, KVLayout.PAGED})
+
+_PREFILL = Capabilities(
+    device_types=frozenset({"cuda"}),
+    dtypes=_HALF,
+    features=ALL_FEATURES - {Feature.QV, Feature.DESCALE},
+    head_dims=HeadDims(maximum=256, multiple_of=8),
+    page_size_multiple_of=8,
+    kv_alignment_bytes=16,
+    exclusions=(
+        excludes(Feature.LEFTPAD, KVLayout.PAGED, why="its pages start with the first key"),
+    ),
+    lacks={Feature.QV: _LATENT, Feature.DESCALE: "takes 16-bit inputs"},
+)
+
+_DECODE = Capabilities(
+    device_types=frozenset({"cuda"}),
+    dtypes=_HALF | {(_FLOAT8, _FLOAT8), (torch.bfloat16, _FLOAT8)},
+    features=ALL_FEATURES - {Feature.QV, Feature.SCORE_MOD, Feature.MASK_MOD},
+    head_dims=HeadDims(maximum=256, multiple_of=8),
+    float8_head_dims=HeadDims(maximum=256, multiple_of=16),
+    kv_layouts=_LONG,
+    kv_alignment_bytes=16,
+    exclusions=(
+        excludes(
+            Trait.FLOAT8,
+            Feature.LSE,
+            why="tensor cores add float8 products too coarsely for an exact LSE",
+        ),
+    ),
+    lacks={
+        Feature.QV: _LATENT,
+        Feature.SCORE_MOD: "portable splits such calls over the device",
+        Feature.MASK_MOD: "portable splits such calls over the device",
+    },
+)
+
+#: What one of the two can do. Which of them a call would run on, and what that one says, is in reasons.
+_EITHER = dataclasses.replace(
+    _PREFILL,
+    dtypes=_PREFILL.dtypes | _DECODE.dtypes,
+    features=_PREFILL.features | _DECODE.features,
+    page_size_multiple_of=1,
+    float8_head_dims=_DECODE.float8_head_dims,
+    exclusions=(),
+    lacks={Feature.QV: _LATENT},
+)
+
+
+def is_decode(problem: Problem) -> bool:
+    """Whether a call runs on the decode kernel, known without looking at lengths."""
+    if problem.kv_layout is KVLayout.RAGGED:
+        return False
+    group = problem.num_q_heads // problem.num_kv_heads
+    return problem.max_seqlen_q <= 1 or problem.max_seqlen_q * group <= DECODE_ROWS
+
+
+class HopperProvider(Provider):
+    name = "hopper"
+
+    def unavailable(self, device: torch.device) -> str | None:
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton is not installed"
+        if device.type != "cuda" or torch.version.hip is not None:
+            return "runs on NVIDIA GPUs of compute capability 9.0"
+        capability = torch.cuda.get_device_capability(device)
+        if capability != (9, 0):
+            given = "{}.{}".format(*capability)
+            return f"runs on compute capability 9.0; this device has {given}"
+        if _triton_version() < (3, 6):
+            return "needs triton 3.6 or newer"
+        return None
+
+    def capabilities(self, device: torch.device) -> Capabilities:
+        return _EITHER
+
+    def documented(self) -> Mapping[str, Capabilities]:
+        return {"sm90, prefill": _PREFILL, "sm90, decode": _DECODE}
+
+    def reasons_against(self, problem: Problem) -> list[str]:
+        absent = self.unavailable(problem.device)
+        return [absent] if absent is not None else refusals(problem)
+
+    def note(self, problem: Problem) -> str:
+        return "decode kernel" if is_decode(problem) else "prefill kernel"
+
+    def plan(
+        self,
+        key: PlanKey,
+        seqlens_k: Tensor,
+        *,
+        kv_dtype: torch.dtype = torch.bfloat16,
+        num_splits: int = 0,
+        sm_margin: int = 0,
+    ) -> Plan:
+        group = key.num_q_heads // key.num_kv_heads
+        few = key.max_seqlen_q == 1 or key.max_seqlen_q * group <= DECODE_ROWS
+        if not few or _DECODE.head_dims.reason_against(key.head_dim, key.head_dim_v) is not None:
+            # What the decode kernel does not take runs on the portable kernels, by a schedule of theirs.
+            return providers.get("portable").plan(
+                key, seqlens_k, kv_dtype=kv_dtype, num_splits=num_splits, sm_margin=sm_margin
+            )
+        made = Plan(dataclasses.replace(key, sm_margin=sm_margin), torch.zeros_like(seqlens_k))
+        _step_of(made, key.max_seqlen_q, kv_dtype.itemsize, sm_margin)
+        return made
+
+    def prepare(self, problem: Problem) -> None:
+        if problem.plan is not None and is_decode(problem):
+            _planned_step(problem, problem.plan).fill(problem)
+
+    def run(self, problem: Problem) -> tuple[Tensor, Tensor | None]:
+        out = problem.empty_out()
+        lse = problem.empty_lse() if problem.return_lse else None
+        if problem.append is not None:
+            from headway.kernels.portable.append import append
+
+            q = append(problem, problem.append)
+        else:
+            q = problem.q
+        if out.numel() == 0 or problem.max_seqlen_q == 0:
+            return out, lse
+        if problem.k.numel() == 0:
+            problem = _with_a_row_of_no_sequence(problem)
+        q, scale = _positive(q, problem.scores.softmax_scale)
+        if not _is_aligned(q):
+            q = q.clone(memory_format=torch.contiguous_format)
+        to = out
+        if not _is_aligned(out) or not (out.dtype == q.dtype or is_decode(problem)):
+            to = torch.empty(out.shape, dtype=q.dtype, device=out.device)
+        if is_decode(problem):
+            _decode(problem, q, scale, to, lse)
+        else:
+            _prefill(problem, q, scale, to, lse)
+        return delivered(problem, to), lse
+
+
+def refusals(problem: Problem) -> list[str]:
+    """What the kernel that would run a call has against it."""
+    if is_decode(problem):
+        return [f"{reason} (in decode)" for reason in base.reasons_against(_DECODE, problem)]
+    return [f"{reason} (in prefill)" for reason in base.reasons_against(_PREFILL, problem)]
+
+
+@functools.cache
+def _triton_version() -> tuple[int, ...]:
+    numbers = metadata.version("triton").split(".")[:2]
+    return tuple(int(number) for number in numbers)
+
+
+# --- operands -----------------------------------------------------------------------------------------
+
+
+def _positive(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """The same scores with a scale above 0: kernels take the maximum before they scale."""
+    if scale > 0:
+        return q, scale
+    if scale == 0:
+        return torch.zeros_like(q), 1.0
+    if q.dtype in FLOAT8_DTYPES:
+        return q.to(torch.bfloat16).neg_().to(q.dtype), -scale
+    return -q, -scale
+
+
+def _is_aligned(t: Tensor) -> bool:
+    """Whether every row starts at a multiple of 16 bytes."""
+    strides = 0
+    for stride in t.stride()[:-1]:
+        strides |= stride
+    return (t.data_ptr() | strides * t.element_size()) % 16 == 0
+
+
+def _with_a_row_of_no_sequence(p: Problem) -> Problem:
+    """A problem without any key, over memory that exists: the copy engine takes no empty tensors."""
+    none = torch.zeros(p.batch_size, dtype=torch.int32, device=p.device)
+    length = p.k.shape[1] if p.kv_layout is KVLayout.PAGED else 8
+    rows = (length,) if p.kv_layout is KVLayout.RAGGED else (1, length)
+    k, v = (t.new_zeros(*rows, p.num_kv_heads, t.shape[-1]) for t in (p.k, p.v))
+    index = none if p.kv_layout is KVLayout.DENSE else p.cache_batch_idx
+    return dataclasses.replace(p, k=k, v=v, seqlens_k=none, cache_batch_idx=index, append=None)
+
+
+def _capacity(p: Problem) -> int:
+    """Rows of keys that a sequence has room for."""
+    if p.kv_layout is KVLayout.PAGED:
+        assert p.page_table is not None
+        return p.page_table.shape[1] * p.k.shape[1]
+    return p.max_seqlen_k if p.kv_layout is KVLayout.RAGGED else p.k.shape[1]
+
+
+def _ends(p: Problem, into: Tensor | None = None) -> Tensor | None:
+    """(B,) end of each sequence's keys, appended ones included; None: all rows are keys."""
+    if p.append is None or p.seqlens_k is None:
+        return p.seqlens_k
+    cu = p.append.cu_seqlens
+    if cu is None:
+        return torch.add(p.seqlens_k, p.append.k.shape[1], out=into)
+    new = cu[1:] - cu[:-1]
+    return torch.add(p.seqlens_k, new, out=into)
+
+
+def _right(p: Problem) -> int | None:
+    return 0 if p.mask.causal else p.mask.window_right
+
+
+# --- prefill ------------------------------------------------------------------------------------------
+
+
+def _prefill(p: Problem, q: Tensor, scale: float, out: Tensor, lse: Tensor | None) -> None:
+    from headway.kernels.hopper.forward import forward
+
+    mods = _mods(p)
+    forward(
+        q,
+        p.k,
+        p.v,
+        out=out,
+        lse=lse,
+        cu_seqlens_q=p.cu_seqlens_q,
+        cu_seqlens_k=p.cu_seqlens_k,
+        seqused_q=p.seqused_q,
+        seqused_k=_ends(p),
+        leftpad_k=p.leftpad_k,
+        cache_batch_idx=p.cache_batch_idx,
+        page_table=p.page_table,
+        max_seqlen_q=p.max_seqlen_q if p.ragged_q else q.shape[1],
+        max_seqlen_k=_capacity(p) if p.seqlens_k is None else p.max_seqlen_k,
+        softmax_scale=scale,
+        causal=p.mask.causal,
+        window_left=p.mask.window_left,
+        window_right=_right(p),
+        attention_chunk=p.mask.attention_chunk,
+        softcap=p.scores.softcap,
+        sinks=p.scores.sinks,
+        score_mod=None if mods is None else mods.score_mod,
+        mask_mod=None if mods is None else mods.mask_mod,
+        aux=None if mods is None else mods.aux,
+    )
+
+
+def _mods(p: Problem) -> ModArguments | None:
+    score_mod, mask_mod = p.scores.score_mod, p.mask.mask_mod
+    if score_mod is None and mask_mod is None:
+        return None
+    from headway.kernels.mods import trace_mods
+
+    return trace_mods(score_mod, mask_mod, p.aux_tensors, p.device, "gluon")
+
+
+# --- decode -------------------------------------------------------------------------------------------
+
+
+class _Step:
+    """The decode kernel's plan of a step: device buffers, and what they were last filled from."""
+
+    def __init__(self, plan: DecodePlan) -> None:
+        self.plan = plan
+        self._ends = torch.empty_like(plan.starts)
+        self._source: Hashable = None
+        #: counters start at zero; while a graph is captured, nothing is written yet
+        self._is_clear = not torch.cuda.is_current_stream_capturing()
+
+    def expire(self) -> None:
+        self._source = None
+
+    def fill(self, p: Problem) -> None:
+        """Plan for the problem's lengths unless that was done in this step.
+
+        What is done while a CUDA graph is captured becomes part of the graph, and so every replay
+        plans anew; it is not done for calls outside the graph. (Two graphs captured one right after
+        the other need a ``new_step`` between them, or else the second counts on the first.)
+        """
+        lengths = p.seqlens_k, p.leftpad_k, p.cache_batch_idx, p.cu_seqlens_q, p.seqused_q
+        source = (
+            torch.cuda.is_current_stream_capturing(),
+            *(None if t is None else t.data_ptr() for t in lengths),
+        )
+        if source == self._source:
+            return
+        if not (self._is_clear or source[0]):
+            self.plan.arrivals.zero_()
+            self._is_clear = True
+        _fill(self.plan, p, _ends(p, self._ends))
+        self._source = source
+
+
+def _planned_step(p: Problem, plan: Plan) -> _Step:
+    rows = p.max_seqlen_q if p.ragged_q else p.q.shape[1]
+    margin = max(p.hints.sm_margin, plan.key.sm_margin)
+    return _step_of(plan, rows, p.k.element_size(), margin)
+
+
+def _step_of(plan: Plan, rows_q: int, itemsize: int, sm_margin: int) -> _Step:
+    """The plan's part for calls of this kind, made when it is first asked for."""
+
+    def make() -> _Step:
+        key = plan.key
+        return _Step(
+            _buffers(
+                key.batch_size,
+                (key.num_q_heads, key.num_kv_heads),
+                rows_q,
+                (key.head_dim, key.head_dim_v),
+                itemsize,
+                key.page_size,
+                sm_margin,
+                key.device,
+            )
+        )
+
+    return plan.part("hopper", (rows_q, itemsize, sm_margin), make)
+
+
+def _buffers(
+    batch_size: int,
+    heads: tuple[int, int],
+    rows_q: int,
+    dims: tuple[int, int],
+    itemsize: int,
+    page_size: int | None,
+    sm_margin: int,
+    device: torch.device,
+) -> DecodePlan:
+    from headway.kernels.hopper.decode import make_plan
+
+    return make_plan(
+        batch_size=batch_size,
+        num_kv_heads=heads[1],
+        group=heads[0] // heads[1],
+        max_seqlen_q=rows_q,
+        head_dim=dims[0],
+        head_dim_v=dims[1],
+        device=device,
+        itemsize=itemsize,
+        page_size=page_size or 0,
+        sm_margin=sm_margin,
+    )
+
+
+def _fill(plan: DecodePlan, p: Problem, ends: Tensor | None) -> None:
+    from headway.kernels.hopper.decode_plan import plan_decode
+
+    plan_decode(
+        plan,
+        seqlens_k=ends,
+        capacity=_capacity(p),
+        rows_q=p.max_seqlen_q if p.ragged_q else p.q.shape[1],
+        leftpad_k=p.leftpad_k,
+        cache_batch_idx=p.cache_batch_idx,
+        cu_seqlens_q=p.cu_seqlens_q,
+        seqused_q=p.seqused_q,
+        window_left=p.mask.window_left,
+        window_right=_right(p),
+        chunk=p.mask.attention_chunk,
+    )
+
+
+def _plan_for(p: Problem) -> DecodePlan:
+    """The step's plan, from the caller's or for this call alone."""
+    if p.plan is not None:
+        step = _planned_step(p, p.plan)
+        step.fill(p)
+        return step.plan
+    made = _buffers(
+        p.batch_size,
+        (p.num_q_heads, p.num_kv_heads),
+        p.max_seqlen_q if p.ragged_q else p.q.shape[1],
+        (p.head_dim, p.head_dim_v),
+        p.k.element_size(),
+        p.page_size,
+        p.hints.sm_margin,
+        p.device,
+    )
+    _fill(made, p, _ends(p))
+    return made
+
+
+def _decode(p: Problem, q: Tensor, scale: float, out: Tensor, lse: Tensor | None) -> None:
+    from headway.kernels.hopper.decode import decode
+
+    decode(
+        q,
+        p.k,
+        p.v,
+        out,
+        _plan_for(p),
+        softmax_scale=scale,
+        lse=lse,
+        page_table=p.page_table,
+        max_seqlen_q=p.max_seqlen_q,
+        leftpad=p.leftpad_k is not None,
+        window_left=p.mask.window_left,
+        window_right=_right(p),
+        chunk=p.mask.attention_chunk,
+        softcap=p.scores.softcap,
+        sinks=p.scores.sinks,
+        q_descale=p.descales.q,
+        k_descale=p.descales.k,
+        v_descale=p.descales.v,
+    )
+
+
+PROVIDER = HopperProvider()

@@ -1,0 +1,261 @@
+"""Stands in for the Hopper kernels: their signatures, computed with the reference from their arguments.
+
+What the kernels would read as something else, and what they do not take, fails an assertion here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from headway import reference
+from headway.kernels.mods import ModArguments
+from headway.kernels.portable import append
+from headway.problem import Descales, KVLayout, Mask, Problem, Scores
+from headway.providers import hopper
+
+#: Names of the kernels that ran, in order; a decode plan is filled by "plan".
+RAN: list[str] = []
+
+
+def assert_aligned(*tensors: Tensor) -> None:
+    for t in tensors:
+        assert t.stride(-1) == 1
+        steps = [t.data_ptr(), *(s * t.element_size() for s in t.stride()[:-1])]
+        assert all(step % 16 == 0 for step in steps), steps
+
+
+def _solve(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor | None,
+    layout: KVLayout,
+    lengths: dict[str, Any],
+    mask: Mask,
+    scores: Scores,
+    **more: Any,
+) -> None:
+    cu = lengths["cu_seqlens_q"]
+    batch = q.shape[0] if cu is None else cu.shape[0] - 1
+    problem = Problem(
+        q=q,
+        k=k,
+        v=v,
+        kv_layout=layout,
+        batch_size=batch,
+        mask=mask,
+        scores=scores,
+        out=out,
+        **lengths,
+        **more,
+    )
+    _, got = reference.attention(dataclasses.replace(problem, return_lse=True))
+    if lse is not None:
+        assert got is not None
+        assert lse.shape == got.shape
+        lse.copy_(got)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    out: Tensor,
+    lse: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    page_table: Tensor | None = None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float,
+    causal: bool = False,
+    window_left: int | None = None,
+    window_right: int | None = None,
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    score_mod: Any = None,
+    mask_mod: Any = None,
+    aux: Any = None,
+) -> None:
+    RAN.append("forward")
+    assert_aligned(q, k, v, out)
+    assert k.numel()
+    assert q.dtype == k.dtype == out.dtype
+    assert q.dtype in (torch.bfloat16, torch.float16)
+    assert softmax_scale > 0
+    assert not causal or window_right == 0
+    layout = KVLayout.DENSE if cu_seqlens_k is None else KVLayout.RAGGED
+    layout = KVLayout.PAGED if page_table is not None else layout
+    if cu_seqlens_q is None:
+        assert max_seqlen_q == q.shape[1]
+    rows = k.shape[1] if page_table is None else k.shape[1] * page_table.shape[1]
+    if seqused_k is None and layout is not KVLayout.RAGGED:
+        assert max_seqlen_k == rows
+    _solve(
+        q,
+        k,
+        v,
+        out,
+        lse,
+        layout,
+        {
+            "cu_seqlens_q": cu_seqlens_q,
+            "cu_seqlens_k": cu_seqlens_k,
+            "seqused_q": seqused_q,
+            "seqlens_k": seqused_k,
+            "leftpad_k": leftpad_k,
+            "cache_batch_idx": cache_batch_idx,
+            "max_seqlen_q": max_seqlen_q,
+            "max_seqlen_k": max_seqlen_k,
+        },
+        Mask(causal, window_left, window_right, attention_chunk, mask_mod),
+        Scores(softmax_scale, softcap, sinks, score_mod),
+        page_table=page_table,
+        aux_tensors=aux or (),
+    )
+
+
+@dataclass
+class Step:
+    """A decode plan: what it was made for, and the lengths that it was filled with, as they were then."""
+
+    made_for: dict[str, Any]
+    starts: Tensor
+    arrivals: Tensor
+    filled: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def make_plan(*, batch_size: int, **made_for: Any) -> Step:
+    starts = torch.zeros(batch_size, dtype=torch.int32)
+    return Step({"batch_size": batch_size, **made_for}, starts, torch.zeros_like(starts))
+
+
+def plan_decode(
+    plan: Step,
+    *,
+    seqlens_k: Tensor | None,
+    capacity: int,
+    rows_q: int,
+    leftpad_k: Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    seqused_q: Tensor | None = None,
+    window_left: int | None = None,
+    window_right: int | None = None,
+    chunk: int = 0,
+) -> None:
+    RAN.append("plan")
+    if seqlens_k is None:
+        seqlens_k = torch.full_like(plan.starts, capacity)
+    lengths = {
+        "seqlens_k": seqlens_k,
+        "leftpad_k": leftpad_k,
+        "cache_batch_idx": cache_batch_idx,
+        "cu_seqlens_q": cu_seqlens_q,
+        "seqused_q": seqused_q,
+    }
+    plan.filled = {name: None if t is None else t.clone() for name, t in lengths.items()}
+    plan.filled |= {"mask": (window_left, window_right, chunk), "rows_q": rows_q}
+    plan.filled["capacity"] = capacity
+
+
+def decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    plan: Step,
+    *,
+    softmax_scale: float,
+    lse: Tensor | None = None,
+    page_table: Tensor | None = None,
+    max_seqlen_q: int = 1,
+    leftpad: bool = False,
+    window_left: int | None = None,
+    window_right: int | None = None,
+    chunk: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+) -> None:
+    RAN.append("decode")
+    assert_aligned(q, k, v, out)
+    assert softmax_scale > 0
+    filled = plan.filled
+    rows = max_seqlen_q if q.dim() == 3 else q.shape[1]
+    made_for = {
+        "batch_size": plan.starts.shape[0],
+        "num_kv_heads": k.shape[2],
+        "group": q.shape[-2] // k.shape[2],
+        "max_seqlen_q": rows,
+        "head_dim": q.shape[-1],
+        "head_dim_v": v.shape[-1],
+        "itemsize": k.element_size(),
+        "page_size": 0 if page_table is None else k.shape[1],
+    }
+    assert made_for.items() <= plan.made_for.items(), (made_for, plan.made_for)
+    assert filled["mask"] == (window_left, window_right, chunk)
+    assert leftpad == (filled["leftpad_k"] is not None)
+    assert filled["rows_q"] == rows
+    names = ("seqlens_k", "leftpad_k", "cache_batch_idx", "cu_seqlens_q", "seqused_q")
+    _solve(
+        q,
+        k,
+        v,
+        out,
+        lse,
+        KVLayout.DENSE if page_table is None else KVLayout.PAGED,
+        {name: filled[name] for name in names}
+        | {"max_seqlen_q": rows, "max_seqlen_k": filled["capacity"]},
+        Mask(False, window_left, window_right, chunk),
+        Scores(softmax_scale, softcap, sinks),
+        page_table=page_table,
+        descales=Descales(q_descale, k_descale, v_descale),
+    )
+
+
+def _mods(p: Problem) -> ModArguments:
+    return ModArguments(p.scores.score_mod, p.mask.mask_mod, p.aux_tensors)  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def installed() -> Iterator[None]:
+    """Inside, the provider runs on CPU tensors, with these kernels."""
+    from headway import dispatch
+    from headway.kernels.hopper import decode as decode_module
+    from headway.kernels.hopper import decode_plan as plan_module
+    from headway.kernels.hopper import forward as forward_module
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hopper.HopperProvider, "unavailable", lambda self, device: None)
+        for name in ("_PREFILL", "_DECODE", "_EITHER"):
+            can = dataclasses.replace(getattr(hopper, name), device_types=frozenset({"cpu"}))
+            patch.setattr(hopper, name, can)
+        patch.setattr(hopper, "_mods", _mods)
+        patch.setattr(forward_module, "forward", forward)
+        patch.setattr(decode_module, "make_plan", make_plan)
+        patch.setattr(decode_module, "decode", decode)
+        patch.setattr(plan_module, "plan_decode", plan_decode)
+        patch.setattr(append, "append", reference.append)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        dispatch.forget()
+        RAN.clear()
+        yield
+    dispatch.forget()
