@@ -77,12 +77,12 @@ def test_flags_arrive_as_the_settings_they_name() -> None:
         got.append((config, port))
 
     words = (
-        "m --port 1 --page-size 7 --no-enable-prefix-cache --flash-attn-version 3 --dtype float32"
+        "m --port 1 --page-size 7 --disable-prefix-cache --flash-attn-version 3 --dtype float32"
     )
     result = CliRunner().invoke(app, words.split())
     assert result.exit_code == 0, result.output
     wanted = EngineConfig(
-        "m", page_size=7, enable_prefix_cache=False, flash_attn_version=3, dtype="float32"
+        "m", page_size=7, disable_prefix_cache=True, flash_attn_version=3, dtype="float32"
     )
     assert got == [(wanted, 1)]
 

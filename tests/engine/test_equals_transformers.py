@@ -71,7 +71,7 @@ def test_batch(
     llm = engine(
         tiny(name),
         chunked_prefill_size=chunk,
-        enable_prefix_cache=prefix_cache,
+        disable_prefix_cache=not prefix_cache,
         attention_backend=backend,
     )
     assert tokens(llm, prompts) == expected(name)
@@ -97,7 +97,7 @@ def test_preemption(
         page_size=page_size,
         kv_cache_tokens=150,
         max_model_len=96,
-        enable_prefix_cache=prefix_cache,
+        disable_prefix_cache=not prefix_cache,
     )
     assert tokens(llm, prompts) == expected(name)
     assert llm.stats().preemptions > 0
@@ -165,7 +165,7 @@ def test_smollm2(smollm2: Path) -> None:
         kv_cache_tokens=160,
         max_model_len=96,
         chunked_prefill_size=512,
-        enable_prefix_cache=False,
+        disable_prefix_cache=True,
     )
     chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
     prompts = [small.apply_chat_template(chat) for chat in chats]

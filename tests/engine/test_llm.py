@@ -213,14 +213,14 @@ def test_cache_size_in_bytes(llama: TinyModel) -> None:
 
 
 def test_a_failing_sampler_ends_one_request(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = sampler.sample
+    original = sampler.draw
 
-    def broken(logits: torch.Tensor, rows: list[sampler.Row]) -> list[sampler.Sampled]:
+    def broken(logits: torch.Tensor, rows: list[sampler.Row]) -> sampler.Drawn:
         if any(row.seed == 666 for row in rows):
             raise ZeroDivisionError("bad row")
         return original(logits, rows)
 
-    monkeypatch.setattr(sampler, "sample", broken)
+    monkeypatch.setattr(sampler, "draw", broken)
     bad, good = (SamplingParams(max_tokens=4, seed=seed) for seed in (666, 1))
     first, second = llm.generate([[1, 2], [3, 4]], [bad, good])
     assert first.finish_reason is FinishReason.ERROR

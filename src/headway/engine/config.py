@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from headway.errors import InvalidInputError
 
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
+KVCacheDtype = Literal["auto", "fp8_e4m3"]
 
 
 @dataclass(frozen=True)
@@ -24,9 +26,18 @@ class EngineConfig:
         page_size: tokens a page of the KV cache holds.
         kv_cache_tokens: size of the paged KV cache, in tokens; None: from kv_cache_memory_bytes.
         kv_cache_memory_bytes: size of the paged KV cache; None: a share of the free memory.
-        chunked_prefill_size: most new prompt tokens computed in one step.
-        max_running_requests: most requests decoded together.
-        enable_prefix_cache: compute prompt prefixes that requests share once.
+        kv_cache_dtype: auto stores keys and values in the model's dtype; fp8_e4m3 in float8, with scales
+            from the checkpoint where it has them, else measured when the model is loaded.
+        mem_fraction: share of the free memory that the KV cache takes; None: 0.4 on a CPU, 0.85 on a GPU.
+        chunked_prefill_size: most new prompt tokens computed in one step; None: 512 on a CPU, 8192 on
+            a GPU.
+        max_running_requests: most requests decoded together; None: 64 on a CPU, 256 on a GPU.
+        disable_prefix_cache: compute every prompt from its beginning, also what requests share.
+        cuda_graphs: replay decode steps as CUDA graphs where there is a GPU.
+        overlap: prepare a step while the device computes the one before; None: on a GPU.
+        speculative: ngram guesses tokens from what the sequence has said before and checks several in
+            one step, for greedy requests; off does not.
+        num_draft_tokens: most tokens guessed in a step.
         acceleration: ``auto`` exchanges parts of the model for faster ones on a CPU; ``off`` does not.
         attention_backend: provider pinned for every attention call; auto chooses.
         flash_attn_version: interface generation asked for, 3 or 4; None: the fastest.
@@ -44,9 +55,15 @@ class EngineConfig:
     page_size: int = 16
     kv_cache_tokens: int | None = None
     kv_cache_memory_bytes: int | None = None
-    chunked_prefill_size: int = 512
-    max_running_requests: int = 64
-    enable_prefix_cache: bool = True
+    kv_cache_dtype: KVCacheDtype = "auto"
+    mem_fraction: float | None = None
+    chunked_prefill_size: int | None = None
+    max_running_requests: int | None = None
+    disable_prefix_cache: bool = False
+    cuda_graphs: bool = True
+    overlap: bool | None = None
+    speculative: Literal["off", "ngram"] = "off"
+    num_draft_tokens: int = 4
     acceleration: Literal["auto", "off"] = "auto"
     attention_backend: str = "auto"
     flash_attn_version: Literal[3, 4] | None = None
@@ -55,10 +72,33 @@ class EngineConfig:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("page_size", "chunked_prefill_size", "max_running_requests"):
+        for name in ("page_size", "num_draft_tokens"):
             if getattr(self, name) < 1:
                 raise InvalidInputError(name, getattr(self, name), "at least 1")
-        for name in ("max_model_len", "kv_cache_tokens", "kv_cache_memory_bytes"):
+        for name in (
+            "max_model_len",
+            "kv_cache_tokens",
+            "kv_cache_memory_bytes",
+            "chunked_prefill_size",
+            "max_running_requests",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidInputError(name, value, "at least 1, or None")
+        if self.mem_fraction is not None and not 0 < self.mem_fraction < 1:
+            raise InvalidInputError("mem_fraction", self.mem_fraction, "between 0 and 1, or None")
+        if self.overlap and self.speculative != "off":
+            wanted = "off: guesses are made from tokens that are known"
+            raise InvalidInputError("overlap", "on with speculative", wanted)
+
+    def resolved(self, device_type: str) -> EngineConfig:
+        """The same with every setting that depends on the kind of device filled in."""
+        gpu = device_type == "cuda"
+        defaults: dict[str, Any] = {
+            "mem_fraction": 0.85 if gpu else 0.4,
+            "chunked_prefill_size": 8192 if gpu else 512,
+            "max_running_requests": 256 if gpu else 64,
+            "overlap": gpu and self.speculative == "off",
+        }
+        missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
+        return dataclasses.replace(self, cuda_graphs=self.cuda_graphs and gpu, **missing)

@@ -7,7 +7,7 @@ import logging
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 import torch
@@ -18,6 +18,7 @@ from headway.engine.acceleration import accelerate
 from headway.engine.attention import PagedAttention, probe_layers
 from headway.engine.config import EngineConfig
 from headway.engine.detokenizer import Decode, Detokenizer
+from headway.engine.graphs import CudaRecorder, DecodeGraphs, batch_sizes
 from headway.engine.kv_cache import KVCache, PagePool
 from headway.engine.prefix_cache import PrefixCache
 from headway.engine.request import (
@@ -29,18 +30,16 @@ from headway.engine.request import (
     TokenLogprob,
 )
 from headway.engine.runner import ModelRunner
-from headway.engine.scheduler import Chunk, Scheduler
+from headway.engine.scheduler import PENDING, Chunk, Scheduler
 from headway.engine.scheduler import Sequence as TokenSequence
 from headway.errors import InvalidInputError
+from headway.serving.base import GraphLimits
 from headway.serving.flash import FlashAttentionBackend
 
 logger = logging.getLogger(__name__)
 
-#: Share of the free memory that the KV cache takes unless told otherwise.
-MEMORY_SHARE = {"cpu": 0.4, "cuda": 0.85}
 
-
-@dataclass
+@dataclass(eq=False)
 class Request:
     """A request inside the engine."""
 
@@ -49,6 +48,34 @@ class Request:
     seed: int
     detokenizer: Detokenizer | None
     stop_token_ids: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step that is launched: the requests it draws tokens for, and the tokens, once they are known."""
+
+    requests: list[Request]
+    drawn: Draws
+
+
+class Draws(Protocol):
+    """Tokens that are drawn, or will be."""
+
+    tokens: Tensor
+
+    def collect(self) -> list[sampler.Sampled]: ...
+
+
+class DrawsAlone:
+    """Each row drawn by itself, so that one that cannot be leaves the others their tokens."""
+
+    def __init__(self, logits: Tensor, rows: Sequence[sampler.Row]) -> None:
+        self._sampled = [_sample_alone(one, row) for one, row in zip(logits, rows, strict=True)]
+        ids = [max(one.token_id, 0) for one in self._sampled]
+        self.tokens = torch.tensor(ids, device=logits.device)
+
+    def collect(self) -> list[sampler.Sampled]:
+        return self._sampled
 
 
 class LLM:
@@ -65,8 +92,11 @@ class LLM:
     """
 
     def __init__(self, config: EngineConfig, *, progress: bool = False) -> None:
-        self.config = config
         loaded = loader.load(config, progress=progress)
+        self.device = next(loaded.model.parameters()).device
+        self.config = config = config.resolved(self.device.type)
+        assert config.chunked_prefill_size is not None
+        assert config.max_running_requests is not None
         self.tokenizer = loaded.tokenizer
         self.model_config = loaded.config
         self.model_name = loaded.name
@@ -76,10 +106,12 @@ class LLM:
         self.backend = FlashAttentionBackend(config.attention_backend, config.flash_attn_version)
         probe = probe_layers(self.model, loaded.config)
         (self.dtype,) = probe.dtypes
-        self.device = next(self.model.parameters()).device
         num_pages, self.max_model_len = self._cache_size(probe.shapes(), loaded.max_model_len)
-        self._kv = KVCache(probe.shapes(), num_pages, config.page_size, self.dtype, self.device)
-        self._prefix_cache = PrefixCache(PagePool(num_pages), enabled=config.enable_prefix_cache)
+        # One page more than are given out: what rows of padding write goes there.
+        self._kv = KVCache(probe.shapes(), num_pages + 1, config.page_size, self.dtype, self.device)
+        self._prefix_cache = PrefixCache(
+            PagePool(num_pages), enabled=not config.disable_prefix_cache
+        )
         self._scheduler = Scheduler(
             self._prefix_cache,
             page_size=config.page_size,
@@ -87,13 +119,16 @@ class LLM:
             chunked_prefill_size=config.chunked_prefill_size,
             max_running_requests=config.max_running_requests,
         )
+        self._attention = PagedAttention(self.backend, probe.layers, self._kv)
         self._runner = ModelRunner(
             self.model,
-            PagedAttention(self.backend, probe.layers, self._kv),
+            self._attention,
             self.backend,
             max_sequences=config.max_running_requests,
             max_pages=kv_cache.pages_for(self.max_model_len, config.page_size),
+            graphs=self._capture(num_pages, config.max_running_requests),
         )
+        self._in_flight: Step | None = None
         self._requests: dict[str, Request] = {}
         self._seeds = random.Random(config.seed)
         self._prompt_tokens = 0
@@ -153,7 +188,12 @@ class LLM:
             raise InvalidInputError("stop", params.stop, "none: the model has no tokenizer")
         eos = frozenset() if params.ignore_eos else self._eos_token_ids
         self._requests[request_id] = Request(
-            sequence=TokenSequence(request_id, prompt, len(prompt)),
+            sequence=TokenSequence(
+                request_id,
+                prompt,
+                len(prompt),
+                limit=min(len(prompt) + params.max_tokens, self.max_model_len),
+            ),
             params=params,
             seed=self._seeds.getrandbits(64) if params.seed is None else params.seed,
             detokenizer=detokenizer,
@@ -193,50 +233,73 @@ class LLM:
     def step(self) -> list[RequestOutput]:
         """Compute one step and return what it added, one output for each request it touched.
 
+        With overlap the step is launched, and what the one before added is returned: the device computes
+        while the host prepares.
+
         A failure in one request ends that request with FinishReason.ERROR. A failure of the model call
         ends the requests that were in it.
         """
         chunks = self._scheduler.schedule()
-        if not chunks:
-            return []
-        try:
-            logits = self._runner.run(chunks)
-            sampled = self._sample(chunks, logits)
-        except Exception as error:
-            logger.exception("a step of %d requests failed", len(chunks))
-            return [self._fail(chunk.sequence.request_id, error) for chunk in chunks]
-        outputs = []
+        outputs: list[RequestOutput] = []
+        launched = None
+        if chunks:
+            try:
+                launched = self._launch(chunks)
+            except Exception as error:
+                logger.exception("a step of %d requests failed", len(chunks))
+                outputs = [self._fail(chunk.sequence.request_id, error) for chunk in chunks]
+        if self.config.overlap:
+            launched, self._in_flight = self._in_flight, launched
+        return outputs if launched is None else outputs + self._collect(launched)
+
+    def _launch(self, chunks: Sequence[Chunk]) -> Step:
+        """Start a step; its sequences go on as if its tokens were known."""
+        logits = self._runner.run(chunks)
+        sampling = [chunk for chunk in chunks if chunk.samples]
+        requests = [self._requests[chunk.sequence.request_id] for chunk in sampling]
+        drawn = self._draw(requests, logits)
+        self._runner.drew([request.sequence for request in requests], drawn.tokens)
         for chunk in chunks:
-            samples = chunk.samples
             self._scheduler.advance(chunk)
-            if samples:
-                request = self._requests[chunk.sequence.request_id]
-                try:
-                    outputs.append(self._take(request, sampled[request.sequence.request_id]))
-                except Exception as error:
-                    outputs.append(self._fail(request.sequence.request_id, error))
+        for request in requests:
+            request.sequence.tokens.append(PENDING)
+            request.sequence.num_pending += 1
+        return Step(requests, drawn)
+
+    def _draw(self, requests: Sequence[Request], logits: Tensor) -> Draws:
+        """One token for each of the requests."""
+        rows = [
+            sampler.Row(r.params, r.seed, len(r.sequence.tokens) - r.sequence.num_prompt_tokens)
+            for r in requests
+        ]
+        try:
+            return sampler.draw(logits, rows)
+        except Exception:
+            logger.exception("drawing %d tokens together failed", len(rows))
+            return DrawsAlone(logits, rows)
+
+    def _collect(self, step: Step) -> list[RequestOutput]:
+        """Wait for a step's tokens and hand them to the requests that are still there."""
+        outputs = []
+        for request, sampled in zip(step.requests, step.drawn.collect(), strict=True):
+            name = request.sequence.request_id
+            if self._requests.get(name) is not request:
+                continue  # aborted, or ended by the step before
+            try:
+                outputs.append(self._take(request, sampled))
+            except Exception as error:
+                outputs.append(self._fail(name, error))
         return outputs
 
-    def _sample(self, chunks: Sequence[Chunk], logits: Tensor) -> dict[str, sampler.Sampled]:
-        """One token for each sequence that samples, by request id."""
-        ids = [chunk.sequence.request_id for chunk in chunks if chunk.samples]
-        if not ids:
-            return {}
-        requests = [self._requests[name] for name in ids]
-        rows = [sampler.Row(r.params, r.seed, r.sequence.num_output_tokens) for r in requests]
-        try:
-            return dict(zip(ids, sampler.sample(logits, rows), strict=True))
-        except Exception:
-            # One row's parameters broke the batch: row by row, the others still get their tokens.
-            return {name: _sample_alone(logits[i], rows[i]) for i, name in enumerate(ids)}
-
     def _take(self, request: Request, sampled: sampler.Sampled) -> RequestOutput:
-        """Add a sampled token to its request."""
+        """Let a request have its oldest pending token, now that it is known."""
         sequence, params = request.sequence, request.params
         if sampled.error is not None:
             return self._finish(request, FinishReason.ERROR, error=sampled.error)
         token = sampled.token_id
-        sequence.tokens.append(token)
+        sequence.tokens[-sequence.num_pending] = token
+        sequence.num_pending -= 1
+        self._scheduler.remember(sequence)
         self._output_tokens += 1
         logprobs = () if sampled.logprob is None else (sampled.logprob,)
         stopped = token in request.stop_token_ids
@@ -247,10 +310,7 @@ class LLM:
         reason = None
         if stopped:
             reason = FinishReason.STOP
-        elif (
-            sequence.num_output_tokens >= params.max_tokens
-            or len(sequence.tokens) >= self.max_model_len
-        ):
+        elif sequence.num_known >= (sequence.limit or self.max_model_len):
             reason = FinishReason.LENGTH
         if reason is not None:
             return self._finish(request, reason, text, (token,), logprobs)
@@ -360,6 +420,34 @@ class LLM:
             output_tokens=self._output_tokens,
         )
 
+    def _capture(self, padding_page: int, most: int) -> DecodeGraphs | None:
+        """The decode steps as CUDA graphs; None where they are off, or the model cannot be captured."""
+        if not self.config.cuda_graphs:
+            return None
+        limits = GraphLimits(
+            max_batch_size=most,
+            max_pages=kv_cache.pages_for(self.max_model_len, self.config.page_size),
+            max_seqlen_k=self.max_model_len,
+            padding_page=padding_page,
+            device=self.device,
+        )
+        record = CudaRecorder(self.device)
+        graphs = DecodeGraphs(self._forward, self.backend, limits, batch_sizes(most), record)
+        try:
+            graphs.capture()
+        except Exception as error:  # whatever a model does that cannot be captured
+            logger.warning("decode runs without CUDA graphs: %s: %s", type(error).__name__, error)
+            return None
+        return graphs
+
+    def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """The model call that is captured: logits of all rows."""
+        output = self.model(
+            input_ids=ids, position_ids=positions, use_cache=False, headway=self._attention
+        )
+        logits: Tensor = output.logits[0]
+        return logits
+
     def _cache_size(self, shapes: Sequence[kv_cache.KVShape], limit: int) -> tuple[int, int]:
         """Number of pages, and the longest sequence they allow (at most ``limit``)."""
         config = self.config
@@ -367,11 +455,13 @@ class LLM:
         if config.kv_cache_tokens is not None:
             pages = config.kv_cache_tokens // size
         else:
-            budget = config.kv_cache_memory_bytes or _free_bytes(self.device)
+            free = _free_bytes(self.device)
+            budget = config.kv_cache_memory_bytes or int(free * (config.mem_fraction or 1))
             pages = budget // (size * kv_cache.bytes_per_token(shapes, self.dtype))
             if config.kv_cache_memory_bytes is None:
                 # No more than everything that could run at once would fill.
-                pages = min(pages, config.max_running_requests * kv_cache.pages_for(limit, size))
+                most = config.max_running_requests or 1
+                pages = min(pages, most * kv_cache.pages_for(limit, size))
         if pages < 1:
             raise InvalidInputError("kv_cache_tokens", f"{pages} pages", f"a page of {size} tokens")
         if pages * size >= limit:
@@ -386,10 +476,9 @@ class LLM:
 
 
 def _free_bytes(device: torch.device) -> int:
-    """Memory the KV cache takes by default."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * MEMORY_SHARE["cuda"])
-    return int(psutil.virtual_memory().available * MEMORY_SHARE["cpu"])
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
 
 
 def _decoder(tokenizer: Any) -> Decode:

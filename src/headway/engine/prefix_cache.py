@@ -23,9 +23,12 @@ def page_digest(parent: bytes, tokens: Sequence[int]) -> bytes:
     return hashlib.blake2b(parent + array("q", tokens).tobytes(), digest_size=16).digest()
 
 
-def extend_digests(digests: list[bytes], tokens: Sequence[int], page_size: int) -> None:
-    """Append the digests of the full pages of ``tokens`` that ``digests`` does not cover yet."""
-    for page in range(len(digests), len(tokens) // page_size):
+def extend_digests(
+    digests: list[bytes], tokens: Sequence[int], page_size: int, length: int | None = None
+) -> None:
+    """Append the digests of the full pages of ``tokens``, or of the first ``length`` of them, that
+    ``digests`` does not cover yet."""
+    for page in range(len(digests), (len(tokens) if length is None else length) // page_size):
         parent = digests[-1] if digests else ROOT
         digests.append(page_digest(parent, tokens[page * page_size : (page + 1) * page_size]))
 

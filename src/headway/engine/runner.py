@@ -1,7 +1,10 @@
 """Runner: one step's tokens through the model, flattened into a single row.
 
 The model sees (1, total_tokens) with each token's own position; which tokens belong together is known to
-the attention backend alone. Logits are computed only for the rows that sample.
+the attention backend alone. Logits are computed only for the rows that are looked at.
+
+Nothing here waits for the device: what a step needs travels in one copy, and a token that the step before
+has drawn is taken over on the device, before the host knows it.
 """
 
 from __future__ import annotations
@@ -13,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from headway.engine.attention import PagedAttention
+from headway.engine.graphs import DecodeGraphs
 from headway.engine.scheduler import Chunk, Sequence
+from headway.engine.transfer import upload
 from headway.serving.base import AttentionBackend, ForwardBatch
 
 
@@ -47,6 +52,7 @@ class ModelRunner:
     Args:
         model: a transformers causal language model whose attention is ``headway_paged``.
         max_sequences: most sequences in a step; max_pages: most pages of a sequence.
+        graphs: captured decode steps; without, every step is launched kernel by kernel.
     """
 
     def __init__(
@@ -57,53 +63,107 @@ class ModelRunner:
         *,
         max_sequences: int,
         max_pages: int,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
         self.model = model
         self.device = next(model.parameters()).device
+        self.graphs = graphs
         self._attention = attention
         self._backend = backend
         self._pages = PageTable(max_sequences, max_pages)
+        self._drawn: tuple[dict[Sequence, int], Tensor] | None = None
+
+    def drew(self, sequences: Seq[Sequence], tokens: Tensor) -> None:
+        """What the latest step has drawn, (n,) int64 on the device: the next one goes on from there."""
+        self._drawn = {sequence: row for row, sequence in enumerate(sequences)}, tokens
 
     @torch.inference_mode()
     def run(self, chunks: Seq[Chunk]) -> Tensor:
         """Compute the chunks and write their keys and values.
 
         Returns:
-            (rows, vocabulary) logits, one row for each chunk that samples, in order.
+            (rows, vocabulary) logits, ``chunk.num_rows`` rows for each chunk, in order. They are valid
+            until the next call.
         """
         ids: list[int] = []
+        sources: list[int] = []
         positions: list[int] = []
-        ends, last_rows, contexts = [0], [], []
+        ends: list[int] = [0]
+        rows: list[int] = []
+        contexts: list[int] = []
         for chunk in chunks:
             start = chunk.sequence.num_computed
             stop = start + chunk.num_tokens
-            ids += chunk.sequence.tokens[start:stop]
+            ids += chunk.tokens
+            sources += [-1] * chunk.num_tokens
+            if chunk.takes_pending:
+                sources[-1] = self._source(chunk.sequence)
             positions += range(start, stop)
             contexts.append(start)
             ends.append(len(ids))
-            if chunk.samples:
-                last_rows.append(len(ids) - 1)
+            rows += range(len(ids) - chunk.num_rows, len(ids))
         table = self._pages.fill(chunks)
+        pending = any(source >= 0 for source in sources)
+        sent = self._send(ids, sources if pending else [], positions, contexts, ends, rows, table)
+        ids_there, sources_there, positions_there, contexts_there, ends_there, rows_there = sent[:6]
         batch = ForwardBatch(
-            cu_seqlens_q=self._tensor(ends, torch.int32),
-            seqlens_k=self._tensor(contexts, torch.int32),
-            page_table=torch.from_numpy(table).to(self.device),
+            cu_seqlens_q=ends_there,
+            seqlens_k=contexts_there,
+            page_table=sent[6].view(table.shape),
             max_seqlen_q=max(chunk.num_tokens for chunk in chunks),
             max_seqlen_k=max(
                 start + chunk.num_tokens for start, chunk in zip(contexts, chunks, strict=True)
             ),
+            num_decodes=_leading_decodes(chunks),
         )
+        if pending:
+            assert self._drawn is not None
+            drawn = self._drawn[1][sources_there.clamp(min=0)]
+            ids_there = torch.where(sources_there >= 0, drawn, ids_there)
+        if self.graphs is not None and self.graphs.covers(batch):
+            return self.graphs.run(ids_there, positions_there, batch)
+        return self._run_eagerly(ids_there, positions_there, batch, rows_there, len(rows))
+
+    def _run_eagerly(
+        self, ids: Tensor, positions: Tensor, batch: ForwardBatch, rows: Tensor, num_rows: int
+    ) -> Tensor:
         self._backend.init_forward_metadata(batch)
         output = self.model(
-            input_ids=self._tensor(ids, torch.int64)[None],
-            position_ids=self._tensor(positions, torch.int64)[None],
+            input_ids=ids[None].long(),
+            position_ids=positions[None].long(),
             use_cache=False,
-            # A chunk that ends inside its prompt samples nothing, but models need a row to project.
-            logits_to_keep=self._tensor(last_rows or [0], torch.int64),
+            # A chunk that ends inside its prompt is not looked at, but models need a row to project.
+            logits_to_keep=rows.long(),
             headway=self._attention,
         )
         logits: Tensor = output.logits[0]
-        return logits[: len(last_rows)]
+        return logits[:num_rows]
 
-    def _tensor(self, values: list[int], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=self.device)
+    def _source(self, sequence: Sequence) -> int:
+        assert self._drawn is not None
+        return self._drawn[0][sequence]
+
+    def _send(
+        self,
+        ids: list[int],
+        sources: list[int],
+        positions: list[int],
+        contexts: list[int],
+        ends: list[int],
+        rows: list[int],
+        table: np.ndarray,
+    ) -> tuple[Tensor, ...]:
+        """All of a step's numbers as int32 tensors on the device, in one copy."""
+        parts = [ids, sources, positions, contexts, ends, rows or [0]]
+        flat = np.array([n for part in parts for n in part], dtype=np.int32)
+        packed = np.concatenate((flat, table.reshape(-1)))
+        there = upload(packed, torch.int32, self.device)
+        return there.split([*map(len, parts), table.size])
+
+
+def _leading_decodes(chunks: Seq[Chunk]) -> int:
+    """How many chunks from the first on are a single token."""
+    for count, chunk in enumerate(chunks):
+        if chunk.num_tokens != 1:
+            return count
+    return len(chunks)

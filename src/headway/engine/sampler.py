@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from headway.engine.request import SamplingParams, TokenLogprob
+from headway.engine.transfer import Download, upload
 
 #: A top-k up to one of these has that many tokens sorted, otherwise the whole vocabulary.
 HEAD_SIZES = (64, 1024)
@@ -47,6 +48,56 @@ class Sampled:
     error: str | None = None
 
 
+class Drawn:
+    """Tokens that a device has been asked for: ``tokens`` (rows,) int64 are there, or will be.
+
+    ``collect`` waits for them.
+    """
+
+    def __init__(self, logits: Tensor, rows: Sequence[Row]) -> None:
+        self._rows = rows
+        # max() passes NaN on; all -inf is no distribution
+        largest, self.tokens = logits.max(dim=-1)
+        healthy = torch.isfinite(largest)
+        drawn = [i for i, row in enumerate(rows) if row.params.temperature > 0]
+        if drawn and logits.device.type == "cpu":
+            fine = healthy.tolist()
+            drawn = [i for i in drawn if fine[i]]
+        if drawn:
+            everyone = len(drawn) == len(rows)
+            index = None if everyone else _indices(drawn, logits)
+            subset = (logits if index is None else logits[index]).float()
+            if logits.device.type != "cpu":  # nobody looks whether there is one
+                sick = ~(healthy if index is None else healthy[index])
+                subset = subset.masked_fill(sick[:, None], 0.0)
+            picked = _draw(subset, [rows[i] for i in drawn])
+            self.tokens = picked if index is None else self.tokens.index_copy(0, index, picked)
+        self._wanted = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
+        told = _logprobs(logits, rows, self.tokens, self._wanted) if self._wanted else ()
+        self._download = Download([self.tokens, healthy, *told])
+
+    def collect(self) -> list[Sampled]:
+        """One :class:`Sampled` per row."""
+        tokens, healthy, *told = (t.tolist() for t in self._download.wait())
+        result = [
+            Sampled(token) if fine else Sampled(error="the model's logits are not finite")
+            for token, fine in zip(tokens, healthy, strict=True)
+        ]
+        for at, i in enumerate(self._wanted if told else ()):
+            if not healthy[i]:
+                continue
+            chosen, values, ids = (column[at] for column in told)
+            count = self._rows[i].params.logprobs or 0
+            top = tuple(zip(ids[:count], values[:count], strict=True))
+            result[i] = Sampled(tokens[i], TokenLogprob(tokens[i], chosen, top))
+        return result
+
+
+def draw(logits: Tensor, rows: Sequence[Row]) -> Drawn:
+    """:func:`sample` without waiting for the result."""
+    return Drawn(logits, rows)
+
+
 def sample(logits: Tensor, rows: Sequence[Row]) -> list[Sampled]:
     """Draw one token per row.
 
@@ -57,24 +108,7 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> list[Sampled]:
         One :class:`Sampled` per row. A row whose logits contain NaN or +inf, or nothing finite, gets an
         error and leaves the others alone.
     """
-    logits = logits.float()
-    largest, tokens = logits.max(dim=-1)
-    healthy = torch.isfinite(largest).tolist()  # max() passes NaN on; all -inf is no distribution
-    tokens_list = tokens.tolist()
-    drawn = [i for i, row in enumerate(rows) if row.params.temperature > 0 and healthy[i]]
-    if drawn:
-        picked = _draw(
-            logits[drawn] if len(drawn) < len(rows) else logits, [rows[i] for i in drawn]
-        )
-        for i, token in zip(drawn, picked, strict=True):
-            tokens_list[i] = token
-    logprobs = _logprobs(logits, rows, tokens_list, healthy)
-    return [
-        Sampled(token, logprobs.get(i))
-        if healthy[i]
-        else Sampled(error="the model's logits are not finite")
-        for i, token in enumerate(tokens_list)
-    ]
+    return draw(logits, rows).collect()
 
 
 def uniform(seed: int, index: int) -> float:
@@ -84,25 +118,29 @@ def uniform(seed: int, index: int) -> float:
     return (bits >> 11) * 2.0**-53
 
 
-def _draw(logits: Tensor, rows: Sequence[Row]) -> list[int]:
-    """Tokens for rows that all have a temperature."""
+def _draw(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    """(rows,) tokens for rows that all have a temperature; nothing is read back from the device."""
     scaled = logits / _column([row.params.temperature for row in rows], logits)
     uniforms = _column([uniform(row.seed, row.index) for row in rows], logits, torch.float64)
-    tokens = [-1] * len(rows)
+    tokens = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
     for kind, members in _by_kind(rows, logits.shape[-1]).items():
-        everyone = len(members) == len(rows)
         params = [rows[i].params for i in members]
-        subset, numbers = (scaled, uniforms) if everyone else (scaled[members], uniforms[members])
-        if kind == NUCLEUS:
+        index = None if len(members) == len(rows) else _indices(members, logits)
+        subset = scaled if index is None else scaled[index]
+        numbers = uniforms if index is None else uniforms[index]
+        if kind == NUCLEUS and logits.device.type != "cpu":
+            picked = _draw_from_head(subset, params, numbers, logits.shape[-1])
+        elif kind == NUCLEUS:
             each = zip(subset, params, numbers, strict=True)
-            picked = [_draw_from_nucleus(*one) for one in each]
+            picked = torch.tensor([_draw_from_nucleus(*one) for one in each])
         elif kind == WHOLE:
             probs = _keep_min_p(torch.softmax(subset, dim=-1), params)
-            picked = _invert(probs, numbers).tolist()
+            picked = _invert(probs, numbers)
         else:
             picked = _draw_from_head(subset, params, numbers, kind)
-        for i, token in zip(members, picked, strict=True):
-            tokens[i] = token
+        if index is None:
+            return picked
+        tokens.index_copy_(0, index, picked)
     return tokens
 
 
@@ -123,14 +161,14 @@ def _by_kind(rows: Sequence[Row], vocabulary: int) -> dict[int, list[int]]:
 
 def _draw_from_head(
     scaled: Tensor, params: Sequence[SamplingParams], uniforms: Tensor, size: int
-) -> list[int]:
+) -> Tensor:
     """Draws for rows with a top-k of at most ``size``."""
     values, ids = scaled.topk(size, dim=-1)
     probs = _keep_top_k(torch.exp(values - values[:, :1]), params)
     mass = _column([p.top_p for p in params], scaled) * probs.sum(dim=-1, keepdim=True)
     probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= mass, 0.0)
     picked = _invert(_keep_min_p(probs, params), uniforms)
-    return ids.gather(-1, picked[:, None])[:, 0].tolist()
+    return ids.gather(-1, picked[:, None])[:, 0]
 
 
 def _draw_from_nucleus(scaled: Tensor, params: SamplingParams, uniform: Tensor) -> int:
@@ -190,24 +228,22 @@ def _search(probs: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _logprobs(
-    logits: Tensor, rows: Sequence[Row], tokens: Sequence[int], healthy: Sequence[bool]
-) -> dict[int, TokenLogprob]:
-    """Log-probabilities of the chosen and the most likely tokens, for the rows that ask for them."""
-    wanted = [i for i, row in enumerate(rows) if row.params.logprobs is not None and healthy[i]]
-    if not wanted:
-        return {}
-    logprobs = torch.log_softmax(logits[wanted], dim=-1)
+    logits: Tensor, rows: Sequence[Row], tokens: Tensor, wanted: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For the rows that ask: log-probabilities (n,) of their tokens, and (n, most) the most likely
+    tokens' with these tokens' ids."""
+    index = _indices(wanted, logits)
+    logprobs = torch.log_softmax(logits[index].float(), dim=-1)
     most = max(rows[i].params.logprobs or 0 for i in wanted)
-    chosen = logprobs.gather(-1, torch.tensor([[tokens[i]] for i in wanted], device=logits.device))
-    values, ids = (t.tolist() for t in logprobs.topk(min(most, logprobs.shape[-1]), dim=-1))
-    result = {}
-    for at, i in enumerate(wanted):
-        count = rows[i].params.logprobs or 0
-        top = tuple(zip(ids[at][:count], values[at][:count], strict=True))
-        result[i] = TokenLogprob(tokens[i], float(chosen[at]), top)
-    return result
+    chosen = logprobs.gather(-1, tokens[index][:, None])[:, 0]
+    values, ids = logprobs.topk(min(most, logprobs.shape[-1]), dim=-1)
+    return chosen, values, ids
+
+
+def _indices(places: Sequence[int], like: Tensor) -> Tensor:
+    return upload(places, torch.int64, like.device)
 
 
 def _column(values: Sequence[object], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """(rows, 1) tensor on the device of ``like``."""
-    return torch.tensor(values, dtype=dtype, device=like.device)[:, None]
+    return upload(values, dtype, like.device)[:, None]

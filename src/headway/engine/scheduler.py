@@ -16,6 +16,9 @@ from headway.engine.kv_cache import pages_for
 from headway.engine.prefix_cache import PrefixCache, extend_digests
 from headway.errors import InvalidInputError
 
+#: In the place of a token that the device has drawn and not told yet.
+PENDING = -1
+
 
 @dataclass(eq=False)
 class Sequence:
@@ -30,27 +33,69 @@ class Sequence:
     num_inserted: int = 0  # leading pages the prefix cache knows of
     admissions: int = 0  # times it has been given pages; changes whenever they do, but for growth
     cached_tokens: int | None = None  # prompt tokens found in the prefix cache; None until admitted
+    limit: int | None = None  # tokens at which it ends, whatever they are
+    num_pending: int = (
+        0  # last of ``tokens`` that are drawn but not known yet: PENDING stands for them
+    )
+    reads_prompt: bool = (
+        False  # every prompt token's logits are wanted, so none comes from the cache
+    )
 
     @property
     def num_remaining(self) -> int:
         return len(self.tokens) - self.num_computed
 
     @property
+    def num_known(self) -> int:
+        return len(self.tokens) - self.num_pending
+
+    @property
     def num_output_tokens(self) -> int:
-        return len(self.tokens) - self.num_prompt_tokens
+        """Output tokens that are known."""
+        return self.num_known - self.num_prompt_tokens
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether its last token is drawn, only not known yet."""
+        return self.num_pending > 0 and self.limit is not None and len(self.tokens) >= self.limit
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """``num_tokens`` tokens of a sequence, from its first one not computed yet."""
+    """``num_tokens`` tokens of a sequence, from its first one not computed yet.
+
+    ``drafts`` are the last of them: guesses at what follows the sequence's last token.
+    """
 
     sequence: Sequence
     num_tokens: int
+    drafts: tuple[int, ...] = ()
+
+    @property
+    def tokens(self) -> list[int]:
+        start = self.sequence.num_computed
+        own = self.sequence.tokens[start : start + self.num_tokens - len(self.drafts)]
+        return [*own, *self.drafts] if self.drafts else own
 
     @property
     def samples(self) -> bool:
         """Whether it ends with the sequence's last token, whose logits give the next one."""
-        return self.num_tokens == self.sequence.num_remaining
+        return self.num_tokens - len(self.drafts) == self.sequence.num_remaining
+
+    @property
+    def takes_pending(self) -> bool:
+        """Whether its last token is one that the host does not know yet."""
+        return self.sequence.num_pending > 0 and self.samples
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of logits that are looked at, the last ones of the chunk."""
+        if (
+            self.sequence.reads_prompt
+            and self.sequence.num_computed < self.sequence.num_prompt_tokens
+        ):
+            return self.num_tokens
+        return (1 if self.samples else 0) + len(self.drafts)
 
 
 class Scheduler:
@@ -104,7 +149,7 @@ class Scheduler:
         budget = self.chunked_prefill_size
         decoding = {chunk.sequence.request_id for chunk in chunks}
         for sequence in self.running:
-            if budget and sequence.request_id not in decoding:
+            if budget and sequence.request_id not in decoding and not sequence.is_ending:
                 chunk = Chunk(sequence, min(budget, sequence.num_remaining))
                 budget -= chunk.num_tokens
                 chunks.append(chunk)
@@ -116,15 +161,22 @@ class Scheduler:
         return chunks
 
     def advance(self, chunk: Chunk) -> None:
-        """Record that a chunk has been computed; call it before the next token is appended."""
-        sequence = chunk.sequence
-        sequence.num_computed += chunk.num_tokens
-        full = sequence.num_computed // self.page_size
+        """Record that a chunk is computed, or that the device is about to: what is launched later finds
+        its keys and values in place. Call it before the next token is appended."""
+        chunk.sequence.num_computed += chunk.num_tokens
+        self.remember(chunk.sequence)
+
+    def remember(self, sequence: Sequence) -> None:
+        """Tell the prefix cache of the pages whose tokens are all computed and known."""
+        full = min(sequence.num_computed, sequence.num_known) // self.page_size
         if self.cache.enabled and full > sequence.num_inserted:
-            extend_digests(sequence.digests, sequence.tokens, self.page_size)
+            self._extend_digests(sequence)
             for index in range(sequence.num_inserted, full):
                 self.cache.insert(sequence.pages[index], sequence.digests[index])
             sequence.num_inserted = full
+
+    def _extend_digests(self, sequence: Sequence) -> None:
+        extend_digests(sequence.digests, sequence.tokens, self.page_size, sequence.num_known)
 
     def _decodes(self) -> list[Chunk]:
         """One token for each sequence that is past its prompt, making room by preemption."""
@@ -132,7 +184,8 @@ class Scheduler:
         index = 0
         while index < len(self.running):  # preemption shortens the list, from its end
             sequence = self.running[index]
-            if sequence.num_remaining == 1 and self._grow(sequence):
+            ready = sequence.num_remaining == 1 and not sequence.is_ending
+            if ready and self._grow(sequence):
                 chunks.append(Chunk(sequence, 1))
             index += 1
         return chunks
@@ -165,6 +218,8 @@ class Scheduler:
         if not self.waiting or len(self.running) >= self.max_running_requests:
             return False
         sequence = self.waiting[0]
+        if sequence.num_pending:  # preempted with a token under way
+            return False
         wanted = self._wanted_digests(sequence)
         cached = self.cache.acquire(wanted)
         missing = pages_for(len(sequence.tokens), self.page_size) - len(cached)
@@ -188,9 +243,9 @@ class Scheduler:
 
     def _wanted_digests(self, sequence: Sequence) -> list[bytes]:
         """Digests of the pages worth looking up: at least one token must be left to compute."""
-        if not self.cache.enabled:
+        if not self.cache.enabled or sequence.reads_prompt:
             return []
-        extend_digests(sequence.digests, sequence.tokens, self.page_size)
+        self._extend_digests(sequence)
         return sequence.digests[: (len(sequence.tokens) - 1) // self.page_size]
 
     def _being_computed(self, wanted: list[bytes], page: int) -> bool:

@@ -3,6 +3,11 @@
 Once per step the engine calls ``init_forward_metadata``; then each layer of the model calls ``forward``.
 What is common to all layers of a step is built in the first call, so that the second does little more
 than hand over its tensors.
+
+Steps of a captured CUDA graph go another way: ``init_cuda_graph_state`` once, then for every batch size
+``init_forward_metadata_capture`` before its capture and ``init_forward_metadata_replay`` before each
+replay. Only ``forward`` is recorded; the two others run outside the graph and leave their results where the
+graph reads them.
 """
 
 from __future__ import annotations
@@ -12,8 +17,10 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
+from headway.errors import HeadwayError, UnsupportedError
 from headway.problem import Mask
 
 
@@ -22,6 +29,7 @@ class AttentionLayer:
     """What an attention layer is, the same in every step.
 
     ``sinks`` (Hq,) joins the softmax's denominator. ``mask`` is over absolute positions of a sequence.
+    ``k_descale`` and ``v_descale`` (Hkv,) float32 are what a stored 1 means in a float8 cache.
     """
 
     layer_id: int
@@ -33,13 +41,15 @@ class AttentionLayer:
     mask: Mask
     softcap: float = 0.0
     sinks: Tensor | None = None
+    k_descale: Tensor | None = None
+    v_descale: Tensor | None = None
 
     @cached_property
     def kind(self) -> tuple[Hashable, ...]:
         """Equal for two layers whose calls differ in nothing but their tensors."""
         heads = self.num_q_heads, self.num_kv_heads, self.head_dim, self.head_dim_v
         scores = self.softmax_scale, self.softcap, self.sinks is None
-        return (*heads, *scores, self.mask)
+        return (*heads, *scores, self.k_descale is None, self.v_descale is None, self.mask)
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,7 @@ class ForwardBatch:
         page_table: (B, max_pages); covers the new tokens too, entries behind them are not looked at.
         max_seqlen_q: most new tokens of a sequence.
         max_seqlen_k: longest sequence after this step.
+        num_decodes: so many sequences from the first on have one new token each, as far as is known.
     """
 
     cu_seqlens_q: Tensor
@@ -62,10 +73,73 @@ class ForwardBatch:
     page_table: Tensor
     max_seqlen_q: int
     max_seqlen_k: int
+    num_decodes: int = 0
 
     @property
     def batch_size(self) -> int:
         return self.seqlens_k.shape[0]
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether every sequence has one new token."""
+        return self.num_decodes == self.batch_size or self.max_seqlen_q == 1
+
+    def split(self) -> tuple[ForwardBatch, ForwardBatch]:
+        """The decoding sequences, and the others."""
+        n = self.num_decodes
+        decodes = ForwardBatch(
+            self.cu_seqlens_q[: n + 1],
+            self.seqlens_k[:n],
+            self.page_table[:n],
+            1,
+            self.max_seqlen_k,
+            n,
+        )
+        others = ForwardBatch(
+            self.cu_seqlens_q[n:] - n,
+            self.seqlens_k[n:],
+            self.page_table[n:],
+            self.max_seqlen_q,
+            self.max_seqlen_k,
+        )
+        return decodes, others
+
+
+@dataclass(frozen=True)
+class TokenRotary:
+    """Rotary embedding that the backend applies to new queries and keys: cos and sin of each new token.
+
+    Args:
+        cos, sin: (total_q, rotary_dim / 2), last stride 1.
+        interleaved: whether pairs are (0, 1), (2, 3) .. instead of (0, rotary_dim / 2) ..
+    """
+
+    cos: Tensor
+    sin: Tensor
+    interleaved: bool = False
+
+    def rows(self, rows: slice) -> TokenRotary:
+        return TokenRotary(self.cos[rows], self.sin[rows], self.interleaved)
+
+
+@dataclass(frozen=True)
+class GraphLimits:
+    """What all captured steps together need.
+
+    Args:
+        max_batch_size: most sequences of a step, padding included.
+        max_pages: most pages of a sequence.
+        max_seqlen_k: longest sequence.
+        padding_page: a page that no sequence owns; rows of padding write there.
+        tokens_per_sequence: new tokens of every sequence: 1, or more where drafts are verified.
+    """
+
+    max_batch_size: int
+    max_pages: int
+    max_seqlen_k: int
+    padding_page: int
+    device: torch.device
+    tokens_per_sequence: int = 1
 
 
 class AttentionBackend(ABC):
@@ -74,11 +148,30 @@ class AttentionBackend(ABC):
     A backend serves one stream of steps: ``forward`` belongs to the latest ``init_forward_metadata``.
     """
 
+    _batch: ForwardBatch | None = None
+
     @abstractmethod
     def init_forward_metadata(self, batch: ForwardBatch) -> None:
         """Prepare a step. Host work that all layers share is done here."""
 
-    @abstractmethod
+    def init_cuda_graph_state(self, limits: GraphLimits) -> None:
+        """Allocate what captured steps read. Called once, before any capture."""
+        raise UnsupportedError(f"{type(self).__name__} runs under no CUDA graph")
+
+    def init_forward_metadata_capture(self, batch_size: int) -> None:
+        """Prepare the capture of steps of ``batch_size`` sequences: the calls of ``forward`` that follow
+        read buffers that stay where they are. All sequences are padding until a replay says otherwise."""
+        raise UnsupportedError(f"{type(self).__name__} runs under no CUDA graph")
+
+    def init_forward_metadata_replay(self, batch: ForwardBatch, batch_size: int) -> None:
+        """Prepare a replay of the graph captured for ``batch_size`` sequences, of which those behind
+        ``batch``'s are padding."""
+        raise UnsupportedError(f"{type(self).__name__} runs under no CUDA graph")
+
+    def get_cuda_graph_seq_len_fill_value(self) -> int:
+        """Tokens that a sequence of padding has in the cache."""
+        return 0
+
     def forward(
         self,
         q: Tensor,
@@ -86,13 +179,55 @@ class AttentionBackend(ABC):
         v: Tensor,
         kv_cache: tuple[Tensor, Tensor],
         layer: AttentionLayer,
+        rotary: TokenRotary | None = None,
     ) -> Tensor:
         """Write the new keys and values into the layer's cache, then attend.
 
         Args:
-            q: (total_q, Hq, D), positions already encoded; k: (total_q, Hkv, D); v: (total_q, Hkv, Dv).
+            q: (total_q, Hq, D), k: (total_q, Hkv, D), positions already encoded unless ``rotary`` is
+                given; v: (total_q, Hkv, Dv).
             kv_cache: pages of keys (num_pages, page_size, Hkv, D) and values (..., Dv).
 
         Returns:
             (total_q, Hq, Dv).
         """
+        batch = self._batch
+        if batch is None:
+            raise HeadwayError("forward was called before init_forward_metadata")
+        n = batch.num_decodes
+        if batch.is_decode:
+            return self.forward_decode(q, k, v, kv_cache, layer, rotary)
+        if n == 0:
+            return self.forward_extend(q, k, v, kv_cache, layer, rotary)
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        first, rest = slice(n), slice(n, None)
+        turns = (None, None) if rotary is None else (rotary.rows(first), rotary.rows(rest))
+        self.forward_decode(q[first], k[first], v[first], kv_cache, layer, turns[0], out[first])
+        self.forward_extend(q[rest], k[rest], v[rest], kv_cache, layer, turns[1], out[rest])
+        return out
+
+    @abstractmethod
+    def forward_decode(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kv_cache: tuple[Tensor, Tensor],
+        layer: AttentionLayer,
+        rotary: TokenRotary | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """``forward`` of the step's decoding sequences, whose rows alone are given."""
+
+    @abstractmethod
+    def forward_extend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kv_cache: tuple[Tensor, Tensor],
+        layer: AttentionLayer,
+        rotary: TokenRotary | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """``forward`` of the step's other sequences, whose rows alone are given."""

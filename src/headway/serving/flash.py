@@ -1,22 +1,74 @@
-"""FlashAttentionBackend: softmax attention over paged keys and values, through Headway's providers."""
+"""FlashAttentionBackend: softmax attention over paged keys and values, through Headway's providers.
+
+Covers full, sliding and chunked layers, sinks, softcap, and float8 caches. New keys and values are written
+either by the provider that attends, in one call, or by Headway's append kernel before a call that only
+reads: so every provider serves, whatever it can write itself, and one kernel rotates and writes for all.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Hashable
+from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import Tensor
 
-from headway import dispatch
-from headway.errors import HeadwayError
-from headway.problem import Append, KVLayout, Problem, Scores, check
-from headway.providers.base import Provider
-from headway.serving.base import AttentionBackend, AttentionLayer, ForwardBatch
+from headway import dispatch, reference
+from headway.errors import HeadwayError, InvalidInputError
+from headway.plan import Plan, PlanKey
+from headway.problem import Append, Descales, KVLayout, Problem, Rotary, Scores, check
+from headway.providers.base import Provider, Repeat
+from headway.serving.base import (
+    AttentionBackend,
+    AttentionLayer,
+    ForwardBatch,
+    GraphLimits,
+    TokenRotary,
+)
+
+KVPages = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What the layers of one kind share in a step."""
+
+    template: Problem  # without append and plan
+    provider: Provider
+    plan: Plan
+    lengths: Tensor  # what the plan was made from
+
+    def refresh(self) -> None:
+        """Plan anew, in place, for lengths that have changed in place."""
+        if type(self.provider).plan is Provider.plan:
+            self.plan.new_step()
+        else:
+            self.plan.copy_(_planned(self.provider, self.template, self.lengths))
+        self.provider.prepare(dataclasses.replace(self.template, plan=self.plan))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Sequences that one call per layer attends to: the decoding ones of a step, or the others.
+
+    ``lengths`` (B,) counts the new tokens too. Decoding sequences are dense, (B, new tokens, ..).
+    """
+
+    batch: ForwardBatch
+    lengths: Tensor
+    dense: bool
+    calls: dict[tuple[Hashable, ...], _Call] = field(default_factory=dict)
+
+    @staticmethod
+    def of(batch: ForwardBatch, dense: bool) -> _Part:
+        new = batch.cu_seqlens_q[1:] - batch.cu_seqlens_q[:-1]
+        return _Part(batch, batch.seqlens_k + new, dense)
 
 
 class FlashAttentionBackend(AttentionBackend):
-    """Runs each layer as one append-and-attend call.
+    """Runs each layer as one append-and-attend call, or as an append and a call that attends.
 
     The first layer of a kind (heads, dims, window, softcap, ..) in a step has its Problem built, checked
     and given to a provider; the step's other layers of that kind replace the tensors in it.
@@ -24,41 +76,227 @@ class FlashAttentionBackend(AttentionBackend):
     Args:
         backend: provider that must run every call; ``auto`` (or HEADWAY_BACKEND) chooses.
         ver: interface generation asked for.
+        fused_append: whether the provider writes new keys and values too; default: on a CPU.
     """
 
-    def __init__(self, backend: str = "auto", ver: Literal[3, 4] | None = None) -> None:
+    def __init__(
+        self,
+        backend: str = "auto",
+        ver: Literal[3, 4] | None = None,
+        *,
+        fused_append: bool | None = None,
+    ) -> None:
         self.backend = backend
         self.ver = ver
-        self._batch: ForwardBatch | None = None
-        self._calls: dict[tuple[Hashable, ...], tuple[Problem, Provider]] = {}
+        self._fused_append = fused_append
+        self._repeats: dict[tuple[Hashable, ...], Repeat] = {}
+        self._decode: _Part | None = None
+        self._extend: _Part | None = None
+        self._captured: dict[int, _Part] = {}
+        self._limits: GraphLimits | None = None
 
     def init_forward_metadata(self, batch: ForwardBatch) -> None:
         self._batch = batch
-        self._calls = {}
+        self._repeats = {}
+        self._decode = self._extend = None
+        if self._is_fused(batch):
+            return
+        if batch.is_decode:
+            self._decode = _Part.of(batch, dense=True)
+        elif batch.num_decodes == 0:
+            self._extend = _Part.of(batch, dense=False)
+        else:
+            decodes, others = batch.split()
+            self._decode, self._extend = _Part.of(decodes, True), _Part.of(others, False)
+
+    def _is_fused(self, batch: ForwardBatch) -> bool:
+        if self._fused_append is None:
+            return batch.seqlens_k.device.type == "cpu"
+        return self._fused_append
+
+    # --- steps of CUDA graphs ---------------------------------------------------------------------
+
+    def init_cuda_graph_state(self, limits: GraphLimits) -> None:
+        self._limits = limits
+        size, new = limits.max_batch_size, limits.tokens_per_sequence
+        int32 = {"dtype": torch.int32, "device": limits.device}
+        self._ends = torch.arange(0, (size + 1) * new, new, **int32)  # type: ignore[call-overload]
+        self._seqlens_k = torch.zeros(size, **int32)  # type: ignore[call-overload]
+        self._lengths = torch.full((size,), new, **int32)  # type: ignore[call-overload]
+        self._table = torch.full(  # type: ignore[call-overload]
+            (size, limits.max_pages), limits.padding_page, **int32
+        )
+        self._captured = {}
+
+    def init_forward_metadata_capture(self, batch_size: int) -> None:
+        limits = self._graph_limits()
+        if batch_size > limits.max_batch_size:
+            raise InvalidInputError("batch_size", batch_size, f"at most {limits.max_batch_size}")
+        part = self._captured.get(batch_size)
+        if part is None:
+            batch = ForwardBatch(
+                self._ends[: batch_size + 1],
+                self._seqlens_k[:batch_size],
+                self._table[:batch_size],
+                limits.tokens_per_sequence,
+                limits.max_seqlen_k,
+                batch_size,
+            )
+            part = self._captured[batch_size] = _Part(batch, self._lengths[:batch_size], True)
+        self._batch, self._decode, self._extend = part.batch, part, None
+        self._repeats = {}
+
+    def init_forward_metadata_replay(self, batch: ForwardBatch, batch_size: int) -> None:
+        limits = self._graph_limits()
+        part = self._captured.get(batch_size)
+        used, columns = batch.page_table.shape
+        if part is None or used > batch_size:
+            given = f"{used} sequences in a graph for {batch_size}"
+            raise InvalidInputError("batch_size", given, f"one of {sorted(self._captured)}")
+        self._table[:used, :columns].copy_(batch.page_table)
+        self._seqlens_k[:used].copy_(batch.seqlens_k)
+        if used < batch_size:
+            self._table[used:batch_size, 0].fill_(limits.padding_page)
+            self._seqlens_k[used:batch_size].fill_(self.get_cuda_graph_seq_len_fill_value())
+        torch.add(part.batch.seqlens_k, limits.tokens_per_sequence, out=part.lengths)
+        for call in part.calls.values():
+            call.refresh()
+
+    def _graph_limits(self) -> GraphLimits:
+        if self._limits is None:
+            raise HeadwayError("init_cuda_graph_state has to be called first")
+        return self._limits
+
+    # --- layers -----------------------------------------------------------------------------------
 
     def forward(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        kv_cache: tuple[Tensor, Tensor],
+        kv_cache: KVPages,
         layer: AttentionLayer,
+        rotary: TokenRotary | None = None,
     ) -> Tensor:
-        call = self._calls.get(layer.kind)
+        if self._decode is None and self._extend is None:
+            return self._forward_fused(q, k, v, kv_cache, layer, rotary)
+        return super().forward(q, k, v, kv_cache, layer, rotary)
+
+    def forward_decode(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kv_cache: KVPages,
+        layer: AttentionLayer,
+        rotary: TokenRotary | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        return self._attend(self._decode, q, k, v, kv_cache, layer, rotary, out)
+
+    def forward_extend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kv_cache: KVPages,
+        layer: AttentionLayer,
+        rotary: TokenRotary | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        return self._attend(self._extend, q, k, v, kv_cache, layer, rotary, out)
+
+    def _attend(
+        self,
+        part: _Part | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kv_cache: KVPages,
+        layer: AttentionLayer,
+        rotary: TokenRotary | None,
+        out: Tensor | None,
+    ) -> Tensor:
+        """Append, then attend: (rows, Hq, D) to (rows, Hq, Dv)."""
+        if part is None:
+            raise HeadwayError("the step has no such sequences")
+        rows = q.shape[0]
+        if part.dense:
+            sizes = part.batch.batch_size, part.batch.max_seqlen_q
+            q, k, v = (t.unflatten(0, sizes) for t in (q, k, v))
+            out = None if out is None else out.unflatten(0, sizes)
+        reading = self._reading(part, q, kv_cache, layer, out)
+        q = self._write(part, reading, k, v, rotary)
+        call = part.calls.get(layer.kind)
         if call is None:
-            problem = check(self.problem(q, k, v, kv_cache, layer))
-            provider = dispatch.choose(problem)
-            self._calls[layer.kind] = problem, provider
-        else:
-            template, provider = call
-            problem = dataclasses.replace(
-                template,
-                q=q,
-                k=kv_cache[0],
-                v=kv_cache[1],
-                scores=Scores(layer.softmax_scale, layer.softcap, layer.sinks),
-                append=Append(k, v, template.cu_seqlens_q, None),
-            )
+            call = part.calls[layer.kind] = _call(check(reading), part.lengths)
+        problem = dataclasses.replace(reading, q=q, plan=call.plan)
+        attended = call.provider.run(problem)[0]
+        return attended.view(rows, *attended.shape[-2:])
+
+    def _reading(
+        self,
+        part: _Part,
+        q: Tensor,
+        kv_cache: KVPages,
+        layer: AttentionLayer,
+        out: Tensor | None,
+    ) -> Problem:
+        """The layer as a call that only reads."""
+        batch = part.batch
+        return Problem(
+            q=q,
+            k=kv_cache[0],
+            v=kv_cache[1],
+            kv_layout=KVLayout.PAGED,
+            batch_size=batch.batch_size,
+            max_seqlen_q=batch.max_seqlen_q,
+            max_seqlen_k=batch.max_seqlen_k,
+            mask=layer.mask,
+            scores=Scores(layer.softmax_scale, layer.softcap, layer.sinks),
+            cu_seqlens_q=None if part.dense else batch.cu_seqlens_q,
+            seqlens_k=part.lengths,
+            page_table=batch.page_table,
+            descales=_descales(layer, batch.batch_size),
+            out=out,
+            ver=self.ver,
+            backend=self.backend,
+        )
+
+    def _write(
+        self, part: _Part, reading: Problem, k: Tensor, v: Tensor, rotary: TokenRotary | None
+    ) -> Tensor:
+        """Rotate and write the new keys and values; returns the query, rotated."""
+        batch = part.batch
+        ends = None if part.dense else batch.cu_seqlens_q
+        turns = None if rotary is None else _rotary(rotary, batch)
+        new = Append(k, v, ends, turns)
+        writing = dataclasses.replace(reading, seqlens_k=batch.seqlens_k, append=new, out=None)
+        if reading.device.type == "cpu":
+            return reference.append(writing, new)
+        from headway.kernels.portable.append import append
+
+        return append(writing, new)
+
+    # --- one call that writes and attends -----------------------------------------------------------
+
+    def _forward_fused(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kv_cache: KVPages,
+        layer: AttentionLayer,
+        rotary: TokenRotary | None,
+    ) -> Tensor:
+        varies = rotary is not None or layer.k_descale is not None or layer.v_descale is not None
+        repeat = None if varies else self._repeats.get(layer.kind)
+        if repeat is not None:
+            return repeat(q, *kv_cache, k, v, layer.sinks)
+        problem = check(self.problem(q, k, v, kv_cache, layer, rotary))
+        provider = dispatch.choose(problem)
+        if not varies:
+            self._repeats[layer.kind] = provider.repeat(problem)
         return provider.run(problem)[0]
 
     def problem(
@@ -66,13 +304,15 @@ class FlashAttentionBackend(AttentionBackend):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        kv_cache: tuple[Tensor, Tensor],
+        kv_cache: KVPages,
         layer: AttentionLayer,
+        rotary: TokenRotary | None = None,
     ) -> Problem:
-        """One layer of the current step as a Problem; nothing is checked or run."""
+        """One layer of the current step as a Problem that appends; nothing is checked or run."""
         batch = self._batch
         if batch is None:
             raise HeadwayError("forward was called before init_forward_metadata")
+        turns = None if rotary is None else _rotary(rotary, batch)
         return Problem(
             q=q,
             k=kv_cache[0],
@@ -86,7 +326,39 @@ class FlashAttentionBackend(AttentionBackend):
             cu_seqlens_q=batch.cu_seqlens_q,
             seqlens_k=batch.seqlens_k,
             page_table=batch.page_table,
-            append=Append(k, v, batch.cu_seqlens_q, None),
+            append=Append(k, v, batch.cu_seqlens_q, turns),
+            descales=_descales(layer, batch.batch_size),
             ver=self.ver,
             backend=self.backend,
         )
+
+
+def _descales(layer: AttentionLayer, batch_size: int) -> Descales:
+    k, v = layer.k_descale, layer.v_descale
+    if k is None and v is None:
+        return Descales()
+    wide = (None if t is None else t.expand(batch_size, -1) for t in (k, v))
+    return Descales(None, *wide)
+
+
+def _rotary(rotary: TokenRotary, batch: ForwardBatch) -> Rotary:
+    """Row i of the tables belongs to new token i, so a sequence's first row is its "position"."""
+    return Rotary(rotary.cos, rotary.sin, rotary.interleaved, batch.cu_seqlens_q[:-1])
+
+
+def _call(problem: Problem, lengths: Tensor) -> _Call:
+    provider = dispatch.choose(problem)
+    plan = None
+    if problem.is_decode and type(provider).plan is not Provider.plan:
+        plan = _planned(provider, problem, lengths)
+    if plan is None:  # keeps what the provider itself plans
+        plan = Plan(PlanKey.of(problem), lengths)
+    return _Call(dataclasses.replace(problem, out=None), provider, plan, lengths)
+
+
+def _planned(provider: Provider, problem: Problem, lengths: Tensor) -> Plan:
+    """A schedule for keys that the queries can see: no more than the window where there is one."""
+    mask = problem.mask
+    if mask.window_left is not None:
+        lengths = lengths.clamp(max=mask.window_left + problem.max_seqlen_q)
+    return provider.plan(PlanKey.of(problem), lengths, kv_dtype=problem.k.dtype)

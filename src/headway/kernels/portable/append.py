@@ -16,8 +16,9 @@ from headway.kernels.portable.operands import bits, block_width, lengths, stride
 from headway.kernels.portable.spans import query_span
 from headway.problem import Append, KVLayout, Problem
 
-#: Tokens per program.
-BLOCK_T = 16
+#: Tokens per program, and warps for them; a step of one token per sequence has nothing to put together.
+BLOCK_T, WARPS = 16, 4
+SINGLE_T, SINGLE_WARPS = 1, 1
 
 
 @jit
@@ -280,10 +281,13 @@ def append(problem: Problem, new: Append) -> Tensor:
     longest = new.k.shape[0] if new.cu_seqlens is not None else new.k.shape[1]
     if new.cu_seqlens is not None:
         longest = min(longest, max(p.max_seqlen_k, 1))
+        if new.cu_seqlens is p.cu_seqlens_q:
+            longest = min(longest, p.max_seqlen_q)
     if rotary is not None:
         longest = max(longest, places["rows_q"])
     heads = 2 * p.num_kv_heads + (p.num_q_heads if rotary is not None else 0)
-    grid = (cdiv(longest, BLOCK_T), heads, p.batch_size)
+    block_t, warps = (SINGLE_T, SINGLE_WARPS) if longest == 1 else (BLOCK_T, WARPS)
+    grid = (cdiv(longest, block_t), heads, p.batch_size)
     if 0 in grid:
         return q_out
     ragged_new = new.cu_seqlens is not None
@@ -312,8 +316,8 @@ def append(problem: Problem, new: Append) -> Tensor:
         DV=p.head_dim_v,
         BLOCK_D=block_width(p.head_dim),
         BLOCK_DV=block_width(p.head_dim_v),
-        BLOCK_T=BLOCK_T,
-        num_warps=4,
+        BLOCK_T=block_t,
+        num_warps=warps,
         **{name: places[name] for name in _PLACES},
         **_row_strides("k_new", new.k, ragged_new),
         **_row_strides("v_new", new.v, ragged_new),

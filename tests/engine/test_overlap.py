@@ -1,0 +1,124 @@
+"""Steps that overlap, and steps that are replayed, say what plain steps say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from torch import Tensor
+
+from headway.engine.graphs import DecodeGraphs, batch_sizes
+from headway.engine.kv_cache import pages_for
+from headway.engine.llm import LLM
+from headway.engine.request import FinishReason, SamplingParams
+from headway.serving.base import GraphLimits
+from tests.engine.conftest import VOCABULARY, TinyModel, engine
+
+PROMPTS = [[(7 * i + n) % VOCABULARY for i in range(n)] for n in (1, 2, 15, 16, 17, 33, 70, 33)]
+PROMPTS.append(list(PROMPTS[4]))
+GREEDY = SamplingParams(max_tokens=20, temperature=0)
+
+
+def replaying(llm: LLM, most: int = 12) -> LLM:
+    """The engine with decode steps that go the way of CUDA graphs: recorded once per size, then fed
+    through buffers that stay where they are. Recording here is remembering; replaying, doing it again."""
+    llm.backend._fused_append = False
+    limits = GraphLimits(
+        max_batch_size=most,
+        max_pages=pages_for(llm.max_model_len, llm.config.page_size),
+        max_seqlen_k=llm.max_model_len,
+        padding_page=llm._kv.num_pages - 1,
+        device=llm.device,
+    )
+
+    def record(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        backend, held = llm.backend, (llm.backend._batch, llm.backend._decode)
+        function()
+
+        def replay() -> Tensor:
+            backend._batch, backend._decode = held
+            return function()
+
+        return replay
+
+    sizes = [size for size in (1, 2, 4) if size < most] + [most]
+    graphs = DecodeGraphs(llm._forward, llm.backend, limits, sizes, record)
+    graphs.capture()
+    llm._runner.graphs = graphs
+    return llm
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("chunk", [16, 512])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_oss"])
+def test_equals_transformers(
+    name: str, chunk: int, graphs: bool, tiny: Callable[[str], TinyModel]
+) -> None:
+    model = tiny(name)
+    llm = engine(model, overlap=True, chunked_prefill_size=chunk)
+    if graphs:
+        replaying(llm)
+    found = [list(one.token_ids) for one in llm.generate(PROMPTS, GREEDY)]
+    assert found == [model.greedy(prompt, 20) for prompt in PROMPTS]
+    assert llm.stats().pages_used == 0
+    assert llm.stats().prefix_cache_hit_tokens > 0
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_preemption_with_a_token_under_way(llama: TinyModel, page_size: int) -> None:
+    llm = replaying(
+        engine(llama, overlap=True, page_size=page_size, kv_cache_tokens=150, max_model_len=96)
+    )
+    found = [list(one.token_ids) for one in llm.generate(PROMPTS, GREEDY)]
+    assert found == [llama.greedy(prompt, 20) for prompt in PROMPTS]
+    assert llm.stats().preemptions > 0
+    assert llm.stats().pages_used == 0
+
+
+def test_sampled_tokens_are_the_same_with_and_without(llama: TinyModel) -> None:
+    params = [SamplingParams(max_tokens=n, temperature=1.1, seed=n) for n in range(3, 12)]
+    plain, overlapped = (
+        engine(llama, overlap=overlap).generate(PROMPTS, params) for overlap in (False, True)
+    )
+    assert [one.token_ids for one in plain] == [one.token_ids for one in overlapped]
+
+
+def test_a_stop_is_noticed_one_step_late_and_says_nothing_more(llama: TinyModel) -> None:
+    llm = engine(llama, overlap=True)
+    tokens = llama.greedy([1, 2, 3], 8)
+    params = SamplingParams(max_tokens=8, temperature=0, stop_token_ids=(tokens[3],))
+    (one,) = llm.generate([[1, 2, 3]], params)
+    end = tokens.index(tokens[3])
+    assert (list(one.token_ids), one.finish_reason) == (tokens[: end + 1], FinishReason.STOP)
+    assert llm.stats().output_tokens == end + 1
+
+
+def test_an_id_may_come_back_while_its_last_step_is_under_way(llama: TinyModel) -> None:
+    llm = engine(llama, overlap=True)
+    llm.add_request("a", [9] * 20, GREEDY)
+    llm.step()
+    llm.abort("a")
+    llm.add_request("a", [1, 2, 3], GREEDY)
+    outputs = []
+    while llm.has_unfinished():
+        outputs += llm.step()
+    assert [token for one in outputs for token in one.new_token_ids] == llama.greedy([1, 2, 3], 20)
+    assert llm.stats().pages_used == 0
+
+
+def test_a_step_that_fails_fails_alone(llama: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = engine(llama, overlap=True)
+    llm.add_request("a", [1, 2, 3], GREEDY)
+    llm.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(llm._runner, "run", lambda chunks: 1 / 0)
+        (failed,) = llm.step()
+    assert failed.finish_reason is FinishReason.ERROR
+    (one,) = llm.generate([[1, 2, 3]], GREEDY)
+    assert list(one.token_ids) == llama.greedy([1, 2, 3], 20)
+
+
+def test_sizes_of_graphs() -> None:
+    assert batch_sizes(1) == [1]
+    assert batch_sizes(40) == [1, 2, 4, 8, 16, 32, 40]
+    assert batch_sizes(256)[-3:] == [224, 240, 256]
