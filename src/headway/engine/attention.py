@@ -22,6 +22,9 @@ from headway.serving.base import AttentionBackend, AttentionLayer
 #: name that has no mask function of its own, so the masks are Headway's alone.
 ATTENTION_NAME = "headway_paged"
 
+#: Attribute of a query or key that is still to be rotated: its :class:`TokenRotary`.
+ROTARY_MARK = "headway_rotary"
+
 #: Layers whose memory is keys and values of past tokens, in transformers' words.
 LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 
@@ -44,8 +47,15 @@ def paged_attention(
     headway: Attend,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: query (1, Hq, T, D) -> (1, T, Hq, Dv)."""
+    """transformers' attention interface: query (1, Hq, T, D) -> (1, T, Hq, Dv).
+
+    Queries and keys that carry a rotary mark are still to be rotated (:mod:`headway.engine.fusion`).
+    """
     options["attention_mask"] = attention_mask
+    rotary = getattr(query, ROTARY_MARK, None)
+    if rotary is not getattr(key, ROTARY_MARK, None):
+        raise UnsupportedError(f"{type(module).__name__} rotates queries or keys, but not both")
+    options["rotary"] = rotary
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     return headway(module, q, k, v, options).unsqueeze(0), None
 
@@ -69,7 +79,10 @@ class PagedAttention:
         self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
     ) -> Tensor:
         layer, kv_cache = self._layers[module.layer_idx]  # type: ignore[index]
-        return self._backend.forward(q, k, v, kv_cache, layer)
+        rotary = options["rotary"]
+        if rotary is None:
+            return self._backend.forward(q, k, v, kv_cache, layer)
+        return self._backend.forward(q, k, v, kv_cache, layer, rotary)
 
 
 class LayerProbe:

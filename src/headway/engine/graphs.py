@@ -85,8 +85,12 @@ class DecodeGraphs:
             self._backend.init_forward_metadata_capture(size)
             tokens = size * self._limits.tokens_per_sequence
             ids, positions = self._ids[:, :tokens], self._positions[:, :tokens]
-            self._replays[size] = self._record(functools.partial(self._forward, ids, positions))
+            self._replays[size] = self._record(functools.partial(self._step, ids, positions))
             advance()
+
+    def _step(self, ids: Tensor, positions: Tensor) -> Tensor:
+        self._backend.init_forward_metadata_in_graph()
+        return self._forward(ids, positions)
 
     def covers(self, batch: ForwardBatch) -> bool:
         """Whether there is a graph for such a step."""

@@ -7,14 +7,14 @@ import logging
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import psutil
 import torch
 from torch import Tensor
 
 from headway.engine import kv_cache, loader, sampler
-from headway.engine.acceleration import accelerate
+from headway.engine.acceleration import Acceleration, accelerate
 from headway.engine.attention import PagedAttention, probe_layers
 from headway.engine.config import EngineConfig
 from headway.engine.detokenizer import Decode, Detokenizer
@@ -35,6 +35,9 @@ from headway.engine.scheduler import Sequence as TokenSequence
 from headway.errors import InvalidInputError
 from headway.serving.base import GraphLimits
 from headway.serving.flash import FlashAttentionBackend
+
+if TYPE_CHECKING:
+    from headway.engine.fusion import Fusion
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +105,7 @@ class LLM:
         self.model_name = loaded.name
         self._eos_token_ids = loaded.eos_token_ids
         self.model = loaded.model
-        self.acceleration = accelerate(self.model, level=config.acceleration)
+        self.acceleration = self._accelerate()
         self.backend = FlashAttentionBackend(config.attention_backend, config.flash_attn_version)
         probe = probe_layers(self.model, loaded.config)
         (self.dtype,) = probe.dtypes
@@ -133,6 +136,14 @@ class LLM:
         self._seeds = random.Random(config.seed)
         self._prompt_tokens = 0
         self._output_tokens = 0
+
+    def _accelerate(self) -> Acceleration | Fusion:
+        """Exchange parts of the model for faster ones, as its device wants it."""
+        if self.device.type == "cuda" and self.config.acceleration == "auto":
+            from headway.engine.fusion import fuse
+
+            return fuse(self.model)
+        return accelerate(self.model, level=self.config.acceleration)
 
     # --- text and tokens --------------------------------------------------------------------------
 

@@ -6,8 +6,8 @@ than hand over its tensors.
 
 Steps of a captured CUDA graph go another way: ``init_cuda_graph_state`` once, then for every batch size
 ``init_forward_metadata_capture`` before its capture and ``init_forward_metadata_replay`` before each
-replay. Only ``forward`` is recorded; the two others run outside the graph and leave their results where the
-graph reads them.
+replay. These run outside the graph and leave their results where it reads them;
+``init_forward_metadata_in_graph`` and ``forward`` are recorded.
 """
 
 from __future__ import annotations
@@ -162,6 +162,10 @@ class AttentionBackend(ABC):
         """Prepare the capture of steps of ``batch_size`` sequences: the calls of ``forward`` that follow
         read buffers that stay where they are. All sequences are padding until a replay says otherwise."""
         raise UnsupportedError(f"{type(self).__name__} runs under no CUDA graph")
+
+    def init_forward_metadata_in_graph(self) -> None:  # noqa: B027 - most have nothing to record
+        """Called where a captured step begins, before its layers: what is launched here is recorded and
+        runs again in every replay. Nothing may wait for the device."""
 
     def init_forward_metadata_replay(self, batch: ForwardBatch, batch_size: int) -> None:
         """Prepare a replay of the graph captured for ``batch_size`` sequences, of which those behind

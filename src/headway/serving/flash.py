@@ -42,7 +42,7 @@ class _Call:
 
     def refresh(self) -> None:
         """Plan anew, in place, for lengths that have changed in place."""
-        if type(self.provider).plan is Provider.plan:
+        if self.plan.schedule is None:
             self.plan.new_step()
         else:
             self.plan.copy_(_planned(self.provider, self.template, self.lengths))
@@ -158,6 +158,11 @@ class FlashAttentionBackend(AttentionBackend):
         if used < batch_size:
             self._table[used:batch_size, 0].fill_(limits.padding_page)
             self._seqlens_k[used:batch_size].fill_(self.get_cuda_graph_seq_len_fill_value())
+
+    def init_forward_metadata_in_graph(self) -> None:
+        part, limits = self._decode, self._graph_limits()
+        if part is None:
+            raise HeadwayError("init_forward_metadata_capture was not called")
         torch.add(part.batch.seqlens_k, limits.tokens_per_sequence, out=part.lengths)
         for call in part.calls.values():
             call.refresh()
