@@ -10,7 +10,7 @@ from torch import Tensor
 
 pytest.importorskip("numba")
 
-from headway.kernels.cpu.append import append
+from headway.kernels.cpu.append import AppendCall
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -82,7 +82,7 @@ def test_rows_land_rotated_at_their_places(
 
     cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
     q_out = torch.empty_like(pack(q))
-    append(
+    AppendCall(
         pack(k_new),
         pack(v_new),
         k,
@@ -98,7 +98,7 @@ def test_rows_land_rotated_at_their_places(
         q_out=q_out,
         cu_seqlens_q=cu if ragged else None,
         q_at_own_positions=own,
-    )
+    ).run()
     touched = torch.zeros(k.shape[:2], dtype=torch.bool)
     for b in range(batch):
         q_rows = q_out[cu[b] : cu[b + 1]] if ragged else q_out[b]
@@ -122,14 +122,14 @@ def test_cache_batch_idx_picks_the_row_and_dtypes_may_differ() -> None:
     k = torch.zeros(4, 8, 1, 16, dtype=torch.bfloat16)
     v = torch.zeros_like(k)
     new = torch.randn(2, 3, 1, 16)
-    append(
+    AppendCall(
         new,
         -new,
         k,
         v,
         seqlens_k=torch.tensor([0, 5], dtype=torch.int32),
         cache_batch_idx=torch.tensor([3, 1], dtype=torch.int32),
-    )
+    ).run()
     assert torch.equal(k[3, :3], new[0].bfloat16())
     assert torch.equal(v[1, 5:8], -new[1].bfloat16())
     assert (k[[0, 2]] == 0).all()
@@ -140,7 +140,7 @@ def test_many_tokens_are_shared_out_over_threads() -> None:
     v = torch.zeros_like(k)
     new = torch.randn(1000, 4, 64)
     table = torch.randperm(100).int()[None]
-    append(
+    AppendCall(
         new,
         new + 1,
         k,
@@ -148,7 +148,7 @@ def test_many_tokens_are_shared_out_over_threads() -> None:
         seqlens_k=torch.tensor([17], dtype=torch.int32),
         cu_seqlens_new=torch.tensor([0, 1000], dtype=torch.int32),
         page_table=table,
-    )
+    ).run()
     rows = k[table[0].long()].flatten(0, 1)[17:1017]
     assert torch.equal(rows, new)
     assert torch.equal(v[table[0].long()].flatten(0, 1)[17:1017], new + 1)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("numba")
 
-from headway.kernels.cpu.attention import attention
+from headway.kernels.cpu.attention import AttentionCall
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -169,7 +169,7 @@ def run(case: Case) -> list[tuple[Tensor, Tensor]]:
         arguments["seqused_q"] = torch.tensor(case.lengths_q, dtype=torch.int32)
         lse = torch.full((len(case.q), case.heads_q, longest), 7.0)
     out = torch.full((*q.shape[:-1], case.head_dim_v), 7.0, dtype=case.dtype)
-    attention(
+    AttentionCall(
         q,
         arguments.pop("k"),
         arguments.pop("v"),
@@ -182,7 +182,7 @@ def run(case: Case) -> list[tuple[Tensor, Tensor]]:
         softcap=case.softcap,
         sinks=case.sinks,
         **arguments,
-    )
+    ).run()
     if case.ragged_q:
         return list(zip(out.split(case.lengths_q), lse.split(case.lengths_q, dim=1), strict=True))
     assert all((out[i, n:] == 7).all() for i, n in enumerate(case.lengths_q))
@@ -298,7 +298,7 @@ def test_float8_caches_are_descaled(kv_dtype: torch.dtype, q_dtype: torch.dtype 
     k_descale, v_descale = torch.rand(2, 2) + 0.5, torch.rand(2, 2) + 0.5
     q_descale = torch.rand(1, 1).add(0.5).expand(2, 2) if q_dtype is None else None
     out = torch.empty(2, 1, 6, 32)
-    attention(
+    AttentionCall(
         q,
         k,
         v,
@@ -307,7 +307,7 @@ def test_float8_caches_are_descaled(kv_dtype: torch.dtype, q_dtype: torch.dtype 
         k_descale=k_descale,
         v_descale=v_descale,
         q_descale=q_descale,
-    )
+    ).run()
     wide_q = q.double() * (1 if q_descale is None else q_descale.double()[0, 0])
     wide_k = k.double() * k_descale.double()[:, None, :, None]
     wide_v = v.double() * v_descale.double()[:, None, :, None]
@@ -326,7 +326,7 @@ def test_strided_views_of_a_fused_projection_are_read_in_place() -> None:
     fused = torch.randn(3, 20, 4 + 2 + 2, 16)
     q, k, v = fused.split([4, 2, 2], dim=2)
     out = torch.empty(3, 20, 4, 16)
-    attention(q, k, v, out, softmax_scale=0.25, window_right=0)
+    AttentionCall(q, k, v, out, softmax_scale=0.25, window_right=0).run()
     exact = torch.nn.functional.scaled_dot_product_attention(
         *(t.double().transpose(1, 2) for t in (q, k, v)),
         scale=0.25,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import headway
 from headway.errors import HeadwayError, InvalidInputError
-from headway.problem import Mask, Problem
+from headway.problem import Mask
 from headway.serving.base import AttentionLayer, ForwardBatch
 from headway.serving.flash import FlashAttentionBackend
 
@@ -66,6 +66,7 @@ LAYERS = (
     layer(6, mask=Mask(causal=True, window_right=0, attention_chunk=6)),
     layer(7),  # of the same kind as the first: goes by its template
     layer(8, sinks=torch.tensor([1.0, 1.0, -3.0, 0.2])),
+    layer(9),  # the same kind once more, in a layout that the template does not have
 )
 
 
@@ -80,6 +81,8 @@ def test_layers_of_a_step_are_the_calls_they_stand_for(new: list[int], before: l
     backend.init_forward_metadata(step)
     for one in LAYERS:
         q, k, v = tensors(step, one)
+        if one.layer_id == 9:
+            q, k, v = (t.transpose(0, 1).contiguous().transpose(0, 1) for t in (q, k, v))
         mine = cache(step, one)
         theirs = tuple(t.clone() for t in mine)
         out = backend.forward(q, k, v, mine, one)
@@ -147,27 +150,19 @@ def test_pinned_backend_and_wrong_metadata() -> None:
         backend.forward(*tensors(step, one), cache(step, one), one)
 
 
-class Instant:
-    """A provider that takes no time, in whose place the backend's own time can be seen."""
-
-    def run(self, problem: Problem) -> tuple[Tensor, None]:
-        return problem.q, None
-
-
 def test_a_layer_costs_little_beside_its_provider() -> None:
-    """At most 30 µs of processor time from the step's second layer of a kind on; measured 8."""
+    """At most 15 µs of processor time from the step's second layer of a kind on; measured 2."""
     one, step = layer(), batch([1] * 16, [50] * 16)
     backend = FlashAttentionBackend()
     backend.init_forward_metadata(step)
     q, k, v = tensors(step, one)
     kv = cache(step, one)
     backend.forward(q, k, v, kv, one)
-    problem, _ = backend._calls[one.kind]
-    backend._calls[one.kind] = problem, Instant()  # type: ignore[assignment]
+    backend._repeats[one.kind] = lambda q, *rest: q  # type: ignore[assignment]
     best = float("inf")
     for _ in range(20):
         start = time.process_time_ns()
         for _ in range(100):
             backend.forward(q, k, v, kv, one)
         best = min(best, (time.process_time_ns() - start) / 100 / 1000)
-    assert best < 30
+    assert best < 15

@@ -6,12 +6,13 @@ features: a provider that learns something says so in its Capabilities and nowhe
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -428,6 +429,20 @@ def _kind_of_mods(p: Problem) -> Hashable | None:
         return None
 
 
+class Repeat(Protocol):
+    """A layer's tensors in, (like q, with head dim Dv) out; see :meth:`Provider.repeat`."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        new_k: Tensor,
+        new_v: Tensor,
+        sinks: Tensor | None,
+    ) -> Tensor: ...
+
+
 class Provider(ABC):
     """Something that solves problems on a device. Stateless: all state of a call is in its arguments."""
 
@@ -479,6 +494,29 @@ class Provider(ABC):
     @abstractmethod
     def run(self, problem: Problem) -> tuple[Tensor, Tensor | None]:
         """Compute ``(out, lse)``; ``lse`` is None unless the problem asks for it."""
+
+    def repeat(self, problem: Problem) -> Repeat:
+        """The problem's call for the other layers of a step, which differ from it in tensors alone.
+
+        The problem appends to a cache and has been checked. A provider that can keep more than the
+        Problem between layers overrides this.
+        """
+
+        def again(
+            q: Tensor, k: Tensor, v: Tensor, new_k: Tensor, new_v: Tensor, sinks: Tensor | None
+        ) -> Tensor:
+            assert problem.append is not None
+            layer = dataclasses.replace(
+                problem,
+                q=q,
+                k=k,
+                v=v,
+                scores=dataclasses.replace(problem.scores, sinks=sinks),
+                append=dataclasses.replace(problem.append, k=new_k, v=new_v),
+            )
+            return self.run(layer)[0]
+
+        return again
 
     def plan(
         self,

@@ -10,6 +10,7 @@ import importlib.util
 import itertools
 from collections.abc import Mapping
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,7 +18,11 @@ from torch import Tensor
 from headway import reference
 from headway.kernels.cpu import blockwise
 from headway.problem import FLOAT8_DTYPES, FLOAT_DTYPES, Append, Problem, append_lengths
-from headway.providers.base import ALL_FEATURES, Capabilities, HeadDims, Provider
+from headway.providers.base import ALL_FEATURES, Capabilities, HeadDims, Provider, Repeat
+
+if TYPE_CHECKING:
+    from headway.kernels.cpu.append import AppendCall
+    from headway.kernels.cpu.attention import AttentionCall
 
 COMPILED_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
@@ -42,6 +47,22 @@ class CpuProvider(Provider):
         if _numba_installed() and _attention_is_compiled(problem):
             return _attend(problem, q)
         return blockwise.attention(problem, q)
+
+    def repeat(self, problem: Problem) -> Repeat:
+        otherwise, new = super().repeat(problem), problem.append
+        compiled = (
+            _numba_installed()
+            and new is not None
+            and new.rotary is None
+            and not problem.return_lse
+            and problem.out is None
+            and _append_is_compiled(problem, new)
+            and _attention_is_compiled(problem)
+        )
+        if not compiled:
+            return otherwise
+        assert new is not None
+        return _CompiledRepeat(problem, new, otherwise)
 
 
 _ALL_DTYPES = FLOAT_DTYPES + FLOAT8_DTYPES
@@ -74,12 +95,17 @@ def _append_is_compiled(p: Problem, new: Append) -> bool:
 
 def _append(p: Problem, new: Append) -> Tensor:
     """Write the new tokens into the cache; returns the query, rotated where there is a rotary."""
-    from headway.kernels.cpu.append import append
+    q = p.q if new.rotary is None else torch.empty_like(p.q)
+    _append_call(p, new, q).run()
+    return q
+
+
+def _append_call(p: Problem, new: Append, q_out: Tensor) -> AppendCall:
+    from headway.kernels.cpu.append import AppendCall
 
     assert p.seqlens_k is not None
     rotary = new.rotary
-    q = p.q if rotary is None else torch.empty_like(p.q)
-    append(
+    return AppendCall(
         new.k,
         new.v,
         p.k,
@@ -93,24 +119,28 @@ def _append(p: Problem, new: Append) -> Tensor:
         rotary_interleaved=rotary is not None and rotary.interleaved,
         rotary_seqlens=None if rotary is None else rotary.seqlens,
         q=None if rotary is None else p.q,
-        q_out=None if rotary is None else q,
+        q_out=None if rotary is None else q_out,
         cu_seqlens_q=p.cu_seqlens_q,
         seqused_q=p.seqused_q,
         q_at_own_positions=p.mask.causal or p.mask.is_local,
     )
-    return q
 
 
 def _attend(p: Problem, q: Tensor) -> tuple[Tensor, Tensor | None]:
-    from headway.kernels.cpu.attention import attention
-
     out = p.empty_out()
     lse = p.empty_lse() if p.return_lse else None
+    _attention_call(p, q, out, lse).run()
+    return out, lse
+
+
+def _attention_call(p: Problem, q: Tensor, out: Tensor, lse: Tensor | None) -> AttentionCall:
+    from headway.kernels.cpu.attention import AttentionCall
+
     seqlens_k = p.seqlens_k
     if seqlens_k is not None and (new := append_lengths(p)) is not None:
         seqlens_k = seqlens_k + new
     sinks = p.scores.sinks
-    attention(
+    return AttentionCall(
         q,
         p.k,
         p.v,
@@ -133,7 +163,39 @@ def _attend(p: Problem, q: Tensor) -> tuple[Tensor, Tensor | None]:
         k_descale=p.descales.k,
         v_descale=p.descales.v,
     )
-    return out, lse
+
+
+class _CompiledRepeat:
+    """Appends and attends with arguments that were packed once, for layers of equal strides."""
+
+    def __init__(self, problem: Problem, new: Append, otherwise: Repeat) -> None:
+        self._out_shape, self._out_dtype = problem.out_shape, problem.out_dtype
+        out = torch.empty(self._out_shape, dtype=self._out_dtype)
+        self._append = _append_call(problem, new, problem.q)
+        self._attention = _attention_call(problem, problem.q, out, None)
+        self._strides = _strides(problem.q, problem.k, problem.v, new.k, new.v)
+        self._otherwise = otherwise
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        new_k: Tensor,
+        new_v: Tensor,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        if _strides(q, k, v, new_k, new_v) != self._strides:
+            return self._otherwise(q, k, v, new_k, new_v, sinks)
+        out = torch.empty(self._out_shape, dtype=self._out_dtype)
+        wide_sinks = None if sinks is None else sinks.float()
+        self._append.run_with(new_k, new_v, k, v)
+        self._attention.run_with(q, k, v, out, wide_sinks)
+        return out
+
+
+def _strides(*tensors: Tensor) -> tuple[tuple[int, ...], ...]:
+    return tuple([tensor.stride() for tensor in tensors])
 
 
 PROVIDER = CpuProvider()

@@ -42,6 +42,10 @@ _ARGUMENTS = np.dtype([(name, np.int64) for name in _ADDRESSES + _NUMBERS])
 _PACKED = struct.Struct(f"{len(_ADDRESSES + _NUMBERS)}q")
 _NEXT_THREAD = int(_ARGUMENTS.fields["next_thread"][1])  # type: ignore[index]
 _NEXT_TASK = int(_ARGUMENTS.fields["next_task"][1])  # type: ignore[index]
+_TENSORS = struct.Struct("4q")
+"""The first addresses: k_new, v_new, k, v."""
+_COUNTERS = struct.Struct("2q")
+"""From next_thread on: what a run counts up."""
 
 _TOKENS_PER_TASK = 16
 
@@ -219,27 +223,11 @@ def _token_strides(tensor: Tensor, ragged: bool) -> tuple[int, int, int]:
     return (0 if ragged else strides[0], strides[-3], strides[-2])
 
 
-def append(
-    k_new: Tensor,
-    v_new: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    seqlens_k: Tensor,
-    cu_seqlens_new: Tensor | None = None,
-    page_table: Tensor | None = None,
-    cache_batch_idx: Tensor | None = None,
-    rotary_cos: Tensor | None = None,
-    rotary_sin: Tensor | None = None,
-    rotary_interleaved: bool = True,
-    rotary_seqlens: Tensor | None = None,
-    q: Tensor | None = None,
-    q_out: Tensor | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    seqused_q: Tensor | None = None,
-    q_at_own_positions: bool = True,
-) -> None:
-    """Write new keys and values into a cache in place, rotating keys and queries if rotary is given.
+class AppendCall:
+    """Writing new keys and values into a cache in place, rotating keys and queries if rotary is given.
+
+    It runs once, or for many layers of a model. The call keeps alive what its arguments point to, and
+    serves one thread of the program at a time.
 
     Arguments are taken as checked: this function looks at no values and raises nothing about them.
 
@@ -262,63 +250,101 @@ def append(
         seqused_q: (B,) int32, queries in use of each sequence.
         q_at_own_positions: rotate query i to the first position + i rather than all to the first.
     """
-    cos = None if rotary_cos is None else rotary_cos.float()
-    sin = None if rotary_sin is None else rotary_sin.float()
-    if q is None or q_out is None or cos is None:
-        q = q_out = None
-    ragged_new, ragged_q = cu_seqlens_new is not None, cu_seqlens_q is not None
-    elements = k_new.numel() + v_new.numel() + (0 if q is None else q.numel())
-    threads = max(1, min(thread_count(), elements // ELEMENTS_PER_THREAD))
-    thread_bytes = 4 * max(k.shape[-1], v.shape[-1])
-    scratch = torch.empty(threads * thread_bytes, dtype=torch.uint8)
-    k_strides, v_strides = k.stride(), v.stride()
-    arguments = ctypes.create_string_buffer(_PACKED.size)
-    address = ctypes.addressof(arguments)
-    _PACKED.pack_into(
-        arguments,
-        0,
-        k_new.data_ptr(),
-        v_new.data_ptr(),
-        k.data_ptr(),
-        v.data_ptr(),
-        _address(q),
-        _address(q_out),
-        seqlens_k.data_ptr(),
-        _address(cu_seqlens_new),
-        _address(cu_seqlens_q),
-        _address(seqused_q),
-        _address(page_table),
-        _address(cache_batch_idx),
-        _address(cos),
-        _address(sin),
-        _address(rotary_seqlens),
-        scratch.data_ptr(),
-        address,
-        seqlens_k.shape[0],
-        0 if q is None else q.shape[-2],
-        k.shape[-2],
-        k.shape[-1],
-        v.shape[-1],
-        0 if ragged_new else k_new.shape[1],
-        0 if q is None or ragged_q else q.shape[1],
-        k.shape[1],
-        DTYPE_CODES[k_new.dtype],
-        DTYPE_CODES[k.dtype],
-        0 if q is None else DTYPE_CODES[q.dtype],
-        0 if cos is None else cos.shape[1],
-        int(rotary_interleaved),
-        int(q_at_own_positions),
-        *_token_strides(k_new, ragged_new),
-        *_token_strides(v_new, ragged_new),
-        *k_strides[:3],
-        *v_strides[:3],
-        *((0, 0, 0) if q is None else _token_strides(q, ragged_q)),
-        *((0, 0, 0) if q_out is None else _token_strides(q_out, ragged_q)),
-        0 if page_table is None else page_table.stride(0),
-        0 if cos is None else cos.stride(0),
-        0 if sin is None else sin.stride(0),
-        thread_bytes,
-        0,
-        0,
-    )
-    run_on_threads(_compiled()[1], address, threads)
+
+    def __init__(
+        self,
+        k_new: Tensor,
+        v_new: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        seqlens_k: Tensor,
+        cu_seqlens_new: Tensor | None = None,
+        page_table: Tensor | None = None,
+        cache_batch_idx: Tensor | None = None,
+        rotary_cos: Tensor | None = None,
+        rotary_sin: Tensor | None = None,
+        rotary_interleaved: bool = True,
+        rotary_seqlens: Tensor | None = None,
+        q: Tensor | None = None,
+        q_out: Tensor | None = None,
+        cu_seqlens_q: Tensor | None = None,
+        seqused_q: Tensor | None = None,
+        q_at_own_positions: bool = True,
+    ) -> None:
+        cos = None if rotary_cos is None else rotary_cos.float()
+        sin = None if rotary_sin is None else rotary_sin.float()
+        if q is None or q_out is None or cos is None:
+            q = q_out = None
+        ragged_new, ragged_q = cu_seqlens_new is not None, cu_seqlens_q is not None
+        elements = k_new.numel() + v_new.numel() + (0 if q is None else q.numel())
+        threads = max(1, min(thread_count(), elements // ELEMENTS_PER_THREAD))
+        thread_bytes = 4 * max(k.shape[-1], v.shape[-1])
+        scratch = torch.empty(threads * thread_bytes, dtype=torch.uint8)
+        k_strides, v_strides = k.stride(), v.stride()
+        arguments = ctypes.create_string_buffer(_PACKED.size)
+        address = ctypes.addressof(arguments)
+        _PACKED.pack_into(
+            arguments,
+            0,
+            k_new.data_ptr(),
+            v_new.data_ptr(),
+            k.data_ptr(),
+            v.data_ptr(),
+            _address(q),
+            _address(q_out),
+            seqlens_k.data_ptr(),
+            _address(cu_seqlens_new),
+            _address(cu_seqlens_q),
+            _address(seqused_q),
+            _address(page_table),
+            _address(cache_batch_idx),
+            _address(cos),
+            _address(sin),
+            _address(rotary_seqlens),
+            scratch.data_ptr(),
+            address,
+            seqlens_k.shape[0],
+            0 if q is None else q.shape[-2],
+            k.shape[-2],
+            k.shape[-1],
+            v.shape[-1],
+            0 if ragged_new else k_new.shape[1],
+            0 if q is None or ragged_q else q.shape[1],
+            k.shape[1],
+            DTYPE_CODES[k_new.dtype],
+            DTYPE_CODES[k.dtype],
+            0 if q is None else DTYPE_CODES[q.dtype],
+            0 if cos is None else cos.shape[1],
+            int(rotary_interleaved),
+            int(q_at_own_positions),
+            *_token_strides(k_new, ragged_new),
+            *_token_strides(v_new, ragged_new),
+            *k_strides[:3],
+            *v_strides[:3],
+            *((0, 0, 0) if q is None else _token_strides(q, ragged_q)),
+            *((0, 0, 0) if q_out is None else _token_strides(q_out, ragged_q)),
+            0 if page_table is None else page_table.stride(0),
+            0 if cos is None else cos.stride(0),
+            0 if sin is None else sin.stride(0),
+            thread_bytes,
+            0,
+            0,
+        )
+        self._function = _compiled()[1]
+        self._arguments, self._address, self._threads = arguments, address, threads
+        self._alive = (
+            *(k_new, v_new, k, v, seqlens_k, cu_seqlens_new, page_table, cache_batch_idx, cos, sin),
+            *(rotary_seqlens, q, q_out, cu_seqlens_q, seqused_q, scratch),
+        )
+
+    def run(self) -> None:
+        """Write what it was built from."""
+        _COUNTERS.pack_into(self._arguments, _NEXT_THREAD, 0, 0)
+        run_on_threads(self._function, self._address, self._threads)
+
+    def run_with(self, k_new: Tensor, v_new: Tensor, k: Tensor, v: Tensor) -> None:
+        """Write other tensors of the same shapes, strides and dtypes."""
+        addresses = k_new.data_ptr(), v_new.data_ptr(), k.data_ptr(), v.data_ptr()
+        _TENSORS.pack_into(self._arguments, 0, *addresses)
+        self.run()

@@ -84,9 +84,14 @@ _ARGUMENTS = np.dtype(
     [(name, np.int64) for name in _ADDRESSES + _NUMBERS] + [(name, np.float64) for name in _FACTORS]
 )
 _PACKED = struct.Struct(f"{len(_ADDRESSES + _NUMBERS)}q{len(_FACTORS)}d")
+_TENSORS = struct.Struct("5q")
+"""The first addresses: q, k, v, out, lse."""
+_COUNTERS = struct.Struct("3q")
+"""From next_thread on: what a run counts up."""
 _NEXT_THREAD = int(_ARGUMENTS.fields["next_thread"][1])  # type: ignore[index]
 _NEXT_CHUNK = int(_ARGUMENTS.fields["next_chunk"][1])  # type: ignore[index]
 _CHUNKS_DONE = int(_ARGUMENTS.fields["chunks_done"][1])  # type: ignore[index]
+_SINKS = int(_ARGUMENTS.fields["sinks"][1])  # type: ignore[index]
 
 _inline = njit(error_model="numpy")
 
@@ -644,31 +649,11 @@ def _strides(tensor: Tensor | None) -> tuple[int, int]:
     return (0, 0) if tensor is None else tensor.stride()  # type: ignore[return-value]
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor | None = None,
-    *,
-    softmax_scale: float,
-    cu_seqlens_q: Tensor | None = None,
-    seqused_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    seqlens_k: Tensor | None = None,
-    leftpad_k: Tensor | None = None,
-    cache_batch_idx: Tensor | None = None,
-    page_table: Tensor | None = None,
-    window_left: int | None = None,
-    window_right: int | None = None,
-    attention_chunk: int = 0,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-    q_descale: Tensor | None = None,
-    k_descale: Tensor | None = None,
-    v_descale: Tensor | None = None,
-) -> None:
-    """Attention over ragged, dense or paged keys and values; fills ``out`` and ``lse``.
+class AttentionCall:
+    """Attention over ragged, dense or paged keys and values, to run once or for many layers of a model.
+
+    A run fills ``out`` and ``lse``. The call keeps alive what its arguments point to, and serves one
+    thread of the program at a time.
 
     Arguments are taken as checked: this function looks at no values and raises nothing about them.
 
@@ -700,89 +685,134 @@ def attention(
         q_descale, k_descale, v_descale: (B, Hkv) float32 with any strides, factors of float8
             values.
     """
-    function = _compiled(_kv_dtype_name(k.dtype))[1]
-    num_q_heads, head_dim = q.shape[-2:]
-    num_kv_heads, head_dim_v = v.shape[-2:]
-    group = num_q_heads // num_kv_heads
-    ragged_q, ragged_k = cu_seqlens_q is not None, cu_seqlens_k is not None
-    batch_size = cu_seqlens_q.shape[0] - 1 if cu_seqlens_q is not None else q.shape[0]
-    threads = thread_count()
-    seqlen_q = q.shape[0] if ragged_q else q.shape[1]
-    tile_queries = min(max(TILE_ROWS // group, 1), max(seqlen_q, 1))
-    tile_rows = -(-tile_queries * group // 4) * 4
-    width, width_v = -(-head_dim // LANES) * LANES, -(-head_dim_v // LANES) * LANES
-    thread_bytes = 32 * BLOCK_KEYS + 4 * (
-        tile_rows * (2 + width + width_v + BLOCK_KEYS) + BLOCK_KEYS * (width + width_v)
-    )
-    slot_floats = tile_rows * (2 + width_v)
-    slots = 2 * CHUNKS_PER_THREAD * threads
-    scratch = torch.empty(threads * thread_bytes + 4 * slots * slot_floats, dtype=torch.uint8)
-    q_strides, out_strides = q.stride(), out.stride()
-    k_strides, v_strides = k.stride(), v.stride()
-    float8 = k.dtype if k.dtype in FLOAT8_DTYPES else q.dtype
-    arguments = ctypes.create_string_buffer(_PACKED.size)
-    address = ctypes.addressof(arguments)
-    _PACKED.pack_into(
-        arguments,
-        0,
-        q.data_ptr(),
-        k.data_ptr(),
-        v.data_ptr(),
-        out.data_ptr(),
-        _address(lse),
-        _address(cu_seqlens_q),
-        _address(seqused_q),
-        _address(cu_seqlens_k),
-        _address(seqlens_k),
-        _address(leftpad_k),
-        _address(cache_batch_idx),
-        _address(page_table),
-        _address(sinks),
-        _address(q_descale),
-        _address(k_descale),
-        _address(v_descale),
-        _float8_table(float8).data_ptr() if float8 in FLOAT8_DTYPES else 0,
-        scratch.data_ptr(),
-        address,
-        batch_size,
-        num_kv_heads,
-        group,
-        head_dim,
-        head_dim_v,
-        seqlen_q,
-        k.shape[0] if ragged_k else k.shape[1],
-        0 if ragged_k else k.shape[1],
-        _UNBOUNDED if window_left is None else window_left,
-        _UNBOUNDED if window_right is None else window_right,
-        attention_chunk,
-        tile_queries,
-        tile_rows,
-        threads,
-        DTYPE_CODES.get(q.dtype, FLOAT8_CODE),
-        DTYPE_CODES[out.dtype],
-        0 if ragged_q else q_strides[0],
-        *q_strides[-3:-1],
-        0 if ragged_q else out_strides[0],
-        *out_strides[-3:-1],
-        *(
-            lse.stride()[-3:-1]
-            if lse is not None and not ragged_q
-            else (0, lse.stride(0) if lse is not None else 0)
-        ),
-        0 if ragged_k else k_strides[0],
-        *k_strides[-3:-1],
-        0 if ragged_k else v_strides[0],
-        *v_strides[-3:-1],
-        0 if page_table is None else page_table.stride(0),
-        *_strides(q_descale),
-        *_strides(k_descale),
-        *_strides(v_descale),
-        thread_bytes,
-        slot_floats,
-        0,
-        0,
-        0,
-        softmax_scale,
-        softcap,
-    )
-    run_on_threads(function, address, threads)
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor | None = None,
+        *,
+        softmax_scale: float,
+        cu_seqlens_q: Tensor | None = None,
+        seqused_q: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
+        seqlens_k: Tensor | None = None,
+        leftpad_k: Tensor | None = None,
+        cache_batch_idx: Tensor | None = None,
+        page_table: Tensor | None = None,
+        window_left: int | None = None,
+        window_right: int | None = None,
+        attention_chunk: int = 0,
+        softcap: float = 0.0,
+        sinks: Tensor | None = None,
+        q_descale: Tensor | None = None,
+        k_descale: Tensor | None = None,
+        v_descale: Tensor | None = None,
+    ) -> None:
+        self._function = _compiled(_kv_dtype_name(k.dtype))[1]
+        num_q_heads, head_dim = q.shape[-2:]
+        num_kv_heads, head_dim_v = v.shape[-2:]
+        group = num_q_heads // num_kv_heads
+        ragged_q, ragged_k = cu_seqlens_q is not None, cu_seqlens_k is not None
+        batch_size = cu_seqlens_q.shape[0] - 1 if cu_seqlens_q is not None else q.shape[0]
+        threads = thread_count()
+        seqlen_q = q.shape[0] if ragged_q else q.shape[1]
+        tile_queries = min(max(TILE_ROWS // group, 1), max(seqlen_q, 1))
+        tile_rows = -(-tile_queries * group // 4) * 4
+        width, width_v = -(-head_dim // LANES) * LANES, -(-head_dim_v // LANES) * LANES
+        thread_bytes = 32 * BLOCK_KEYS + 4 * (
+            tile_rows * (2 + width + width_v + BLOCK_KEYS) + BLOCK_KEYS * (width + width_v)
+        )
+        slot_floats = tile_rows * (2 + width_v)
+        slots = 2 * CHUNKS_PER_THREAD * threads
+        scratch = torch.empty(threads * thread_bytes + 4 * slots * slot_floats, dtype=torch.uint8)
+        q_strides, out_strides = q.stride(), out.stride()
+        k_strides, v_strides = k.stride(), v.stride()
+        float8 = k.dtype if k.dtype in FLOAT8_DTYPES else q.dtype
+        table = _float8_table(float8) if float8 in FLOAT8_DTYPES else None
+        arguments = ctypes.create_string_buffer(_PACKED.size)
+        address = ctypes.addressof(arguments)
+        _PACKED.pack_into(
+            arguments,
+            0,
+            q.data_ptr(),
+            k.data_ptr(),
+            v.data_ptr(),
+            out.data_ptr(),
+            _address(lse),
+            _address(cu_seqlens_q),
+            _address(seqused_q),
+            _address(cu_seqlens_k),
+            _address(seqlens_k),
+            _address(leftpad_k),
+            _address(cache_batch_idx),
+            _address(page_table),
+            _address(sinks),
+            _address(q_descale),
+            _address(k_descale),
+            _address(v_descale),
+            _address(table),
+            scratch.data_ptr(),
+            address,
+            batch_size,
+            num_kv_heads,
+            group,
+            head_dim,
+            head_dim_v,
+            seqlen_q,
+            k.shape[0] if ragged_k else k.shape[1],
+            0 if ragged_k else k.shape[1],
+            _UNBOUNDED if window_left is None else window_left,
+            _UNBOUNDED if window_right is None else window_right,
+            attention_chunk,
+            tile_queries,
+            tile_rows,
+            threads,
+            DTYPE_CODES.get(q.dtype, FLOAT8_CODE),
+            DTYPE_CODES[out.dtype],
+            0 if ragged_q else q_strides[0],
+            *q_strides[-3:-1],
+            0 if ragged_q else out_strides[0],
+            *out_strides[-3:-1],
+            *(
+                lse.stride()[-3:-1]
+                if lse is not None and not ragged_q
+                else (0, lse.stride(0) if lse is not None else 0)
+            ),
+            0 if ragged_k else k_strides[0],
+            *k_strides[-3:-1],
+            0 if ragged_k else v_strides[0],
+            *v_strides[-3:-1],
+            0 if page_table is None else page_table.stride(0),
+            *_strides(q_descale),
+            *_strides(k_descale),
+            *_strides(v_descale),
+            thread_bytes,
+            slot_floats,
+            0,
+            0,
+            0,
+            softmax_scale,
+            softcap,
+        )
+        self._arguments, self._address, self._threads = arguments, address, threads
+        self._alive = (
+            *(q, k, v, out, lse, cu_seqlens_q, seqused_q, cu_seqlens_k, seqlens_k, leftpad_k),
+            *(cache_batch_idx, page_table, sinks, q_descale, k_descale, v_descale, table, scratch),
+        )
+
+    def run(self) -> None:
+        """Compute what it was built from."""
+        _COUNTERS.pack_into(self._arguments, _NEXT_THREAD, 0, 0, 0)
+        run_on_threads(self._function, self._address, self._threads)
+
+    def run_with(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sinks: Tensor | None = None
+    ) -> None:
+        """Compute with other tensors of the same shapes, strides and dtypes, and no LSE."""
+        addresses = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), 0
+        _TENSORS.pack_into(self._arguments, 0, *addresses)
+        struct.pack_into("q", self._arguments, _SINKS, _address(sinks))
+        self.run()
