@@ -225,9 +225,10 @@ _named(
     {f"head_dim {d}": lambda d=d: dense(d, causal=True) for d in (40, 96, 128, 192, 256)}
     | {
         f"head_dim {d}/{dv}": lambda d=d, dv=dv: dense(d, dv, causal=True)
-        for d, dv in ((192, 128), (64, 256), (128, 64))
+        for d, dv in ((192, 128), (64, 256), (128, 64), (40, 64))
     }
     | {
+        "latent": lambda: dense(64, 512, (16, 1), causal=True, qv=_Made().normal(2, 70, 16, 512)),
         "of one head": lambda: dense(heads=(4, 1), causal=True),
         "of as many heads": lambda: dense(heads=(4, 4), causal=True),
         "float16": lambda: dense(dtype=FP16, causal=True),

@@ -43,7 +43,12 @@ class Package:
 
     def found(self) -> bool:
         """Whether it is installed here. Nothing of it is executed."""
-        return self.module in sys.modules or _file(self.module, self.source) is not None
+        # A module without a spec was made by hand. One with a spec and no source here is another
+        # package's: flash_attn.cute leaves flash_attn in sys.modules, and that is no FlashAttention 2.
+        made = sys.modules.get(self.module)
+        if made is not None and getattr(made, "__spec__", None) is None:
+            return True
+        return _file(self.module, self.source) is not None
 
     def version(self) -> str | None:
         """The installed version, None where the installation does not say."""

@@ -95,7 +95,20 @@ def _features(notes: _Notes) -> str:
     return _markdown(rows)
 
 
+#: Traits that only calls with this feature can have.
+_PART_OF = {
+    Trait.WINDOW_RIGHT: Feature.WINDOW,
+    Trait.WINDOW_ZERO: Feature.WINDOW,
+    Trait.APPEND_RAGGED: Feature.APPEND,
+    Trait.APPEND_QUANTISED: Feature.APPEND,
+    Trait.ROTARY_SEQLENS: Feature.ROTARY,
+    Trait.DESCALES_VARY: Feature.DESCALE,
+}
+
+
 def _cell(can: Capabilities, aspect: Feature | KVLayout | Trait, notes: _Notes) -> str:
+    if isinstance(aspect, Trait) and _PART_OF.get(aspect, Feature.OUT) not in can.features:
+        return "no"
     if isinstance(aspect, Feature) and aspect not in can.features:
         return "no"
     if isinstance(aspect, KVLayout) and aspect not in can.kv_layouts:

@@ -29,6 +29,9 @@ def _check_dims(q, v, major, paged, qv):
     assert dv % alignment == 0
     if major == 9:
         assert 8 <= min(d, dv) <= max(d, dv) <= 256
+        width = next(width for width in (64, 96, 128, 192, 256) if d <= width)
+        assert dv <= width, "too few registers for such values"
+        assert not paged or width != 96, "wrong results"
     elif major in (10, 11):
         assert max(d, dv) <= 128 or (d, dv) in ((192, 128), (256, 256)) or dv == 512
         assert (dv == 512) == (qv is not None)
