@@ -76,9 +76,7 @@ def test_flags_arrive_as_the_settings_they_name() -> None:
     def command(config: EngineConfig, port: int = 8000) -> None:
         got.append((config, port))
 
-    words = (
-        "m --port 1 --page-size 7 --disable-prefix-cache --flash-attn-version 3 --dtype float32"
-    )
+    words = "m --port 1 --page-size 7 --disable-prefix-cache --flash-attn-version 3 --dtype float32"
     result = CliRunner().invoke(app, words.split())
     assert result.exit_code == 0, result.output
     wanted = EngineConfig(
