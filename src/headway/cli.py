@@ -392,6 +392,7 @@ def _short(dtype: torch.dtype, names: dict[str, str]) -> str:
 #: Each module's function ``command`` becomes a subcommand, imported when it is named.
 _BENCHES = {
     "attention": "headway.bench.attention",
+    "cpu": "headway.bench.cpu",
     "generate": "headway.bench.generate",
     "overhead": "headway.bench.overhead",
     "serve": "headway.bench.serving",
