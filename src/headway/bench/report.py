@@ -31,7 +31,20 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 
-_PACKAGES = ("headway", "torch", "triton", "numpy", "numba", "transformers", "vllm", "sglang")
+_PACKAGES = (
+    "headway",
+    "torch",
+    "triton",
+    "numpy",
+    "numba",
+    "transformers",
+    "vllm",
+    "sglang",
+    "fa3-fwd",
+    "flash-attn-4",
+    "flashinfer-python",
+    "nvidia-cudnn-cu13",
+)
 _SECRET_FLAGS = ("--api-key",)
 
 
@@ -213,3 +226,37 @@ def plot(
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Rows that share an axis: the key of what is shown, and the axis's title."""
+
+    rows: Sequence[Row]
+    value: str
+    title: str
+
+
+def bars(panels: Sequence[Panel], *, label: str, by: str, path: Path) -> None:
+    """Groups of horizontal bars, one per value of ``label``, one bar in each per value of ``by``."""
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(str(row[by]) for panel in panels for row in panel.rows))
+    groups = [list(dict.fromkeys(str(row[label]) for row in panel.rows)) for panel in panels]
+    height = sum(len(group) for group in groups) * (0.14 * len(names) + 0.12) + 1.2 * len(panels)
+    figure = Figure(figsize=(9, height), layout="constrained")
+    sizes = [len(group) for group in groups]
+    every = figure.subplots(len(panels), squeeze=False, height_ratios=sizes)[:, 0]
+    for axes, panel, group in zip(every, panels, groups, strict=True):
+        place = {name: i for i, name in enumerate(group)}
+        width = 0.84 / len(names)
+        for i, name in enumerate(names):
+            mine = [row for row in panel.rows if str(row[by]) == name]
+            at = [place[str(row[label])] + (i - (len(names) - 1) / 2) * width for row in mine]
+            axes.barh(at, [row[panel.value] for row in mine], width, label=name)
+        axes.set_yticks(range(len(group)), group, fontsize=7)
+        axes.set(xlabel=panel.title, ylim=(len(group) - 0.5, -0.5))
+        axes.grid(axis="x", alpha=0.3)
+    every[0].legend(ncols=len(names), loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
