@@ -10,8 +10,25 @@ from __future__ import annotations
 
 from headway.kernels._triton import jit, tl
 from headway.kernels.portable.mainloop import attend, finish, load_rows
-from headway.kernels.portable.numeric import cast, row_magnitude, widen
+from headway.kernels.portable.numeric import (
+    cast,
+    program_ids_again,
+    recomputed,
+    row_magnitude,
+    widen,
+)
 from headway.kernels.portable.spans import key_span, query_span, visible_span
+
+
+@jit
+def tile_rows(tile, PACK: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Of a tile's rows: (first query, each one's query relative to it, each one's head in its pack)."""
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = tile * BLOCK_M // PACK
+    if PACK == 1:
+        return first, tl.arange(0, BLOCK_M), tl.zeros([BLOCK_M], dtype=tl.int32)
+    else:
+        return first, rows // PACK - first, rows % PACK
 
 
 @jit
@@ -99,6 +116,11 @@ def attention_kernel(
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    EDGE_STAGES: tl.constexpr,
+    HOIST: tl.constexpr,
+    K1_ROW: tl.constexpr,
+    K2_ROW: tl.constexpr,
+    NVIDIA: tl.constexpr,
 ):
     stride_k1_page = tl.cast(stride_k1_page, tl.int64) * STRIDE_UNIT
     stride_k1_row *= STRIDE_UNIT
@@ -109,6 +131,9 @@ def attention_kernel(
     stride_v_page = tl.cast(stride_v_page, tl.int64) * STRIDE_UNIT
     stride_v_row *= STRIDE_UNIT
     stride_v_head *= STRIDE_UNIT
+    if K1_ROW > 0:
+        stride_k1_row = K1_ROW
+        stride_k2_row = K2_ROW
     b = tl.program_id(2)
     split = 0
     splits = 1
@@ -122,7 +147,9 @@ def attention_kernel(
     # Last tiles see the most keys under a causal mask: start them first.
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
     first_head = tl.program_id(0) * PACK
-    kv_head = first_head // HEADS_PER_KV
+    kv_head = tl.program_id(0)
+    if PACK != HEADS_PER_KV:
+        kv_head = first_head // HEADS_PER_KV
 
     q_first, seqlen_q = query_span(b, cu_seqlens_q, seqused_q, rows_q)
     if tile * BLOCK_M >= seqlen_q * PACK:
@@ -130,14 +157,14 @@ def attention_kernel(
     cache_row, first, seqlen_k = key_span(
         b, seqlens_k, num_new, cu_seqlens_new, cu_seqlens_k, leftpad_k, cache_batch_idx, capacity
     )
-    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    q_idx = rows // PACK
-    head = first_head + rows % PACK
+    q_tile, local, member = tile_rows(tile, PACK, BLOCK_M)
+    q_idx = q_tile + local
+    head = first_head + member
     in_use = q_idx < seqlen_q
     pos = q_idx + (seqlen_k - seqlen_q)
     q_last = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // PACK, seqlen_q - 1)
     lo, hi, full_lo, full_hi = visible_span(
-        tile * BLOCK_M // PACK + (seqlen_k - seqlen_q),
+        q_tile + (seqlen_k - seqlen_q),
         q_last + (seqlen_k - seqlen_q),
         seqlen_k,
         window_left,
@@ -154,11 +181,13 @@ def attention_kernel(
         begin = tl.minimum(begin + split * share, end)
         end = tl.minimum(begin + share, end)
 
-    row = (q_first + q_idx).to(tl.int64)
+    # What the rows of a tile share goes into the pointers: a thread holds 32 bits for each of its rows.
+    row = (q_first + q_tile).to(tl.int64)
     batch = b.to(tl.int64)
+    head_0 = first_head.to(tl.int64)
     q1 = load_rows(
-        q1_ptr + batch * stride_q1_batch,
-        row * stride_q1_row + head * stride_q1_head,
+        q1_ptr + (batch * stride_q1_batch + row * stride_q1_row + head_0 * stride_q1_head),
+        local * stride_q1_row + member * stride_q1_head,
         in_use,
         D1,
         BLOCK_D1,
@@ -167,8 +196,8 @@ def attention_kernel(
     q2 = q1
     if D2 > 0:
         q2 = load_rows(
-            q2_ptr + batch * stride_q2_batch,
-            row * stride_q2_row + head * stride_q2_head,
+            q2_ptr + (batch * stride_q2_batch + row * stride_q2_row + head_0 * stride_q2_head),
+            local * stride_q2_row + member * stride_q2_head,
             in_use,
             D2,
             BLOCK_D2,
@@ -208,6 +237,7 @@ def attention_kernel(
         table = page_table + cache_row.to(tl.int64) * stride_table
         cache_row = 0
     cache_row = tl.cast(cache_row, tl.int64)
+    kv_head_wide = kv_head.to(tl.int64)
     acc, row_sum, row_max = attend(
         q1,
         q2,
@@ -220,9 +250,9 @@ def attention_kernel(
         hi,
         full_lo,
         full_hi,
-        k1_ptr + cache_row * stride_k1_page + kv_head * stride_k1_head,
-        k2_ptr + cache_row * stride_k2_page + kv_head * stride_k2_head,
-        v_ptr + cache_row * stride_v_page + kv_head * stride_v_head,
+        k1_ptr + cache_row * stride_k1_page + kv_head_wide * stride_k1_head,
+        k2_ptr + cache_row * stride_k2_page + kv_head_wide * stride_k2_head,
+        v_ptr + cache_row * stride_v_page + kv_head_wide * stride_v_head,
         stride_k1_page,
         stride_k1_row,
         stride_k2_page,
@@ -259,15 +289,37 @@ def attention_kernel(
         BLOCK_DV,
         BLOCK_M,
         BLOCK_N,
+        EDGE_STAGES,
+        HOIST,
     )
     acc *= v_scale
+    # Rows are computed again: kept over the loops, they would cost registers there. Beside the widest
+    # accumulators there are none left even for numbers, which are read again.
+    item = tl.program_id(2)
+    pack = tl.program_id(0)
+    if not V_IS_K:
+        tile = recomputed(tile, NVIDIA)
+    else:
+        pack, tile, item = program_ids_again(NVIDIA)
+        b = item
+        if work is not None:
+            b = tl.load(work + item)
+            splits = tl.load(split_start + b + 1) - tl.load(split_start + b)
+        q_first, seqlen_q = query_span(b, cu_seqlens_q, seqused_q, rows_q)
+        batch = b.to(tl.int64)
+        first_head = pack * PACK
+    q_tile, local, member = tile_rows(tile, PACK, BLOCK_M)
+    head = first_head + member
+    in_use = q_tile + local < seqlen_q
+    row = (q_first + q_tile).to(tl.int64)
+    head_0 = first_head.to(tl.int64)
     cols = tl.arange(0, BLOCK_DV)
     out_mask = in_use[:, None] & (cols < DV)[None, :]
     if work is not None:
         if splits > 1:
             out, lse = finish(acc, row_sum, row_max, None)
-            part = tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-            part_rows = part * (rows_q * PACK) + rows
+            part = item.to(tl.int64) * tl.num_programs(0) + pack
+            part_rows = part * (rows_q * PACK) + tile * BLOCK_M + tl.arange(0, BLOCK_M)
             tl.store(part_out + part_rows[:, None] * DV + cols[None, :], out, mask=out_mask)
             tl.store(part_lse + part_rows, lse, mask=in_use)
             return
@@ -275,12 +327,15 @@ def attention_kernel(
     if sinks is not None:
         sink = tl.load(sinks + head, mask=in_use, other=0.0).to(tl.float32)
     out, lse = finish(acc, row_sum, row_max, sink)
-    out_offsets = row * stride_out_row + head * stride_out_head
+    out_tile = out_ptr + (
+        batch * stride_out_batch + row * stride_out_row + head_0 * stride_out_head
+    )
+    out_offsets = local * stride_out_row + member * stride_out_head
     tl.store(
-        out_ptr + batch * stride_out_batch + out_offsets[:, None] + cols[None, :],
+        out_tile + out_offsets[:, None] + cols[None, :],
         cast(out, out_ptr.dtype.element_ty),
         mask=out_mask,
     )
     if lse_ptr is not None:
-        lse_offsets = batch * stride_lse_batch + head.to(tl.int64) * stride_lse_head + row
-        tl.store(lse_ptr + lse_offsets, lse, mask=in_use)
+        lse_tile = lse_ptr + (batch * stride_lse_batch + row)
+        tl.store(lse_tile + head.to(tl.int64) * stride_lse_head + local, lse, mask=in_use)

@@ -38,6 +38,7 @@ def page_numbers(
     PAGE_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ALIGNED: tl.constexpr,
+    LEFT_EDGE: tl.constexpr,
 ):
     """Pages of keys start.. of a sequence: one number, or one per key; 0 where keys are not paged.
 
@@ -50,7 +51,9 @@ def page_numbers(
         return tl.load(table + start // PAGE_SIZE, mask=start < hi, other=0).to(tl.int64)
     else:
         n = start + tl.arange(0, BLOCK_N)
-        inside = (n >= lo) & (n < hi)
+        inside = n < hi
+        if LEFT_EDGE:
+            inside = inside & (n >= lo)
         return tl.load(table + (first + n) // PAGE_SIZE, mask=inside, other=0).to(tl.int64)
 
 
@@ -67,9 +70,30 @@ def row_places(first, start, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, ALI
 
 
 @jit
-def offsets_of(page, row, lane, stride_page, stride_row):
-    """Element offsets, int64 but for what stays inside a page, of rows ``row + lane`` of pages."""
-    return page * stride_page + row * stride_row + lane * stride_row
+def load_keys(
+    ptr,
+    page,
+    row,
+    lane,
+    inside,
+    stride_page,
+    stride_row,
+    WIDTH: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    MASKED: tl.constexpr,
+    PAGE_PER_KEY: tl.constexpr,
+):
+    """Rows ``row + lane`` of pages, as :func:`load_rows` gives them.
+
+    What all rows of a tile share goes into the pointer, so that a thread holds one offset of 32 bits for
+    each of its rows, and the same ones for every tile.
+    """
+    if PAGE_PER_KEY:
+        offsets = page.to(tl.int64) * stride_page + lane * stride_row
+        return load_rows(ptr, offsets, inside, WIDTH, BLOCK_WIDTH, MASKED)
+    else:
+        base = ptr + (tl.cast(page, tl.int64) * stride_page + row * stride_row)
+        return load_rows(base, lane * stride_row, inside, WIDTH, BLOCK_WIDTH, MASKED)
 
 
 @jit
@@ -124,19 +148,45 @@ def attend_tile(
     BLOCK_DV: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
+    LEFT_EDGE: tl.constexpr,
 ):
     """One tile of keys: returns (acc, row_sum, row_max) with it taken in."""
     n = start + tl.arange(0, BLOCK_N)
-    inside = (n >= lo) & (n < hi)
+    inside = n < hi
+    if LEFT_EDGE:
+        inside = inside & (n >= lo)
     row, lane = row_places(first, start, PAGE_SIZE, BLOCK_N, ALIGNED)
-    offsets = offsets_of(page, row, lane, stride_k1_page, stride_k1_row)
-    k1 = load_rows(k1_ptr, offsets, inside, D1, BLOCK_D1, MASKED)
+    PAGE_PER_KEY: tl.constexpr = PAGE_SIZE > 0 and not ALIGNED
+    k1 = load_keys(
+        k1_ptr,
+        page,
+        row,
+        lane,
+        inside,
+        stride_k1_page,
+        stride_k1_row,
+        D1,
+        BLOCK_D1,
+        MASKED,
+        PAGE_PER_KEY,
+    )
     k1 = widen(k1, q1.dtype)
     scores = tl.zeros([q1.shape[0], BLOCK_N], dtype=tl.float32)
     scores = dot(q1, tl.trans(k1), scores)
     if D2 > 0:
-        offsets = offsets_of(page, row, lane, stride_k2_page, stride_k2_row)
-        k2 = load_rows(k2_ptr, offsets, inside, D2, BLOCK_D2, MASKED)
+        k2 = load_keys(
+            k2_ptr,
+            page,
+            row,
+            lane,
+            inside,
+            stride_k2_page,
+            stride_k2_row,
+            D2,
+            BLOCK_D2,
+            MASKED,
+            PAGE_PER_KEY,
+        )
         k2 = tl.trans(widen(k2, q2.dtype))
         if TWO_SCALES:
             scores2 = tl.zeros([q1.shape[0], BLOCK_N], dtype=tl.float32)
@@ -146,8 +196,20 @@ def attend_tile(
     if V_IS_K:
         v = k1
     else:
-        offsets = offsets_of(page, row, lane, stride_v_page, stride_v_row)
-        v = widen(load_rows(v_ptr, offsets, inside, DV, BLOCK_DV, MASKED), tl.float16)
+        v = load_keys(
+            v_ptr,
+            page,
+            row,
+            lane,
+            inside,
+            stride_v_page,
+            stride_v_row,
+            DV,
+            BLOCK_DV,
+            MASKED,
+            PAGE_PER_KEY,
+        )
+        v = widen(v, tl.float16)
 
     score_scale = scale
     if ROW_SCALES:
@@ -165,13 +227,14 @@ def attend_tile(
         scores = scores * LOG2E
     if MASKED:
         visible = inside[None, :]
-        if HAS_LEFT:
+        if HAS_LEFT and LEFT_EDGE:
             visible = visible & (n[None, :] >= pos[:, None] - window_left)
         if HAS_RIGHT:
             visible = visible & (n[None, :] <= pos[:, None] + window_right)
         if HAS_CHUNK:
             chunk_lo = tl.maximum(pos, 0) // chunk * chunk
-            visible = visible & (n[None, :] >= chunk_lo[:, None])
+            if LEFT_EDGE:
+                visible = visible & (n[None, :] >= chunk_lo[:, None])
             visible = visible & (n[None, :] < chunk_lo[:, None] + chunk) & (pos >= 0)[:, None]
         if mask_mod is not None:
             visible = visible & mask_mod(b, head[:, None], pos[:, None], n[None, :], aux)
@@ -247,15 +310,19 @@ def attend(
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    EDGE_STAGES: tl.constexpr,
+    HOIST: tl.constexpr,
 ):
     """Attention of one tile of query rows to keys [begin, end), both multiples of BLOCK_N.
 
     Interior tiles, whose keys all rows see, run without masks: at most three loops, left edge,
-    interior, right edge. Returns (acc, row_sum, row_max): unnormalised, base 2.
+    interior, right edge. Without HOIST what does not change from step to step is computed in each,
+    which costs instructions and saves registers. Returns (acc, row_sum, row_max): unnormalised, base 2.
     """
     acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    HAS_EDGE: tl.constexpr = HAS_LEFT or HAS_CHUNK
     interior_begin = begin
     if HAS_LEFT or HAS_CHUNK:
         interior_begin = tl.minimum(tl.maximum(tl.cdiv(full_lo, BLOCK_N) * BLOCK_N, begin), end)
@@ -275,11 +342,36 @@ def attend(
             part_end = end
         if part == 2 or (mask_mod is None and (part == 1 or HAS_LEFT or HAS_CHUNK)):
             # Page numbers are read one step ahead, so that no copy of keys waits for its own.
-            page = page_numbers(table, first, part_begin, lo, hi, PAGE_SIZE, BLOCK_N, ALIGNED)
-            for start in tl.range(part_begin, part_end, BLOCK_N):
+            page = page_numbers(
+                table,
+                first,
+                part_begin,
+                lo,
+                hi,
+                PAGE_SIZE,
+                BLOCK_N,
+                ALIGNED,
+                HAS_EDGE and (part == 0 or mask_mod is not None),
+            )
+            # Edges are short: buffers beyond the second would cost them registers and gain nothing.
+            for start in tl.range(
+                part_begin,
+                part_end,
+                BLOCK_N,
+                num_stages=None if part == 1 or mask_mod is not None else EDGE_STAGES,
+                disable_licm=not HOIST,
+            ):
                 following = start + BLOCK_N
                 page_after = page_numbers(
-                    table, first, following, lo, hi, PAGE_SIZE, BLOCK_N, ALIGNED
+                    table,
+                    first,
+                    following,
+                    lo,
+                    hi,
+                    PAGE_SIZE,
+                    BLOCK_N,
+                    ALIGNED,
+                    HAS_EDGE and (part == 0 or mask_mod is not None),
                 )
                 acc, row_sum, row_max = attend_tile(
                     acc,
@@ -332,6 +424,7 @@ def attend(
                     BLOCK_DV,
                     BLOCK_N,
                     part != 1,
+                    HAS_EDGE and (part == 0 or mask_mod is not None),
                 )
                 page = page_after
     return acc, row_sum, row_max

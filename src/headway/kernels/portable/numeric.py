@@ -74,3 +74,31 @@ def dot(a, b, acc):
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
     else:
         return tl.dot(a, b, acc)
+
+
+@jit
+def recomputed(x, NVIDIA: tl.constexpr):
+    """The same scalar, which the compiler takes for another: what follows from it is computed anew."""
+    if NVIDIA:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], tl.int32, False, 1)
+    else:
+        return x
+
+
+@jit
+def program_ids_again(NVIDIA: tl.constexpr):
+    """(program_id(0), programs behind this one along axis 1, program_id(2)), like :func:`recomputed`."""
+    if NVIDIA:
+        behind: tl.constexpr = """{
+        .reg .u32 y;
+        mov.u32 y, %ctaid.y;
+        mov.u32 $0, %nctaid.y;
+        sub.u32 $0, $0, y;
+        sub.u32 $0, $0, 1;
+        }"""
+        x = tl.inline_asm_elementwise("mov.u32 $0, %ctaid.x;", "=r", [], tl.int32, False, 1)
+        y = tl.inline_asm_elementwise(behind, "=r", [], tl.int32, False, 1)
+        z = tl.inline_asm_elementwise("mov.u32 $0, %ctaid.z;", "=r", [], tl.int32, False, 1)
+        return x, y, z
+    else:
+        return tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1), tl.program_id(2)

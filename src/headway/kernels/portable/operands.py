@@ -237,6 +237,11 @@ def operands(
         "BLOCK_DV": block_width(p.head_dim_v, NARROWEST_VALUES),
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
+        "EDGE_STAGES": min(tile.num_stages, 2),
+        "HOIST": tile.hoist,
+        "NVIDIA": device.arch.startswith("sm"),
+        "K1_ROW": s.k1.stride(-3) if s.v_is_k else 0,
+        "K2_ROW": k2.stride(-3) if s.v_is_k else 0,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     }

@@ -23,6 +23,7 @@ class Tile:
     num_warps: int
     num_stages: int
     programs: int = 2  # per multiprocessor, that the planner of a decode step counts on
+    hoist: bool = True  # False: registers are short, so nothing is kept that can be computed again
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ TABLE: tuple[Row, ...] = (
     Row("decode", _SM9_10, 256, ANY_ROWS, Tile(64, 32, 8, 3, 1)),
     Row("mla", _SM9_10, 1024, 16, Tile(16, 32, 4, 3, 2), H200),
     Row("mla", _SM9_10, 1024, 32, Tile(32, 64, 8, 2, 1)),
-    Row("mla", _SM9_10, 1024, ANY_ROWS, Tile(64, 64, 8, 2, 1), H200),
+    Row("mla", _SM9_10, 1024, ANY_ROWS, Tile(64, 64, 8, 2, 1, hoist=False), H200),
     # A100: 163 KiB. Other Ampere, Ada and consumer Blackwell: 99 KiB.
     Row("forward", ("sm80",), 64, ANY_ROWS, Tile(128, 64, 8, 3)),
     Row("forward", ("sm80",), 128, ANY_ROWS, Tile(128, 32, 8, 3), max_key_bytes=1),
