@@ -142,6 +142,10 @@ CONFIGS = {
     "head_dim 192/128": config(192, 128, group=1, rows=1),
     "float8, page 16": config(kv_dtype=gl.float8e4nv, page_size=16),
     "float8, page 1, gathered": config(kv_dtype=gl.float8e4nv, page_size=1, gathered=True),
+    "float8, four tokens": config(kv_dtype=gl.float8e4nv, rows=16, page_size=16),
+    "float8, head_dim 64": config(64, kv_dtype=gl.float8e4nv, page_size=64),
+    "float8, head_dim 192/128": config(192, 128, kv_dtype=gl.float8e4nv),
+    "float8, head_dim 256": config(256, kv_dtype=gl.float8e4nv),
     "head_dim 256": config(256),
     "head_dim 256, page 1, gathered": config(256, page_size=1, gathered=True),
 }

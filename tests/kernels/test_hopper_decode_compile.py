@@ -39,9 +39,11 @@ def test_wgmma_is_never_serialised(measured: dict[str, dict[str, Any]]) -> None:
 
 
 def test_registers_suffice(measured: dict[str, dict[str, Any]]) -> None:
-    # An accumulator of 256 columns takes half of them, and widening float8 values takes its share: what
-    # is used once per unit spills, and two numbers that every block reads back.
+    # Two workers to a multiprocessor leave float8 blocks just enough: what is used once per unit may spill,
+    # and a gathering producer of head_dim 256 holds more addresses than registers.
     for name, kernel in measured.items():
-        tight = name.startswith(("head_dim 256", "float8"))
-        assert kernel["spilled_bytes"] <= (300 if tight else 0), name
-        assert kernel["spills_per_block"] <= (2 if tight else 0), name
+        allowed = (
+            300 if name == "head_dim 256, page 1, gathered" else 100 if "float8" in name else 0
+        )
+        assert kernel["spilled_bytes"] <= allowed, name
+        assert kernel["spills_per_block"] == 0, name

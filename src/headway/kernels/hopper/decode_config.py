@@ -6,7 +6,11 @@ import functools
 from dataclasses import dataclass, field
 from typing import Any
 
-from headway.kernels._triton import gl
+from headway.kernels._triton import gl, next_power_of_2
+
+#: Registers per thread at launch, by the workers that share a multiprocessor. A worker is eight warps, of
+#: which the producer's four need few.
+_LAUNCH_REGISTERS = {1: 168, 2: 128, 3: 80}
 
 
 @dataclass(frozen=True)
@@ -22,29 +26,40 @@ class DecodeTile:
 
     @property
     def maxnreg(self) -> int:
-        """Registers per thread at launch; a worker is eight warps, of which the producer needs few."""
-        return 128 if self.per_multiprocessor == 2 else 168
+        """Registers per thread at launch."""
+        return _LAUNCH_REGISTERS[self.per_multiprocessor]
 
 
-#: Shared memory of a multiprocessor that one worker can have, less what barriers and reductions take.
-SHARED_BYTES = 227 * 1024 - 2048
+#: Shared memory of a multiprocessor, of which one kibibyte per worker is the system's.
+SHARED_BYTES = 228 * 1024
+#: What barriers, reductions and merging take of a worker's share.
+OTHER_SHARED_BYTES = 2048
 
-#: By padded head_dim and head_dim_v, and bytes per element of keys and values.
-DECODE_TILES: dict[tuple[int, int, int], DecodeTile] = {
-    (64, 64, 2): DecodeTile(block_n=128, stages=3),
-    (128, 128, 2): DecodeTile(block_n=64, stages=3),
-    (192, 128, 2): DecodeTile(block_n=64, stages=5, per_multiprocessor=1, k_width=64),
-    (256, 256, 2): DecodeTile(block_n=64, stages=3, per_multiprocessor=1, merge_parts=8),
-    (64, 64, 1): DecodeTile(block_n=128, stages=5),
-    (128, 128, 1): DecodeTile(block_n=128, stages=2),
+#: Keys of a block and workers per multiprocessor, by padded head_dim and head_dim_v and bytes per element
+#: of keys and values.
+DECODE_TILES: dict[tuple[int, int, int], tuple[int, int]] = {
+    (64, 64, 2): (128, 1),
+    (128, 128, 2): (128, 1),
+    (64, 64, 1): (256, 2),
+    (128, 128, 1): (128, 2),
+    (192, 128, 1): (64, 2),
+    (256, 256, 1): (64, 2),
 }
 
-#: The same for more than FEW_ROWS packed rows, where boxes are long: fewer workers leave fewer, larger
-#: parts to merge.
-MANY_ROWS_TILES: dict[tuple[int, int, int], DecodeTile] = {
-    (128, 128, 2): DecodeTile(block_n=128, stages=3, per_multiprocessor=1),
+#: The same where boxes are shorter than LONG_BOX keys: one producer cannot ask for as many.
+SHORT_BOX_TILES: dict[tuple[int, int, int], tuple[int, int]] = {
+    (64, 64, 2): (128, 2),
+    (128, 128, 2): (64, 2),
 }
-FEW_ROWS = 8
+LONG_BOX = 64
+
+#: The same for more than FEW_ROWS packed rows, whose scores take more registers.
+MANY_ROWS_TILES: dict[tuple[int, int, int], tuple[int, int]] = {
+    (64, 64, 1): (128, 2),
+    (128, 128, 1): (64, 2),
+    (256, 256, 1): (64, 1),
+}
+FEW_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -71,12 +86,10 @@ class DecodeConfig:
     has_pad: bool = False
     has_soft_cap: bool = False
     # ------------------------------------------------------------------------------------------------
-    narrow: bool = field(
-        init=False
-    )  # float8: scores from float8 products, output from float16 ones
-    p_dtype: Any = field(init=False)  # of probabilities and of the values they multiply
-    terms: int = field(init=False)  # float8 tiles that add up to the queries
-    q_tiles: int = field(init=False)
+    narrow: bool = field(init=False)  # float8 keys and values, multiplied as float16
+    dtype: Any = field(init=False)  # of everything that is multiplied
+    scaled: bool = field(init=False)  # queries are brought into float16's range
+    columns: int = field(init=False)  # packed rows, as columns of scores and output
     block_n: int = field(init=False)
     stages: int = field(init=False)
     k_width: int = field(init=False)
@@ -92,16 +105,19 @@ class DecodeConfig:
     merge_parts: int = field(init=False)
     merge_rows: int = field(init=False)
     q_smem: Any = field(init=False)
-    v_wide: Any = field(init=False)
+    p_smem: Any = field(init=False)
     k_stage: Any = field(init=False)
     v_stage: Any = field(init=False)
     k_boxes: Any = field(init=False)
     v_boxes: Any = field(init=False)
-    scores: Any = field(init=False)
-    output: Any = field(init=False)
-    scores_row: Any = field(init=False)
-    output_row: Any = field(init=False)
-    p_operand: Any = field(init=False)
+    k_pairs: Any = field(init=False)
+    v_pairs: Any = field(init=False)
+    k_pair_layout: Any = field(init=False)
+    v_pair_layout: Any = field(init=False)
+    product: Any = field(init=False)
+    row: Any = field(init=False)
+    warps: Any = field(init=False)
+    operand: Any = field(init=False)
     q_rows: Any = field(init=False)
     k_rows: Any = field(init=False)
     v_rows: Any = field(init=False)
@@ -114,10 +130,12 @@ class DecodeConfig:
         rows = box_rows(self.page_size, tile.block_n)
         itemsize = self.kv_dtype.primitive_bitwidth // 8
         narrow = itemsize == 1
+        dtype = gl.float16 if narrow else self.kv_dtype
+        columns = max(8, next_power_of_2(self.rows))
         set_("narrow", narrow)
-        set_("p_dtype", gl.float16 if narrow else self.kv_dtype)
-        set_("terms", 2 if narrow and self.q_dtype != self.kv_dtype else 1)
-        set_("q_tiles", self.terms * (width // k_width))
+        set_("dtype", dtype)
+        set_("scaled", narrow and self.q_dtype == gl.bfloat16)
+        set_("columns", columns)
         set_("block_n", tile.block_n)
         set_("stages", tile.stages)
         set_("k_width", k_width)
@@ -130,23 +148,25 @@ class DecodeConfig:
         # A page number per box, of this block and of the next; a gathering producer holds many addresses.
         set_("producer_registers", 80 if self.gathered else 32 if tile.block_n // rows <= 2 else 64)
         set_("left_limit", self.has_left or self.has_chunk or self.has_pad)
-        stage = functools.partial(gl.NVMMASharedLayout.get_default_for, dtype=self.kv_dtype)
-        set_("q_smem", stage([64, k_width]))
-        set_(
-            "v_wide",
-            gl.NVMMASharedLayout.get_default_for([tile.block_n, v_width], self.p_dtype),
+        smem = gl.NVMMASharedLayout.get_default_for
+        set_("q_smem", smem([columns, k_width], dtype))
+        set_("p_smem", smem([columns, tile.block_n], dtype))
+        set_("k_stage", smem([tile.block_n, k_width], self.kv_dtype))
+        set_("v_stage", smem([tile.block_n, v_width], self.kv_dtype))
+        set_("k_boxes", smem([1, 1, tile.block_n, k_width], self.kv_dtype))
+        set_("v_boxes", smem([1, 1, tile.block_n, v_width], self.kv_dtype))
+        set_("k_pairs", smem([tile.block_n, k_width // 2], gl.int16))
+        set_("v_pairs", smem([tile.block_n, v_width // 2], gl.int16))
+        set_("k_pair_layout", _k_pair_layout(tile.block_n, k_width // 2))
+        set_("v_pair_layout", _v_pair_layout(tile.block_n, v_width // 2))
+        product = gl.NVMMADistributedLayout(
+            version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16]
         )
-        set_("k_stage", stage([tile.block_n, k_width]))
-        set_("v_stage", stage([tile.block_n, v_width]))
-        set_("k_boxes", stage([1, 1, tile.block_n, k_width]))
-        set_("v_boxes", stage([1, 1, tile.block_n, v_width]))
-        scores = _mma_layout(tile.block_n, 32 // itemsize)
-        output = _mma_layout(v_width, 16)
-        set_("scores", scores)
-        set_("output", output)
-        set_("scores_row", gl.SliceLayout(1, scores))
-        set_("output_row", gl.SliceLayout(1, output))
-        set_("p_operand", gl.DotOperandLayout(0, output, 2))
+        set_("product", product)
+        warps = _by_warp_layout(columns)
+        set_("warps", warps)
+        set_("row", gl.SliceLayout(0, product))
+        set_("operand", gl.DotOperandLayout(0, product, 2))
         set_("q_rows", _rows_layout(k_width, 2))
         set_("k_rows", _rows_layout(k_width, itemsize))
         set_("v_rows", _rows_layout(v_width, itemsize))
@@ -157,9 +177,46 @@ class DecodeConfig:
         set_("merged", gl.BlockedLayout([1, 1, 4], [1, 32 // lanes, lanes], [1, 4, 1], [2, 1, 0]))
 
 
-def _mma_layout(columns: int, depth: int) -> Any:
-    return gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, depth]
+def _bits(start: int, stop: int) -> list[int]:
+    return [1 << n for n in range(start.bit_length() - 1, stop.bit_length() - 1)]
+
+
+def _by_warp_layout(columns: int) -> Any:
+    """One number per warp and column: every thread holds all four of its columns of wgmma's output."""
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 1]] + [[0, n] for n in _bits(8, columns)] + [[1, 0], [2, 0]],
+        lane_bases=[[0, 2], [0, 4], [0, 0], [0, 0], [0, 0]],
+        warp_bases=[[0, 0], [0, 0]],
+        block_bases=[],
+        shape=[4, columns],
+    )
+
+
+def _k_pair_layout(keys: int, pairs: int) -> Any:
+    """Pairs of float8 columns as wgmma's first operand takes keys, after widening: a thread's two
+    neighbouring pairs of a key are four columns of 16, which queries have in the same order."""
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [8, 0]]
+        + [[0, n] for n in _bits(8, pairs)]
+        + [[n, 0] for n in _bits(64, keys)],
+        lane_bases=[[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]],
+        block_bases=[],
+        shape=[keys, pairs],
+    )
+
+
+def _v_pair_layout(keys: int, pairs: int) -> Any:
+    """Pairs of float8 columns as wgmma's first operand takes transposed values, after widening: the two
+    columns of a pair are eight rows of the operand apart."""
+    return gl.DistributedLinearLayout(
+        reg_bases=[[1, 0], [8, 0]]
+        + [[n, 0] for n in _bits(16, keys)]
+        + [[0, n] for n in _bits(32, pairs)],
+        lane_bases=[[2, 0], [4, 0], [0, 1], [0, 2], [0, 4]],
+        warp_bases=[[0, 8], [0, 16]],
+        block_bases=[],
+        shape=[keys, pairs],
     )
 
 
@@ -183,7 +240,7 @@ def padded_v(head_dim_v: int) -> int:
 def tile_for(
     head_dim: int, head_dim_v: int, itemsize: int = 2, rows: int = 1, page_size: int = 0
 ) -> DecodeTile:
-    """The tile of these head dims: the measured one, or as many stages of 64 keys as there is room for.
+    """The tile of these head dims: the measured blocks, or 64 keys; and as many stages as there is room.
 
     Args:
         itemsize: bytes per element of keys and values.
@@ -191,20 +248,27 @@ def tile_for(
         page_size: 0: keys are not paged.
     """
     width, v_width = padded(head_dim), padded_v(head_dim_v)
-    many = rows > FEW_ROWS and page_size % 64 == 0
-    if many and (width, v_width, itemsize) in MANY_ROWS_TILES:
-        return MANY_ROWS_TILES[width, v_width, itemsize]
-    if (width, v_width, itemsize) in DECODE_TILES:
-        return DECODE_TILES[width, v_width, itemsize]
-    block_bytes = 64 * (width + v_width)
-    room = SHARED_BYTES - 64 * width * 2 - (64 * v_width * 2 if itemsize == 1 else 0)
+    kind = width, v_width, itemsize
+    shape = DECODE_TILES.get(kind, (64, 1))
+    if page_size % LONG_BOX != 0:
+        shape = SHORT_BOX_TILES.get(kind, shape)
+    if rows > FEW_ROWS:
+        shape = MANY_ROWS_TILES.get(kind, shape)
+    block_n, workers = shape
     return DecodeTile(
-        block_n=64,
-        stages=min(room // (block_bytes * itemsize), 8),
-        per_multiprocessor=1,
+        block_n=block_n,
+        stages=_stages(block_n, width, v_width, itemsize, rows, workers),
+        per_multiprocessor=workers,
         k_width=64 if width == 192 else 0,
         merge_parts=8 if v_width == 256 else 16,
     )
+
+
+def _stages(block_n: int, width: int, v_width: int, itemsize: int, rows: int, workers: int) -> int:
+    """Stages of keys and values that a worker has room for beside queries and probabilities."""
+    columns = max(8, next_power_of_2(min(rows, 64)))
+    room = SHARED_BYTES // workers - 1024 - OTHER_SHARED_BYTES - columns * (width + block_n) * 2
+    return min(room // (block_n * (width + v_width) * itemsize), 8)
 
 
 def box_rows(page_size: int, block_n: int) -> int:

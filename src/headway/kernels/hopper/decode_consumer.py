@@ -27,8 +27,8 @@ from headway.kernels.hopper.decode_plan import (
     load_span,
     take_of,
 )
-from headway.kernels.hopper.masks import mask_scores, row_limits
-from headway.kernels.hopper.softmax import LAG, LOG2E, finish, rescale, soft_cap
+from headway.kernels.hopper.masks import row_limits
+from headway.kernels.hopper.softmax import LAG, LOG2E, finish, soft_cap
 
 
 @aggregate
@@ -105,7 +105,8 @@ class Parts:
 @gluon.jit
 def _fetch_queries(q_ptr, span, batch, unit, piece, call, cfg: gl.constexpr):
     """A piece of a unit's packed query rows, in registers; zero where there is no query."""
-    rows = (unit % cfg.m_tiles) * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, cfg.q_rows))
+    rows = gl.arange(0, cfg.columns, layout=gl.SliceLayout(1, cfg.q_rows))
+    rows += (unit % cfg.m_tiles) * 64
     token = rows // cfg.group
     inside = (rows < call.num_rows) & (token < span.q_rows)
     offsets = (span.q_first + token).to(gl.int64) * call.stride_q_row
@@ -127,38 +128,27 @@ def _largest(queries):
 
 
 @gluon.jit
-def _place_piece(queries, factor, piece, buffers, cfg: gl.constexpr):
-    """Store a piece of queries; 16-bit ones beside float8 keys as two float8 terms, times ``factor``.
-
-    A term has four significant bits and the second, signed, holds what the first left over: together
-    the eight that bfloat16 has.
-    """
-    if cfg.terms == 1:
-        buffers.q.index(piece).store(queries)
-    else:
-        scaled = queries.to(gl.float32) * factor
-        first = scaled.to(cfg.kv_dtype)
-        buffers.q.index(piece).store(first)
-        buffers.q.index(cfg.pieces + piece).store((scaled - first.to(gl.float32)).to(cfg.kv_dtype))
-
-
-@gluon.jit
 def _load_queries(q_ptr, buffers, span, batch, unit, call, cfg: gl.constexpr):
     """A unit's queries into shared memory; all threads sync.
 
     Returns what scores must be multiplied by because of how the queries were stored.
     """
     factor = 1.0
-    if cfg.terms == 2:
+    if cfg.scaled:
         largest = 0.0
         for piece in gl.static_range(gl.constexpr(cfg.pieces)):
             queries = _fetch_queries(q_ptr, span, batch, unit, piece, call, cfg)
             largest = gl.maximum(largest, _largest(queries))
-        # A power of two: what the first term leaves of a bfloat16 then fits the second exactly.
-        factor = gl.where(largest > 0.0, gl.exp2(7.0 - gl.floor(gl.log2(largest))), 1.0)
+        # A power of two: float16 then holds all eight bits of a bfloat16 down to 2^-29 of the largest.
+        factor = gl.where(largest > 0.0, gl.exp2(14.0 - gl.floor(gl.log2(largest))), 1.0)
     for piece in gl.static_range(gl.constexpr(cfg.pieces)):
         queries = _fetch_queries(q_ptr, span, batch, unit, piece, call, cfg)
-        _place_piece(queries, factor, piece, buffers, cfg)
+        if cfg.scaled:
+            queries = queries.to(gl.float32) * factor
+        if cfg.narrow:  # columns in the order of widened keys
+            queries = queries.reshape([cfg.columns, cfg.k_width // 16, 4, 2, 2])
+            queries = queries.permute((0, 1, 3, 2, 4)).reshape([cfg.columns, cfg.k_width])
+        buffers.q.index(piece).store(queries.to(cfg.dtype))
     fence_async_shared()
     cta_barrier()
     return 1.0 / factor
@@ -220,56 +210,121 @@ def _descale(descale, batch, head):
         return gl.load(pointer + batch * stride_batch + head * stride_head)
 
 
-@gluon.jit
-def _widen_values(stage, start, buffers, span, cfg: gl.constexpr):
-    """One stage's float8 values as float16, rows that may hold anything as zeros.
+#: Two pairs of float8 numbers, neighbours in a thread, as float16: the first pair, the second pair.
+_WIDEN: gl.constexpr = gl.constexpr(
+    "{ .reg .b16 a, b; mov.b32 {a, b}, $2; cvt.rn.f16x2.e4m3x2 $0, a; cvt.rn.f16x2.e4m3x2 $1, b; }"
+)
+#: The same, transposed: the first of each pair, the second of each.
+_WIDEN_ACROSS: gl.constexpr = gl.constexpr(
+    "{ .reg .b32 x; .reg .b16 a, b; prmt.b32 x, $2, 0, 0x3120; mov.b32 {a, b}, x; "
+    "cvt.rn.f16x2.e4m3x2 $0, a; cvt.rn.f16x2.e4m3x2 $1, b; }"
+)
 
-    64 rows at a time: more do not fit the registers beside scores and output.
+
+@gluon.jit
+def _widen(pairs, ASM: gl.constexpr):
+    """Pairs of float8 numbers, (m, n) int16, as (m, n, 2) float16."""
+    first, second = gl.inline_asm_elementwise(
+        ASM, "=r,=r,r", [pairs], dtype=(gl.float16, gl.float16), is_pure=True, pack=2
+    )
+    return gl.join(first, second)
+
+
+@gluon.jit
+def _keys(stage, piece, buffers, cfg: gl.constexpr):
+    """A stage's keys as wgmma's first operand: in shared memory, or widened in registers, columns of each
+    16 in another order: column 4t + 2h + b at 8h + 2t + b."""
+    tile = k_tile(buffers, stage, piece, cfg)
+    if cfg.narrow:
+        pairs = tile._reinterpret(gl.int16, [cfg.block_n, cfg.k_width // 2], cfg.k_pairs)
+        keys = _widen(pairs.load(cfg.k_pair_layout), _WIDEN)
+        keys = keys.reshape([cfg.block_n, cfg.k_width // 16, 8, 2]).permute((0, 1, 3, 2))
+        keys = keys.reshape([cfg.block_n, cfg.k_width])
+        return gl.convert_layout(keys, cfg.operand, assert_trivial=True)
+    else:
+        return tile
+
+
+@gluon.jit
+def _values(stage, start, buffers, span, cfg: gl.constexpr):
+    """A stage's values, transposed, as wgmma's first operand; rows that may hold anything are zeros.
+
+    Widened ones have rows of each 16 in another order; see :func:`_packed_rows`.
     """
-    cta_barrier()  # all are past their products with the values before
-    for part in gl.static_range(gl.constexpr(cfg.block_n // 64)):
-        narrow = v_tile(buffers, stage, cfg).slice(part * 64, 64).load(cfg.v_rows)
-        values = narrow.to(cfg.p_dtype)
-        if not cfg.gathered:  # a gathering producer has cleared them
-            if (start < span.lo) | (start + cfg.block_n > span.hi):
-                rows = start + part * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, cfg.v_rows))
-                inside = gl.expand_dims((rows >= span.lo) & (rows < span.hi), 1)
-                values = gl.where(inside, values, gl.zeros_like(values))
-        buffers.v_wide.slice(part * 64, 64).store(values)
-    fence_async_shared()
-    cta_barrier()
+    tile = v_tile(buffers, stage, cfg)
+    # A gathering producer has cleared them.
+    cut = (start < span.lo) | (start + cfg.block_n > span.hi) if not cfg.gathered else False
+    if cfg.narrow:
+        pairs = tile._reinterpret(gl.int16, [cfg.block_n, cfg.v_width // 2], cfg.v_pairs)
+        pairs = pairs.load(cfg.v_pair_layout)
+        if cut:
+            rows = gl.arange(0, cfg.block_n, layout=gl.SliceLayout(1, cfg.v_pair_layout)) + start
+            inside = gl.expand_dims((rows >= span.lo) & (rows < span.hi), 1)
+            pairs = gl.where(inside, pairs, gl.zeros_like(pairs))
+        values = _widen(pairs, _WIDEN_ACROSS)
+        values = values.reshape([cfg.block_n, cfg.v_width // 16, 8, 2]).permute((1, 3, 2, 0))
+        values = values.reshape([cfg.v_width, cfg.block_n])
+        return gl.convert_layout(values, cfg.operand, assert_trivial=True)
+    else:
+        if cut:
+            _clear_outside(tile, start, span.lo, span.hi, cfg)
+        return tile.permute((1, 0))
 
 
 @gluon.jit
-def _scores(stage, start, buffers, span, cfg: gl.constexpr):
-    """Products of the queries with a stage's keys; meanwhile its values are made ready."""
-    scores = gl.full([64, cfg.block_n], 0.0, gl.float32, cfg.scores)
-    for tile in gl.static_range(gl.constexpr(cfg.q_tiles)):
-        k = k_tile(buffers, stage, tile % cfg.pieces, cfg).permute((1, 0))
-        scores = warpgroup_mma(buffers.q.index(tile), k, scores, use_acc=tile > 0, is_async=True)
+def _packed_rows(acc, cfg: gl.constexpr):
+    """An accumulator, (v_width, columns), as (columns, v_width), columns of values in their own order."""
     if cfg.narrow:
-        _widen_values(stage, start, buffers, span, cfg)
-    elif not cfg.gathered:
-        if (start < span.lo) | (start + cfg.block_n > span.hi):
-            _clear_outside(v_tile(buffers, stage, cfg), start, span.lo, span.hi, cfg)
-    scores = warpgroup_mma_wait(0, deps=(scores,))
-    if cfg.narrow:
-        mbarrier.arrive(buffers.empty.index(stage), count=1)
-    return scores
+        acc = acc.reshape([cfg.v_width // 16, 2, 8, cfg.columns])
+        return acc.permute((3, 0, 2, 1)).reshape([cfg.columns, cfg.v_width])
+    else:
+        return acc.permute((1, 0))
 
 
 @gluon.jit
-def _softmax_block(scores, row_max, row_sum, scale_log2):
+def _mask(scores, lo, hi, start, cfg: gl.constexpr):
+    """``scores``, with -inf where the key is outside the row's [lo, hi)."""
+    keys = gl.arange(0, cfg.block_n, layout=gl.SliceLayout(1, cfg.product)) + start
+    keys = gl.expand_dims(keys, 1)
+    visible = keys < gl.expand_dims(hi, 0)
+    if cfg.left_limit:
+        visible &= keys >= gl.expand_dims(lo, 0)
+    return gl.where(visible, scores, float("-inf"))
+
+
+@gluon.jit
+def _partial_sums(probabilities, cfg: gl.constexpr):
+    """Sums over keys as far as one thread holds them, (4, 8, columns): the threads' are added once per
+    unit."""
+    parts = probabilities.reshape([cfg.block_n // 64, 4, 2, 8, cfg.columns])
+    return gl.sum(gl.sum(parts, 0), 1)
+
+
+@gluon.jit
+def _column_max(scores, cfg: gl.constexpr):
+    """Largest score of every packed row. Warps hand theirs to one another once, through one barrier: a
+    reduction over the keys at once would take two."""
+    by_warp = scores.reshape([cfg.block_n // 64, 4, 2, 8, cfg.columns])
+    by_warp = gl.max(gl.max(gl.max(by_warp, 0), 1), 1)
+    largest = gl.max(gl.convert_layout(by_warp, cfg.warps), 0)
+    return gl.convert_layout(largest, cfg.row, assert_trivial=True)
+
+
+@gluon.jit
+def _softmax_block(scores, row_max, row_sum, scale_log2, cfg: gl.constexpr):
     """One block of scores: (probabilities, row_max, row_sum, factor for what was accumulated before).
 
     ``row_max`` is in units of log2 and may lag the true one by LAG; -inf: the row has seen nothing.
     """
-    block_max = gl.maximum(row_max, gl.max(scores, 1) * scale_log2)
+    block_max = gl.maximum(row_max, _column_max(scores, cfg) * scale_log2)
     row_max_new = gl.where(block_max - row_max > LAG, block_max, row_max)
     shift = gl.where(row_max_new == float("-inf"), 0.0, row_max_new)
     factor = gl.exp2(row_max - shift)
-    probabilities = gl.exp2(scores * scale_log2 - gl.expand_dims(shift, 1))
-    return probabilities, row_max_new, row_sum * factor + gl.sum(probabilities, 1), factor
+    probabilities = gl.exp2(scores * scale_log2 - gl.expand_dims(shift, 0))
+    by_thread: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(0, row_sum.type.layout))
+    thread_factor = gl.convert_layout(factor, by_thread, assert_trivial=True)
+    row_sum *= gl.expand_dims(gl.expand_dims(thread_factor, 0), 0)
+    return probabilities, row_max_new, row_sum + _partial_sums(probabilities, cfg), factor
 
 
 @gluon.jit
@@ -277,20 +332,32 @@ def _attend_block(
     acc, row_max, row_sum, lo, hi, scale, start, stage, buffers, span, call, cfg: gl.constexpr
 ):
     """Take one block of keys and values in, and free its stage: returns (acc, row_max, row_sum)."""
-    scores = _scores(stage, start, buffers, span, cfg)
+    scores = gl.full([cfg.block_n, cfg.columns], 0.0, gl.float32, cfg.product)
+    for piece in gl.static_range(gl.constexpr(cfg.pieces)):
+        q = buffers.q.index(piece).permute((1, 0))
+        keys = _keys(stage, piece, buffers, cfg)
+        scores = warpgroup_mma(keys, q, scores, use_acc=piece > 0, is_async=True)
+        if cfg.narrow and piece + 1 < cfg.pieces:
+            # Products run on the registers that hold widened keys: those stay as they are meanwhile.
+            scores, _ = warpgroup_mma_wait(0, deps=(scores, keys))
+    values = _values(stage, start, buffers, span, cfg)
+    if cfg.narrow:
+        scores, _ = warpgroup_mma_wait(0, deps=(scores, keys))
+        mbarrier.arrive(buffers.empty.index(stage), count=1)
+    else:
+        scores = warpgroup_mma_wait(0, deps=(scores,))
     scale_log2 = scale * LOG2E
     if cfg.has_soft_cap:
         scores = soft_cap(scores, scale, call.softcap)
         scale_log2 = LOG2E
     if (start < span.full_lo) | (start + cfg.block_n > span.full_hi):
-        scores = mask_scores(scores, lo, hi, start, gl.constexpr(cfg.left_limit))
-    p, row_max, row_sum, factor = _softmax_block(scores, row_max, row_sum, scale_log2)
-    acc = rescale(acc, gl.convert_layout(factor, cfg.output_row, assert_trivial=True))
-    p = gl.convert_layout(p.to(cfg.p_dtype), cfg.p_operand, assert_trivial=True)
-    if cfg.narrow:
-        acc = warpgroup_mma(p, buffers.v_wide, acc, is_async=True)
-    else:
-        acc = warpgroup_mma(p, v_tile(buffers, stage, cfg), acc, is_async=True)
+        scores = _mask(scores, lo, hi, start, cfg)
+    p, row_max, row_sum, factor = _softmax_block(scores, row_max, row_sum, scale_log2, cfg)
+    acc *= gl.expand_dims(factor, 0)
+    buffers.p.store(p.to(cfg.dtype).permute((1, 0)))
+    fence_async_shared()
+    cta_barrier()
+    acc = warpgroup_mma(values, buffers.p.permute((1, 0)), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     if not cfg.narrow:
         mbarrier.arrive(buffers.empty.index(stage), count=1)
@@ -353,7 +420,6 @@ def consume(
 ):
     """One warpgroup: attention of this worker's blocks, unit after unit."""
     q_descale, k_descale, v_descale = descales
-    columns = gl.arange(0, cfg.v_width, layout=gl.SliceLayout(0, cfg.output))
     worker = gl.program_id(0)
     record = works + worker * WIDTH
     span = load_span(record)
@@ -372,30 +438,35 @@ def consume(
         scale *= _descale(q_descale, batch, head) * _descale(k_descale, batch, head)
         v_scale = _descale(v_descale, batch, head)
         first_row = (unit % cfg.m_tiles) * 64
-        rows = first_row + gl.arange(0, 64, layout=cfg.scores_row)
-        out_rows = first_row + gl.arange(0, 64, layout=cfg.output_row)
+        rows = first_row + gl.arange(0, cfg.columns, layout=cfg.row)
         lo, hi = row_limits(span.position + rows // cfg.group, span.keys, call, cfg)
         lo = gl.maximum(lo, 0) + span.pad
         hi += span.pad
-        acc = gl.full([64, cfg.v_width], 0.0, gl.float32, cfg.output)
-        row_max = gl.full([64], float("-inf"), gl.float32, cfg.scores_row)
-        row_sum = gl.full([64], 0.0, gl.float32, cfg.scores_row)
+        acc = gl.full([cfg.v_width, cfg.columns], 0.0, gl.float32, cfg.product)
+        row_max = gl.full([cfg.columns], float("-inf"), gl.float32, cfg.row)
+        none = gl.full([cfg.block_n, cfg.columns], 0.0, gl.float32, cfg.product)
+        thread_sum = _partial_sums(none, cfg)
         start = (span.first_block + first) * cfg.block_n
         for _ in range(count):
             stage = step % cfg.stages
             mbarrier.wait(buffers.full.index(stage), (step // cfg.stages) & 1)
             if cfg.gathered:
                 fence_async_shared()
-            acc, row_max, row_sum = _attend_block(
-                acc, row_max, row_sum, lo, hi, scale, start, stage, buffers, span, call, cfg
+            acc, row_max, thread_sum = _attend_block(
+                acc, row_max, thread_sum, lo, hi, scale, start, stage, buffers, span, call, cfg
             )
             start += cfg.block_n
             step += 1
 
+        row_sum = gl.convert_layout(gl.sum(gl.sum(thread_sum, 0), 0), cfg.row)
+        out = _packed_rows(acc, cfg)
+        layout: gl.constexpr = out.type.layout
+        out_rows = first_row + gl.arange(0, cfg.columns, layout=gl.SliceLayout(1, layout))
+        columns = gl.arange(0, cfg.v_width, layout=gl.SliceLayout(0, layout))
         if count == span.blocks:
             factor, lse = finish(row_max, row_sum, _load_sinks(sinks, head, rows, call, cfg))
-            factor = gl.convert_layout(factor, cfg.output_row, assert_trivial=True)
-            out = acc * gl.expand_dims(factor * v_scale, 1)
+            factor = gl.convert_layout(factor, gl.SliceLayout(1, layout), assert_trivial=True)
+            out *= gl.expand_dims(factor * v_scale, 1)
             _store_out(out_ptr, out, out_rows, columns, span, batch, head, call, cfg)
             _store_lse(lse_ptr, lse, rows, span, batch, head, call, cfg)
         elif count > 0:
@@ -404,7 +475,7 @@ def consume(
                 parts.out,
                 parts.sums,
                 2 * worker + gl.where(first == 0, 1, 0),
-                acc,
+                out,
                 row_max,
                 row_sum,
                 rows - first_row,

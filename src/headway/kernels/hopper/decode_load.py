@@ -22,19 +22,19 @@ from headway.kernels.hopper.decode_plan import BATCH, LEFT, UNIT, WIDTH, WITHIN,
 class Buffers:
     """Shared memory of a worker: ``full`` and ``empty`` count the stages of keys and values."""
 
-    q: gl.shared_memory_descriptor  # (terms * pieces, 64, k_width)
+    q: gl.shared_memory_descriptor  # (pieces, columns, k_width)
+    p: gl.shared_memory_descriptor  # (columns, block_n), probabilities of a block
     k: gl.shared_memory_descriptor  # (stages * pieces, 1, 1, block_n, k_width)
     v: gl.shared_memory_descriptor  # (stages, 1, 1, block_n, v_width)
-    v_wide: gl.shared_memory_descriptor  # (block_n, v_width), one block of float8 values as float16
     full: gl.shared_memory_descriptor  # (stages, 1)
     empty: gl.shared_memory_descriptor
 
     @gluon.constexpr_function
-    def __init__(self, q, k, v, v_wide, full, empty):
+    def __init__(self, q, p, k, v, full, empty):
         self.q = q
+        self.p = p
         self.k = k
         self.v = v
-        self.v_wide = v_wide
         self.full = full
         self.empty = empty
 
@@ -42,21 +42,19 @@ class Buffers:
 @gluon.jit
 def allocate(cfg: gl.constexpr):
     """Buffers, with their barriers set up."""
-    q = gl.allocate_shared_memory(cfg.kv_dtype, [cfg.q_tiles, 64, cfg.k_width], cfg.q_smem)
+    q = gl.allocate_shared_memory(cfg.dtype, [cfg.pieces, cfg.columns, cfg.k_width], cfg.q_smem)
+    p = gl.allocate_shared_memory(cfg.dtype, [cfg.columns, cfg.block_n], cfg.p_smem)
     k_shape: gl.constexpr = [cfg.stages * cfg.pieces, 1, 1, cfg.block_n, cfg.k_width]
     k = gl.allocate_shared_memory(cfg.kv_dtype, k_shape, cfg.k_boxes)
     v_shape: gl.constexpr = [cfg.stages, 1, 1, cfg.block_n, cfg.v_width]
     v = gl.allocate_shared_memory(cfg.kv_dtype, v_shape, cfg.v_boxes)
-    v_wide = v
-    if cfg.narrow:
-        v_wide = gl.allocate_shared_memory(cfg.p_dtype, [cfg.block_n, cfg.v_width], cfg.v_wide)
     full = gl.allocate_shared_memory(gl.int64, [cfg.stages, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [cfg.stages, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(gl.constexpr(cfg.stages)):
         mbarrier.init(full.index(stage), count=cfg.full_count)
         mbarrier.init(empty.index(stage), count=1)
     fence_async_shared()
-    return Buffers(q, k, v, v_wide, full, empty)
+    return Buffers(q, p, k, v, full, empty)
 
 
 @gluon.jit
