@@ -151,11 +151,11 @@ def _parameters(module: str, source: str, function: str) -> frozenset[str]:
 
 def _parameters_in(text: str, function: str) -> frozenset[str]:
     """Parameters of a top-level function, from the text of its definition alone."""
-    start = text.rfind(f"\ndef {function}(")
+    start = f"\n{text}".rfind(f"\ndef {function}(")
     if start < 0:
         return frozenset()
     head = ""
-    for line in text[start + 1 :].splitlines():
+    for line in text[start:].splitlines():
         head += line + "\n"
         # The head of a definition is parsed line by line: files with such functions are long.
         if line.split("#")[0].rstrip().endswith(":"):
