@@ -7,10 +7,10 @@ of another geometry is refused rather than run on the wrong schedule.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
@@ -94,16 +94,42 @@ class PlanKey:
             has_qv=problem.qv is not None,
         )
 
+    @cached_property
+    def geometry(self) -> tuple[Any, ...]:
+        """The values that a plan and its calls must share, in the order of the fields."""
+        return tuple(getattr(self, name) for name in _GEOMETRY)
+
     def differences(self, other: PlanKey) -> list[str]:
         """The names of the fields of the geometry that differ, with both values."""
-        every = (field.name for field in dataclasses.fields(self))
-        names = itertools.takewhile(lambda name: name != "q_dtype", every)
-        pairs = ((name, getattr(self, name), getattr(other, name)) for name in names)
+        pairs = zip(_GEOMETRY, self.geometry, other.geometry, strict=True)
         return [
             f"{name} {mine} (plan) / {theirs} (call)"
             for name, mine, theirs in pairs
             if mine != theirs
         ]
+
+
+_GEOMETRY = tuple(itertools.takewhile(lambda name: name != "q_dtype", PlanKey.__dataclass_fields__))
+
+
+def _geometry_of(p: Problem) -> tuple[Any, ...]:
+    """``PlanKey.of(p).geometry``: every call of a planned step is compared, so no key is built."""
+    mask = p.mask
+    return (
+        p.device,
+        p.batch_size,
+        p.max_seqlen_q,
+        p.max_seqlen_k,
+        p.num_q_heads,
+        p.num_kv_heads,
+        p.head_dim,
+        p.head_dim_v,
+        p.page_size,
+        mask.causal,
+        mask.window_left,
+        mask.window_right,
+        mask.attention_chunk,
+    )
 
 
 @dataclass(frozen=True)
@@ -173,8 +199,8 @@ class Plan:
 
     def check_matches(self, problem: Problem) -> None:
         """Raise InvalidInputError unless this plan was made for calls of the problem's geometry."""
-        differences = self.key.differences(PlanKey.of(problem))
-        if differences:
+        if self.key.geometry != _geometry_of(problem):
+            differences = self.key.differences(PlanKey.of(problem))
             raise InvalidInputError(
                 "scheduler_metadata",
                 "a plan made for another call: " + ", ".join(differences),

@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 
 import headway
 from headway import UnsupportedError, dispatch, providers
+from headway import plan as plan_module
 from headway.plan import Plan, PlanKey
 from headway.providers import hopper
 from tests.calls import Call, assert_matches, calls
@@ -290,6 +291,13 @@ def test_prepare_fills_the_plan_before_a_call(kernels: None) -> None:
     assert RAN == ["plan"]
     headway.flash_attn_with_kvcache(**call.kwargs, backend="hopper")
     assert RAN == ["plan", "decode"]
+
+
+@pytest.mark.parametrize("call", [cached(sq=3, window_size=(7, 0)), dense(), cached(page_size=5)])
+def test_a_plan_compares_the_geometry_that_its_key_has(call: Call) -> None:
+    problem = call.problem()
+    assert PlanKey.of(problem).geometry == plan_module._geometry_of(problem)
+    Plan(PlanKey.of(problem), int32(1)).check_matches(problem)
 
 
 def test_a_plan_for_one_dtype_serves_caches_of_another(kernels: None) -> None:

@@ -154,12 +154,11 @@ class HopperProvider(Provider):
     def run(self, problem: Problem) -> tuple[Tensor, Tensor | None]:
         out = problem.empty_out()
         lse = problem.empty_lse() if problem.return_lse else None
+        q = problem.q
         if problem.append is not None:
             from headway.kernels.portable.append import append
 
             q = append(problem, problem.append)
-        else:
-            q = problem.q
         if out.numel() == 0 or problem.max_seqlen_q == 0:
             return out, lse
         if problem.k.numel() == 0:
@@ -167,14 +166,15 @@ class HopperProvider(Provider):
         q, scale = _positive(q, problem.scores.softmax_scale)
         if not _is_aligned(q):
             q = q.clone(memory_format=torch.contiguous_format)
+        decode = is_decode(problem)
         to = out
-        if not _is_aligned(out) or not (out.dtype == q.dtype or is_decode(problem)):
+        if problem.out is not None and not (_is_aligned(out) and (decode or out.dtype == q.dtype)):
             to = torch.empty(out.shape, dtype=q.dtype, device=out.device)
-        if is_decode(problem):
+        if decode:
             _decode(problem, q, scale, to, lse)
         else:
             _prefill(problem, q, scale, to, lse)
-        return delivered(problem, to), lse
+        return out if to is out else delivered(problem, to), lse
 
 
 def refusals(problem: Problem) -> list[str]:
