@@ -606,6 +606,9 @@ def _check_key_values(p: Problem) -> None:
             f"keys up to {ends.tolist()} (appended ones included)",
             f"between 0 and the capacity of each sequence, {capacity.tolist()}",
         )
+    longest = int(ends.max()) if p.batch_size else 0
+    if longest > p.max_seqlen_k:
+        raise InvalidInputError("max_seqlen_k", p.max_seqlen_k, f"at least {longest}")
     if p.leftpad_k is not None and bool(((p.leftpad_k < 0) | (p.leftpad_k > ends)).any()):
         raise InvalidInputError(
             "cache_leftpad", p.leftpad_k.tolist(), "between 0 and cache_seqlens"

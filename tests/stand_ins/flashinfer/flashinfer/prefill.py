@@ -26,6 +26,7 @@ class _Wrapper:
         self._planned = arguments
 
     def _attend(self, q, k, v, out, return_lse, **lengths):
+        record(f"flashinfer.{type(self).__name__}.run", {"q": q, "k": k, "v": v, "out": out})
         plan = self._planned
         assert plan is not None, "run before plan"
         assert q.dtype == plan["q_data_type"]
