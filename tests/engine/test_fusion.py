@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from headway.engine import fusion
+from headway.engine import fused_layer, fusion
 from headway.engine.attention import ROTARY_MARK
 from headway.kernels.portable.norm import NormStyle
 from tests.engine.conftest import CONFIGS, VOCABULARY, TinyModel, engine
@@ -38,18 +38,19 @@ def gated(x: Tensor, activation: str) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def kernels_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fusion, "rms_norm", rms_norm)
+    monkeypatch.setattr(fused_layer, "rms_norm", rms_norm)
+    monkeypatch.setattr(fused_layer, "gated", gated)
     monkeypatch.setattr(fusion, "gated", gated)
 
 
-#: linear layers merged, feed-forward blocks, norms and rotary embeddings exchanged in two layers
+#: whole layers; linear layers merged, feed-forward blocks, norms and rotary embeddings in two layers
 EXCHANGED = {
-    "llama": (6, 2, 5, 2),
-    "qwen3": (6, 2, 9, 2),
-    "mistral": (6, 2, 5, 2),
-    "gemma3": (6, 2, 13, 2),
-    "gemma2": (6, 2, 9, 2),
-    "gpt_oss": (6, 0, 5, 2),
+    "llama": (2, 0, 0, 1, 0),
+    "qwen3": (2, 0, 0, 1, 0),
+    "mistral": (2, 0, 0, 1, 0),
+    "gemma3": (0, 6, 2, 13, 2),
+    "gemma2": (0, 6, 2, 9, 2),
+    "gpt_oss": (0, 6, 0, 5, 2),
 }
 
 
@@ -60,7 +61,7 @@ def test_equals_transformers(name: str, replay: bool, tiny: Callable[[str], Tiny
     llm = engine(model, acceleration="off", overlap=True)
     done = fusion.fuse(llm.model)
     if name in EXCHANGED:
-        found = (done.linears, done.feed_forwards, done.norms, done.rotaries)
+        found = (done.layers, done.linears, done.feed_forwards, done.norms, done.rotaries)
         assert found == EXCHANGED[name], str(done)
     if replay:
         replaying(llm)
@@ -102,7 +103,8 @@ def test_what_is_not_known_is_left_alone(tiny: Callable[[str], TinyModel]) -> No
     for layer in llm.model.model.layers:
         layer.mlp.act_fn = torch.nn.Tanh()
     done = fusion.fuse(llm.model)
-    assert done.feed_forwards == 0
+    assert (done.layers, done.feed_forwards) == (0, 0)
+    assert "no plain layer" in str(done)
     assert "no activation known here" in str(done)
 
 

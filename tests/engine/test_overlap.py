@@ -36,7 +36,7 @@ def replaying(llm: LLM, most: int = 12) -> LLM:
         function()
 
         def replay() -> Tensor:
-            backend._batch, backend._decode = held
+            (backend._batch, backend._decode), backend._extend = held, None
             return function()
 
         return replay

@@ -1,6 +1,7 @@
 """Makes a transformers model fast on a GPU without touching its code: fewer, larger kernels.
 
-:func:`fuse` exchanges parts of a loaded model for others that compute the same:
+:func:`fuse` exchanges parts of a loaded model for others that compute the same. A plain decoder layer is
+exchanged as a whole (:mod:`.fused_layer`); in others,
 
 - linear layers that read the same input (q, k, v) become one matrix product;
 - a gated feed-forward block becomes two products and one kernel between them;
@@ -22,12 +23,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from headway.engine.attention import ROTARY_MARK
+from headway.engine.fused_layer import FusedLayer, Linear, Norm, candidates, looks_plain
 from headway.kernels.portable.gated import ACTIVATIONS, Activation, gated
-from headway.kernels.portable.norm import NormStyle, rms_norm
-from headway.serving.base import TokenRotary
+from headway.kernels.portable.norm import NormStyle
+from headway.serving.base import HeadNorms, TokenRotary
+from headway.serving.flash import normalised
 
 SHARED_INPUT = (("q_proj", "k_proj", "v_proj"),)
 """Names of sibling linear layers that read the same input in the models of transformers."""
@@ -40,6 +42,7 @@ _TRIAL_ROWS = 3
 class Fusion:
     """What :func:`fuse` did: how many parts it exchanged, and what it left alone and why."""
 
+    layers: int = 0
     linears: int = 0
     feed_forwards: int = 0
     norms: int = 0
@@ -48,6 +51,7 @@ class Fusion:
 
     def __str__(self) -> str:
         done = (
+            f"{self.layers} layers exchanged whole; "
             f"{self.linears} linear layers merged, {self.feed_forwards} feed-forward blocks, "
             f"{self.norms} norms and {self.rotaries} rotary embeddings exchanged"
         )
@@ -61,6 +65,7 @@ def fuse(model: nn.Module) -> Fusion:
     """Exchange parts of a model in eval mode, in place. Merged layers give up their own weights, so it
     cannot be trained or saved afterwards. Its attention has to be ``headway_paged``."""
     report = Fusion()
+    _exchange_layers(model, report)
     _exchange_norms(model, report)
     _exchange_feed_forwards(model, report)
     _merge_linears(model, report)
@@ -81,30 +86,125 @@ def _random(*shape: int, like: Tensor) -> Tensor:
     return torch.randn(*shape, generator=generator).to(like.device, like.dtype)
 
 
+# --- whole layers -----------------------------------------------------------------------------------
+
+
+def _exchange_layers(model: nn.Module, report: Fusion) -> None:
+    for path, layer in model.named_modules():
+        if not looks_plain(layer):
+            continue
+        fused = _fused(layer)
+        if fused is None:
+            report.left_alone[path] = f"{type(layer).__name__} is no plain layer"
+            continue
+        fused.take_over(layer)
+        report.layers += 1
+
+
+def _fused(layer: nn.Module) -> FusedLayer | None:
+    """The exchange for a plain layer; None where none computes the same."""
+    attention: Any = layer.self_attn
+    parts: list[Any] = [layer.input_layernorm, layer.post_attention_layernorm]
+    norms = [_norm_of(one) for one in parts]
+    head_norms = None
+    if hasattr(attention, "q_norm"):
+        heads = [_norm_of(one) for one in (attention.q_norm, attention.k_norm)]
+        q_norm, k_norm = heads
+        if q_norm is None or k_norm is None:
+            return None
+        if (q_norm.eps, q_norm.style) != (k_norm.eps, k_norm.style):
+            return None
+        if q_norm.weight.shape[0] != attention.head_dim:
+            return None
+        head_norms = HeadNorms(q_norm.weight, k_norm.weight, q_norm.eps, int(q_norm.style))
+    before, between = norms
+    if before is None or between is None:
+        return None
+    trial = _Trial(layer)
+    if trial.options is None:
+        return None
+    found = candidates(layer, [before, between], head_norms, trial.options)
+    return next((one for one in found if trial.is_passed_by(one)), None)
+
+
+class _Trial:
+    """A layer's own answers on random input: what it hands to attention, and its output."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        weight: Tensor = layer.input_layernorm.weight  # type: ignore[assignment, union-attr]
+        self._x = _random(1, _TRIAL_ROWS, weight.shape[0], like=weight)
+        width = int(layer.self_attn.head_dim)  # type: ignore[union-attr, arg-type]
+        self._angles = {
+            repeats: _random(1, _TRIAL_ROWS, width // 2, like=weight).repeat(1, 1, repeats)
+            for repeats in (1, 2)
+        }
+        self.options: dict[str, Any] | None = None
+        self._want: dict[int, list[Tensor]] = {}
+        for repeats in self._angles:
+            witness = _Witness()
+            try:
+                out = self._run(layer, repeats, witness)
+            except (RuntimeError, ValueError, TypeError):
+                continue
+            if isinstance(out, Tensor) and len(witness.seen) == 3:
+                self._want[repeats] = [*witness.seen, out]
+                self.options = witness.options
+
+    def is_passed_by(self, fused: FusedLayer) -> bool:
+        want = self._want.get(fused.repeats)
+        if want is None:
+            return False
+        witness = _Witness()
+        out = self._run(fused, fused.repeats, witness)
+        return all(_agree(x, y) for x, y in zip([*witness.seen, out], want, strict=True))
+
+    def _run(self, layer: Any, repeats: int, witness: _Witness) -> Any:
+        angles = self._angles[repeats]
+        return layer(
+            self._x.clone(),
+            attention_mask=None,
+            position_ids=None,
+            past_key_values=None,
+            use_cache=False,
+            position_embeddings=(angles.cos(), angles.sin()),
+            headway=witness,
+        )
+
+
 # --- norms ------------------------------------------------------------------------------------------
 
 
 def _exchange_norms(model: nn.Module, report: Fusion) -> None:
     for path, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-        named = "RMSNorm" in type(module).__name__ and "forward" not in vars(module)
-        if not named or not isinstance(weight, Tensor) or not isinstance(eps, float):
+        if "RMSNorm" not in type(module).__name__ or "forward" in vars(module):
             continue
-        x = _random(1, _TRIAL_ROWS, weight.shape[0], like=weight)
-        want = module(x)
-        for style in NormStyle:
-            candidate = _norm(weight.detach(), eps, style)
-            if _agree(candidate(x), want):
-                module.forward = candidate  # type: ignore[method-assign]
-                report.norms += 1
-                break
-        else:
+        if not isinstance(getattr(module, "weight", None), Tensor) or _is_taken(path, model):
+            continue
+        norm = _norm_of(module)
+        if norm is None:
             report.left_alone[path] = f"{type(module).__name__} is no RMS norm known here"
+            continue
+        module.forward = norm  # type: ignore[assignment]
+        report.norms += 1
 
 
-def _norm(weight: Tensor, eps: float, style: NormStyle) -> Callable[[Tensor], Tensor]:
-    return lambda x: rms_norm(x, weight, eps, style)
+def _is_taken(path: str, model: nn.Module) -> bool:
+    """Whether a module is part of a layer that was exchanged as a whole, and never called again."""
+    parents = path.split(".")
+    above = (".".join(parents[:n]) for n in range(1, len(parents)))
+    return any(isinstance(vars(model.get_submodule(p)).get("forward"), FusedLayer) for p in above)
+
+
+def _norm_of(module: nn.Module) -> Norm | None:
+    """The RMS norm that a module computes, found by trying; None where it is another."""
+    weight = getattr(module, "weight", None)
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not isinstance(weight, Tensor) or not isinstance(eps, float):
+        return None
+    x = _random(1, _TRIAL_ROWS, weight.shape[0], like=weight)
+    want = module(x)
+    found = (Norm(weight.detach(), eps, style) for style in NormStyle)
+    return next((norm for norm in found if _agree(norm(x), want)), None)
 
 
 # --- feed-forward blocks ----------------------------------------------------------------------------
@@ -121,11 +221,11 @@ def _exchange_feed_forwards(model: nn.Module, report: Fusion) -> None:
         assert isinstance(down, nn.Linear)
         if gate.weight.shape != up.weight.shape or (gate.bias is None) != (up.bias is None):
             continue
-        weight, bias = _joined([gate, up])
-        x = _random(1, _TRIAL_ROWS, gate.in_features, like=weight)
+        both = Linear.of(gate, up)
+        x = _random(1, _TRIAL_ROWS, gate.in_features, like=both.weight)
         want = module(x)
         for activation in ACTIVATIONS:
-            forward = _feed_forward(weight, bias, down, activation)
+            forward = _feed_forward(both, down, activation)
             if _agree(forward(x), want):
                 module.forward = forward  # type: ignore[method-assign]
                 del module.gate_proj, module.up_proj
@@ -136,19 +236,13 @@ def _exchange_feed_forwards(model: nn.Module, report: Fusion) -> None:
 
 
 def _feed_forward(
-    weight: Tensor, bias: Tensor | None, down: nn.Linear, activation: Activation
+    gate_up: Linear, down: nn.Linear, activation: Activation
 ) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
-        out: Tensor = down(gated(functional.linear(x, weight, bias), activation))
+        out: Tensor = down(gated(gate_up(x), activation))
         return out
 
     return forward
-
-
-def _joined(layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
-    weight = torch.cat(tuple(layer.weight for layer in layers))
-    biases = [layer.bias for layer in layers if layer.bias is not None]
-    return weight, torch.cat(biases) if biases else None
 
 
 # --- linear layers that read the same input ---------------------------------------------------------
@@ -161,17 +255,15 @@ class SharedProduct:
     the last one is a new product, so layers called with different inputs are right too, only slower.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, sizes: Sequence[int]) -> None:
-        self._weight = weight
-        self._bias = bias
+    def __init__(self, product: Linear, sizes: Sequence[int]) -> None:
+        self._product = product
         self._sizes = list(sizes)
         self._last: tuple[Tensor | None, tuple[Tensor, ...]] = (None, ())
 
     def part(self, index: int, x: Tensor) -> Tensor:
         source, outputs = self._last
         if source is not x:
-            product = functional.linear(x, self._weight, self._bias)
-            outputs = product.split(self._sizes, dim=-1)
+            outputs = self._product(x).split(self._sizes, dim=-1)
             self._last = (x, outputs)
         if index == len(self._sizes) - 1:
             self._last = (None, ())
@@ -200,7 +292,7 @@ def _merge_linears(model: nn.Module, report: Fusion) -> None:
             alike = len({(one.in_features, one.bias is None) for one in linears}) == 1
             if len(linears) != len(names) or not alike:
                 continue
-            product = SharedProduct(*_joined(linears), [one.out_features for one in linears])
+            product = SharedProduct(Linear.of(*linears), [one.out_features for one in linears])
             merged = [SharedLinear(one, product, index) for index, one in enumerate(linears)]
             x = _random(1, _TRIAL_ROWS, linears[0].in_features, like=linears[0].weight)
             if not all(_agree(new(x), old(x)) for new, old in zip(merged, linears, strict=True)):
@@ -272,6 +364,8 @@ def _defer_rotaries(model: nn.Module, report: Fusion) -> None:
             continue
         if _ROPE not in forward.__code__.co_names or _ROPE not in forward.__globals__:
             continue
+        if _is_taken(path, model):
+            continue
         if kind not in forwards:
             original = forward.__globals__[_ROPE]
             repeats = _repeats(original, like)
@@ -306,18 +400,23 @@ def _with_global(function: types.FunctionType, rope: Callable[..., Any]) -> type
 
 
 class _Witness:
-    """A ``headway=`` that writes down queries and keys, rotated, and hands values on."""
+    """A ``headway=`` that writes down what it is given, encoded, and hands values on."""
 
     def __init__(self) -> None:
         self.seen: list[Tensor] = []
+        self.options: dict[str, Any] = {}
 
     def __call__(
         self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
     ) -> Tensor:
-        rotary = options.get("rotary")
+        rotary: TokenRotary | None = options.get("rotary")
+        self.options = {name: value for name, value in options.items() if name != "rotary"}
+        if rotary is not None and rotary.norms is not None:
+            q, k = normalised(q, k, rotary.norms)
         for x in (q, k):
             heads_first = x.transpose(0, 1)[None]
             self.seen.append(heads_first if rotary is None else rotated(heads_first, rotary))
+        self.seen.append(v)
         return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
 
 

@@ -157,7 +157,9 @@ def _build_model(
         "trust_remote_code": config.trust_remote_code,
     }
     if config.load_format == "dummy":
-        with torch.random.fork_rng():
+        # Drawn where they are wanted, unless someone (a probe without weights) has a place of their own.
+        place = choose_device(config.device) if torch.get_default_device().type == "cpu" else None
+        with torch.random.fork_rng(), place or contextlib.nullcontext():
             torch.manual_seed(config.seed)
             return AutoModelForCausalLM.from_config(model_config, **arguments)
     with _hub_errors(config):

@@ -106,20 +106,33 @@ class ForwardBatch:
 
 
 @dataclass(frozen=True)
+class HeadNorms:
+    """RMS norms of the heads of queries and keys: weights (D,); ``style`` says where results are rounded
+    (:class:`headway.kernels.portable.norm.NormStyle`)."""
+
+    q_weight: Tensor
+    k_weight: Tensor
+    eps: float
+    style: int
+
+
+@dataclass(frozen=True)
 class TokenRotary:
-    """Rotary embedding that the backend applies to new queries and keys: cos and sin of each new token.
+    """What the backend does to new queries and keys: rotary embedding, with cos and sin of each token.
 
     Args:
         cos, sin: (total_q, rotary_dim / 2), last stride 1.
         interleaved: whether pairs are (0, 1), (2, 3) .. instead of (0, rotary_dim / 2) ..
+        norms: applied before the rotation.
     """
 
     cos: Tensor
     sin: Tensor
     interleaved: bool = False
+    norms: HeadNorms | None = None
 
     def rows(self, rows: slice) -> TokenRotary:
-        return TokenRotary(self.cos[rows], self.sin[rows], self.interleaved)
+        return TokenRotary(self.cos[rows], self.sin[rows], self.interleaved, self.norms)
 
 
 @dataclass(frozen=True)

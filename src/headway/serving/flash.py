@@ -1,8 +1,8 @@
 """FlashAttentionBackend: softmax attention over paged keys and values, through Headway's providers.
 
 Covers full, sliding and chunked layers, sinks, softcap, and float8 caches. New keys and values are written
-either by the provider that attends, in one call, or by Headway's append kernel before a call that only
-reads: so every provider serves, whatever it can write itself, and one kernel rotates and writes for all.
+either by the provider that attends, in one call, or by one kernel before a call that only reads. That
+kernel also normalises and rotates, for every provider alike, whatever it can do itself.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from headway.serving.base import (
     AttentionLayer,
     ForwardBatch,
     GraphLimits,
+    HeadNorms,
     TokenRotary,
 )
 
@@ -92,13 +93,14 @@ class FlashAttentionBackend(AttentionBackend):
         self._repeats: dict[tuple[Hashable, ...], Repeat] = {}
         self._decode: _Part | None = None
         self._extend: _Part | None = None
+        self._slots: Tensor | None = None
         self._captured: dict[int, _Part] = {}
         self._limits: GraphLimits | None = None
 
     def init_forward_metadata(self, batch: ForwardBatch) -> None:
         self._batch = batch
         self._repeats = {}
-        self._decode = self._extend = None
+        self._decode = self._extend = self._slots = None
         if self._is_fused(batch):
             return
         if batch.is_decode:
@@ -166,6 +168,8 @@ class FlashAttentionBackend(AttentionBackend):
         torch.add(part.batch.seqlens_k, limits.tokens_per_sequence, out=part.lengths)
         for call in part.calls.values():
             call.refresh()
+        # Written by the first layer, which knows the pages' size.
+        self._slots = None
 
     def _graph_limits(self) -> GraphLimits:
         if self._limits is None:
@@ -183,9 +187,17 @@ class FlashAttentionBackend(AttentionBackend):
         layer: AttentionLayer,
         rotary: TokenRotary | None = None,
     ) -> Tensor:
-        if self._decode is None and self._extend is None:
+        first, rest = self._decode, self._extend
+        if first is None and rest is None:
             return self._forward_fused(q, k, v, kv_cache, layer, rotary)
-        return super().forward(q, k, v, kv_cache, layer, rotary)
+        if first is None or rest is None:
+            return super().forward(q, k, v, kv_cache, layer, rotary)
+        q = self._write(q, k, v, kv_cache, layer, rotary)
+        n = first.batch.batch_size
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        self._attend(first, q[:n], kv_cache, layer, out[:n])
+        self._attend(rest, q[n:], kv_cache, layer, out[n:])
+        return out
 
     def forward_decode(
         self,
@@ -197,7 +209,8 @@ class FlashAttentionBackend(AttentionBackend):
         rotary: TokenRotary | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        return self._attend(self._decode, q, k, v, kv_cache, layer, rotary, out)
+        q = self._write(q, k, v, kv_cache, layer, rotary)
+        return self._attend(self._decode, q, kv_cache, layer, out)
 
     def forward_extend(
         self,
@@ -209,33 +222,41 @@ class FlashAttentionBackend(AttentionBackend):
         rotary: TokenRotary | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        return self._attend(self._extend, q, k, v, kv_cache, layer, rotary, out)
+        q = self._write(q, k, v, kv_cache, layer, rotary)
+        return self._attend(self._extend, q, kv_cache, layer, out)
 
     def _attend(
         self,
         part: _Part | None,
         q: Tensor,
-        k: Tensor,
-        v: Tensor,
         kv_cache: KVPages,
         layer: AttentionLayer,
-        rotary: TokenRotary | None,
         out: Tensor | None,
     ) -> Tensor:
-        """Append, then attend: (rows, Hq, D) to (rows, Hq, Dv)."""
+        """Attention of a part's queries (rows, Hq, D), its keys in place; (rows, Hq, Dv)."""
         if part is None:
             raise HeadwayError("the step has no such sequences")
         rows = q.shape[0]
         if part.dense:
             sizes = part.batch.batch_size, part.batch.max_seqlen_q
-            q, k, v = (t.unflatten(0, sizes) for t in (q, k, v))
+            q = q.unflatten(0, sizes)
             out = None if out is None else out.unflatten(0, sizes)
-        reading = self._reading(part, q, kv_cache, layer, out)
-        q = self._write(part, reading, k, v, rotary)
         call = part.calls.get(layer.kind)
         if call is None:
-            call = part.calls[layer.kind] = _call(check(reading), part.lengths)
-        problem = dataclasses.replace(reading, q=q, plan=call.plan)
+            problem = self._reading(part, q, kv_cache, layer, out)
+            call = part.calls[layer.kind] = _call(check(problem), part.lengths)
+            problem = dataclasses.replace(problem, plan=call.plan)
+        else:
+            problem = dataclasses.replace(
+                call.template,
+                q=q,
+                k=kv_cache[0],
+                v=kv_cache[1],
+                scores=Scores(layer.softmax_scale, layer.softcap, layer.sinks),
+                descales=_descales(layer, part.batch.batch_size),
+                out=out,
+                plan=call.plan,
+            )
         attended = call.provider.run(problem)[0]
         return attended.view(rows, *attended.shape[-2:])
 
@@ -269,19 +290,75 @@ class FlashAttentionBackend(AttentionBackend):
         )
 
     def _write(
-        self, part: _Part, reading: Problem, k: Tensor, v: Tensor, rotary: TokenRotary | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kv_cache: KVPages,
+        layer: AttentionLayer,
+        rotary: TokenRotary | None,
     ) -> Tensor:
-        """Rotate and write the new keys and values; returns the query, rotated."""
-        batch = part.batch
-        ends = None if part.dense else batch.cu_seqlens_q
-        turns = None if rotary is None else _rotary(rotary, batch)
-        new = Append(k, v, ends, turns)
-        writing = dataclasses.replace(reading, seqlens_k=batch.seqlens_k, append=new, out=None)
-        if reading.device.type == "cpu":
-            return reference.append(writing, new)
-        from headway.kernels.portable.append import append
+        """Write the step's new keys and values; returns the queries, encoded like the keys."""
+        if q.device.type == "cpu":
+            return self._write_on_cpu(q, k, v, kv_cache, layer, rotary)
+        from headway.kernels.portable.norm import NormStyle
+        from headway.kernels.portable.store import store_tokens
 
-        return append(writing, new)
+        norms = None if rotary is None else rotary.norms
+        return store_tokens(
+            q,
+            k,
+            v,
+            *kv_cache,
+            self._slots_for(q.shape[0], kv_cache[0].shape[1]),
+            cos=None if rotary is None else rotary.cos,
+            sin=None if rotary is None else rotary.sin,
+            interleaved=rotary is not None and rotary.interleaved,
+            q_weight=None if norms is None else norms.q_weight,
+            k_weight=None if norms is None else norms.k_weight,
+            eps=0.0 if norms is None else norms.eps,
+            style=NormStyle.ROUNDED if norms is None else NormStyle(norms.style),
+            k_descale=layer.k_descale,
+            v_descale=layer.v_descale,
+        )
+
+    def _slots_for(self, num_tokens: int, page_size: int) -> Tensor:
+        """Where the step's tokens go, computed by its first layer."""
+        if self._slots is None:
+            from headway.kernels.portable.store import token_slots
+
+            batch = self._batch
+            assert batch is not None
+            slots = torch.empty(num_tokens, dtype=torch.int64, device=batch.seqlens_k.device)
+            token_slots(
+                slots,
+                batch.cu_seqlens_q,
+                batch.seqlens_k,
+                batch.page_table,
+                page_size,
+                batch.max_seqlen_q,
+            )
+            self._slots = slots
+        return self._slots
+
+    def _write_on_cpu(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kv_cache: KVPages,
+        layer: AttentionLayer,
+        rotary: TokenRotary | None,
+    ) -> Tensor:
+        batch = self._batch
+        assert batch is not None
+        if rotary is not None and rotary.norms is not None:
+            q, k = normalised(q, k, rotary.norms)
+        part = _Part(batch, batch.seqlens_k, dense=False)
+        turns = None if rotary is None else _rotary(rotary, batch)
+        new = Append(k, v, batch.cu_seqlens_q, turns)
+        reading = self._reading(part, q, kv_cache, layer, None)
+        return reference.append(dataclasses.replace(reading, append=new), new)
 
     # --- one call that writes and attends -----------------------------------------------------------
 
@@ -317,6 +394,8 @@ class FlashAttentionBackend(AttentionBackend):
         batch = self._batch
         if batch is None:
             raise HeadwayError("forward was called before init_forward_metadata")
+        if rotary is not None and rotary.norms is not None:
+            q, k = normalised(q, k, rotary.norms)
         turns = None if rotary is None else _rotary(rotary, batch)
         return Problem(
             q=q,
@@ -336,6 +415,19 @@ class FlashAttentionBackend(AttentionBackend):
             ver=self.ver,
             backend=self.backend,
         )
+
+
+def normalised(q: Tensor, k: Tensor, norms: HeadNorms) -> tuple[Tensor, Tensor]:
+    """The heads of q and k through their RMS norms, in plain torch."""
+
+    def norm(x: Tensor, weight: Tensor) -> Tensor:
+        wide = x.float()
+        row = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norms.eps)
+        if norms.style == 0:
+            return weight * row.to(x.dtype)
+        return (row * (weight.float() + (norms.style == 1))).to(x.dtype)
+
+    return norm(q, norms.q_weight), norm(k, norms.k_weight)
 
 
 def _descales(layer: AttentionLayer, batch_size: int) -> Descales:

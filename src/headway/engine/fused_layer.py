@@ -1,0 +1,147 @@
+"""A decoder layer as nine kernels: the plain layer of Llama, Mistral, Qwen and many others, rearranged.
+
+Norm, one product for q, k and v, one kernel that normalises, rotates and writes, attention, a product
+that adds to the residual; norm, one product for gate and up, the activation, a product that adds again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from headway.kernels.portable.gated import ACTIVATIONS, Activation, gated
+from headway.kernels.portable.norm import NormStyle, rms_norm
+from headway.serving.base import HeadNorms, TokenRotary
+
+PARTS = frozenset({"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"})
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Norm:
+    """An RMS norm's weight, and how it is applied."""
+
+    weight: Tensor
+    eps: float
+    style: NormStyle
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps, self.style)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A product of rows with a weight (out, in), and its bias."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    @staticmethod
+    def of(*layers: nn.Linear) -> Linear:
+        """Layers that read the same input, as one."""
+        if len(layers) == 1:
+            return Linear(layers[0].weight, layers[0].bias)
+        biases = [one.bias for one in layers if one.bias is not None]
+        weight = torch.cat(tuple(one.weight for one in layers))
+        return Linear(weight, torch.cat(tuple(biases)) if biases else None)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight, self.bias)
+
+    def add_to(self, residual: Tensor, x: Tensor) -> None:
+        """residual += the product, in the product's own kernel."""
+        residual.addmm_(x, self.weight.T)
+        if self.bias is not None:
+            residual += self.bias
+
+
+class FusedLayer:
+    """Stands for a decoder layer's ``forward``. The hidden states given to it are its memory to write to.
+
+    Args:
+        options: what the layer's attention passes to the attention function besides tensors.
+        repeats: how often the model's cos and sin hold each angle, 1 or 2.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        norms: Sequence[Norm],
+        head_norms: HeadNorms | None,
+        activation: Activation,
+        options: dict[str, Any],
+        repeats: int,
+    ) -> None:
+        attention: Any = layer.self_attn
+        mlp: Any = layer.mlp
+        self._attention = attention
+        self._options = options
+        self._before, self._between = norms
+        self._head_norms = head_norms
+        self._activation = activation
+        self.repeats = repeats
+        self._head_dim = int(attention.head_dim)
+        self._sizes = [getattr(attention, name).out_features for name in PROJECTIONS[:3]]
+        self._qkv = Linear.of(attention.q_proj, attention.k_proj, attention.v_proj)
+        self._out = Linear.of(attention.o_proj)
+        self._gate_up = Linear.of(mlp.gate_proj, mlp.up_proj)
+        self._down = Linear.of(mlp.down_proj)
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        *_: Any,
+        position_embeddings: tuple[Tensor, Tensor],
+        headway: Any,
+        **__: Any,
+    ) -> Tensor:
+        hidden = hidden_states[0]
+        qkv = self._qkv(self._before(hidden)).split(self._sizes, dim=-1)
+        q, k, v = (part.unflatten(-1, (-1, self._head_dim)) for part in qkv)
+        cos, sin = position_embeddings
+        half = cos.shape[-1] // self.repeats
+        rotary = TokenRotary(cos[0, :, :half], sin[0, :, :half], norms=self._head_norms)
+        attended = headway(self._attention, q, k, v, {**self._options, "rotary": rotary})
+        self._out.add_to(hidden, attended.flatten(1))
+        self._down.add_to(hidden, gated(self._gate_up(self._between(hidden)), self._activation))
+        return hidden_states
+
+    def take_over(self, layer: nn.Module) -> None:
+        """Become the layer's forward; weights that are joined here are given up there."""
+        attention: Any = layer.self_attn
+        mlp: Any = layer.mlp
+        del attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj
+        layer.forward = self  # type: ignore[assignment]
+
+
+def looks_plain(layer: nn.Module) -> bool:
+    """Whether a module has the parts of a plain decoder layer, and no parameters besides."""
+    if {name for name, _ in layer.named_children()} != PARTS or "forward" in vars(layer):
+        return False
+    attention: Any = layer.self_attn
+    linears = [getattr(attention, name, None) for name in PROJECTIONS]
+    linears += [getattr(layer.mlp, name, None) for name in FEED_FORWARD]
+    head_norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+    others = [one for one in head_norms if isinstance(one, nn.Module)]
+    known = [*linears, *others, layer.input_layernorm, layer.post_attention_layernorm]
+    if not all(type(one) is nn.Linear for one in linears) or len(others) == 1:
+        return False
+    held = {id(p) for module in known for p in module.parameters()}  # type: ignore[union-attr]
+    return all(id(p) in held for p in layer.parameters()) and isinstance(
+        getattr(attention, "head_dim", None), int
+    )
+
+
+def candidates(
+    layer: nn.Module, norms: Sequence[Norm], head_norms: HeadNorms | None, options: dict[str, Any]
+) -> Iterator[FusedLayer]:
+    """The ways a plain layer may compute, to be tried."""
+    for repeats in (2, 1):
+        for activation in ACTIVATIONS:
+            yield FusedLayer(layer, norms, head_norms, activation, options, repeats)
