@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import pytest
 
 from headway.engine.llm import LLM
 from headway.engine.request import SamplingParams
-from tests.engine.conftest import CONFIGS, VOCABULARY, TinyModel, engine, greedy
+from tests.engine.conftest import CONFIGS, VOCABULARY, TinyModel, engine
 
 MAX_TOKENS = 24
 GREEDY = SamplingParams(max_tokens=MAX_TOKENS, temperature=0)
-GREEDY_SHORT = SamplingParams(max_tokens=12, temperature=0)
 
 
 @pytest.fixture(scope="module")
@@ -128,55 +126,3 @@ def test_shared_prefix_is_computed_once(llama: TinyModel) -> None:
         outputs += llm.step()
     computed = sum(one.prompt_tokens - one.cached_tokens for one in outputs)
     assert computed == 101 + 7 * (101 - 96)
-
-
-QUESTIONS = (
-    "What is the capital of France?",
-    "Name three primary colours.",
-    "Why is the sky blue?",
-    "Write a haiku about the sea.",
-    "What is 12 times 12?",
-    "Who wrote Hamlet?",
-    "Explain gravity to a child.",
-    "List five fruits.",
-    "What does a compiler do?",
-    "Translate 'good morning' to Spanish.",
-    "What is the boiling point of water?",
-    "Give me a name for a cat.",
-    "How many days are in a leap year?",
-    "What is photosynthesis?",
-    "Tell me a short joke.",
-    "What is the largest planet?",
-    "Define entropy in one sentence.",
-    "How do I boil an egg?",
-    "What rhymes with moon?",
-    "Is the earth flat?",
-)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_smollm2(smollm2: Path) -> None:
-    """A real model: twenty chats together, in a pool that their answers outgrow, and then in chunks."""
-    small = engine(
-        smollm2,
-        acceleration="off",
-        page_size=1,
-        kv_cache_tokens=160,
-        max_model_len=96,
-        chunked_prefill_size=512,
-        disable_prefix_cache=True,
-    )
-    chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
-    prompts = [small.apply_chat_template(chat) for chat in chats]
-    found = tokens(small, prompts, GREEDY_SHORT)
-    assert small.stats().preemptions > 0
-
-    small.model.set_attn_implementation("sdpa")  # now the model is transformers' alone again
-    expected = [greedy(small.model, prompt, GREEDY_SHORT.max_tokens) for prompt in prompts]
-    assert found == expected
-    del small
-
-    llm = engine(smollm2, kv_cache_tokens=4096, chunked_prefill_size=16)
-    assert tokens(llm, prompts, GREEDY_SHORT) == expected
-    assert llm.stats().prefix_cache_hit_tokens >= 16 * (len(prompts) - 1)
