@@ -29,6 +29,7 @@ POINTERS = {
     "page_table": "*i32",
     "schedule": "*i32",
 }
+ABSENT = ("sinks", "seqused_q", "leftpad_k", "cache_batch_idx", "key_strides", "aux")
 RAGGED = {"ragged_q": True, "exact_q": False, "exact_k": False, "work_list": True}
 CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "d64 causal": (64, 64, {"has_right": True, "dynamic": True}),
@@ -42,6 +43,23 @@ CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     ),
     "d192/128 causal": (192, 128, {"has_right": True, "dynamic": True}),
     "d256 full": (256, 256, {}),
+    "d128 gathered causal": (
+        128,
+        128,
+        {
+            **RAGGED,
+            "has_right": True,
+            "dynamic": True,
+            "page_size": 17,
+            "gathered_dims": (128, 128),
+            "exact_k": True,
+        },
+    ),
+    "d128 split paged": (
+        128,
+        128,
+        {"has_right": True, "dynamic": True, "page_size": 64, "exact_k": False, "split": True},
+    ),
 }
 
 
@@ -53,14 +71,18 @@ def compile_forward(head_dim: int, head_dim_v: int, features: dict[str, Any]) ->
     used |= {"page_table", "seqused_k"} if cfg.page_size else set()
 
     def kind(name: str) -> str:
-        if name.endswith("_desc"):
+        if name in ("k", "v") and cfg.gathered:
+            return "*bf16"
+        if name.endswith("_desc") or name in ("k", "v"):
             box = cfg.q_box if name in ("q_desc", "out_desc") else cfg.k_box
             layout = gl.NVMMASharedLayout.get_default_for(box, cfg.dtype)
             return f"tensordesc<bf16{box},{layout!r}>"
         known = {"out": "*bf16", "lse": "*fp32", "softmax_scale": "fp32", "softcap": "fp32"}
         if name in known or name in used:
             return known.get(name) or POINTERS[name]
-        optional = {*POINTERS, "sinks", "seqused_q", "leftpad_k", "cache_batch_idx", "aux"}
+        if name == "key_strides" and cfg.gathered:
+            return ("i32",) * 6
+        optional = {*POINTERS, *ABSENT}
         return "constexpr" if name in {*optional, *constants} else "i32"
 
     constants = {"score_mod": None, "mask_mod": None, "cfg": cfg, "num_warps": 4}

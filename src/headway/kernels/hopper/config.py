@@ -31,6 +31,11 @@ class ForwardConfig:
     has_right: bool = False
     has_chunk: bool = False
     has_soft_cap: bool = False
+    prescaled: bool = (
+        False  # scores are scaled before the softmax, which any scale but a positive one needs
+    )
+    split: bool = False  # tiles cover pieces of a sequence's keys and leave partial results
+    gathered_dims: tuple[int, int] | None = None  # as given; keys come row by row, not in boxes
     work_list: bool = False  # tiles come from a schedule made on the device
     dynamic: bool = False  # tiles from an atomic counter instead of round robin
     # ------------------------------------------------------------------------------------------------
@@ -46,6 +51,11 @@ class ForwardConfig:
     warpgroups: int = field(init=False, compare=False)
     q_in_registers: int = field(init=False, compare=False)
     overlap: bool = field(init=False, compare=False)
+    out_columns: int = field(init=False, compare=False)
+    early_q: bool = field(init=False, compare=False)
+    gathered: bool = field(init=False, compare=False)
+    producer_warps: int = field(init=False, compare=False)
+    full_count: int = field(init=False, compare=False)
     producer_registers: int = field(init=False, compare=False)
     consumer_registers: int = field(init=False, compare=False)
     left_limit: bool = field(init=False, compare=False)
@@ -68,6 +78,8 @@ class ForwardConfig:
     info_smem: Any = field(init=False, compare=False)
     producer_scalar: Any = field(init=False, compare=False)
     consumer_scalar: Any = field(init=False, compare=False)
+    gather_layout: Any = field(init=False, compare=False)
+    gather_smem: Any = field(init=False, compare=False)
     clear_layout: Any = field(init=False, compare=False)
     store_layout: Any = field(init=False, compare=False)
 
@@ -81,6 +93,7 @@ class ForwardConfig:
             "piece",
             "q_in_registers",
             "overlap",
+            "out_columns",
         ):
             set_(name, getattr(tile, name))
         set_("warpgroups", tile.block_m // 64)
@@ -88,8 +101,15 @@ class ForwardConfig:
         set_("columns", self.head_dim // 64)
         set_("columns_v", self.head_dim_v // 64)
         set_("box_rows", box_rows(self.page_size, tile.block_n))
-        # Page numbers in flight take the producer more registers than coordinates do.
-        producer = {2: 40, 3: 56} if self.page_size else {2: 24, 3: 32}
+        # Output leaves Q's buffer alone, so that it can be handed back before the output is made.
+        set_("early_q", self.split or tile.out_columns > 0)
+        set_("gathered", self.gathered_dims is not None)
+        set_("producer_warps", 4 if self.gathered else 1)
+        set_("full_count", 32 * self.producer_warps if self.gathered else 1)
+        # Page numbers in flight take the producer more registers than coordinates do, addresses still more.
+        producer = {2: 24, 3: 32}
+        if self.page_size:
+            producer = {2: 64, 3: 80} if self.gathered else {2: 40, 3: 56}
         set_("producer_registers", producer[self.warpgroups])
         set_("consumer_registers", (512 - producer[self.warpgroups]) // self.warpgroups // 8 * 8)
         set_("left_limit", self.has_left or self.has_chunk)
@@ -110,10 +130,12 @@ class ForwardConfig:
         set_("q_smem", smem([64, tile.piece]))
         set_("k_smem", smem([tile.block_n, tile.piece]))
         set_("v_smem", smem([tile.block_n, self.head_dim_v]))
-        set_("o_smem", smem([64, self.head_dim_v]))
+        set_("o_smem", smem([64, tile.out_columns or self.head_dim_v]))
+        set_("gather_smem", smem([tile.block_n, 64]))
+        set_("gather_layout", gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
         set_("box_smem", smem([64, 64]))
         set_("info_smem", gl.SwizzledSharedLayout(1, 1, 1, [0]))
-        set_("producer_scalar", gl.BlockedLayout([1], [32], [1], [0]))
+        set_("producer_scalar", gl.BlockedLayout([1], [32], [self.producer_warps], [0]))
         set_("consumer_scalar", gl.BlockedLayout([1], [32], [4], [0]))
         set_("clear_layout", gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
         set_("store_layout", gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))

@@ -7,7 +7,6 @@ from headway.kernels._triton import (
     fence_async_shared,
     gl,
     gluon,
-    mbarrier,
     tma,
     tma_store,
     warpgroup_mma,
@@ -102,7 +101,7 @@ def _adjust(
     """Everything between QK and the softmax: soft cap, score and mask functions, and the mask."""
     if cfg.has_soft_cap:
         scores = soft_cap(scores, call.softmax_scale, call.softcap)
-    elif score_mod is not None:
+    elif cfg.prescaled or score_mod is not None:
         scores = scores * call.softmax_scale
     if score_mod is not None or mask_mod is not None:
         columns = gl.arange(0, cfg.block_n, layout=gl.SliceLayout(0, cfg.scores))
@@ -187,14 +186,14 @@ def _advance(
 def _release_output(buffers, order, WARPGROUP: gl.constexpr, cfg: gl.constexpr):
     """Once tile ``order``'s output has left shared memory, hand its slot back for another Q."""
     tma.store_wait(0)
-    slot = order % cfg.q_slots * cfg.warpgroups + WARPGROUP
-    mbarrier.arrive(buffers.q_empty.index(slot), count=1)
+    pipeline.release_q(buffers, order % cfg.q_slots * cfg.warpgroups + WARPGROUP)
 
 
 @gluon.jit
 def _release_previous(buffers, order, WARPGROUP: gl.constexpr, cfg: gl.constexpr):
-    if order > 0:
-        _release_output(buffers, order - 1, WARPGROUP, cfg)
+    if cfg.q_slots > 1 and not cfg.early_q:
+        if order > 0:
+            _release_output(buffers, order - 1, WARPGROUP, cfg)
 
 
 @gluon.jit
@@ -223,8 +222,7 @@ def _attend(
         event = pipeline.skip_events(buffers, event, skipped, cfg)
         held_q = pipeline.registers_of_q(buffers, slot, cfg)
         carried, event = pipeline.first_scores(buffers, held_q, slot, event, cfg)
-        if cfg.q_slots > 1:
-            _release_previous(buffers, order, WARPGROUP, cfg)
+        _release_previous(buffers, order, WARPGROUP, cfg)
         top = rows.end - 1
         last = blocks - 1
         if cfg.overlap:
@@ -259,6 +257,8 @@ def _attend(
                     buffers, held_q, slot, event, top - i, carried, accumulator, row_max, row_sum,
                     scale_log2, rows, call, score_mod, mask_mod, aux, True, cfg,
                 )  # fmt: skip
+        if cfg.early_q:
+            pipeline.release_q(buffers, slot)
         if not cfg.overlap:
             masked = (last < rows.right) | (rows.left > 0)
             carried = _adjust(
@@ -275,44 +275,121 @@ def _attend(
             pipeline.clear_tail(buffers, stage, rows.seqlen_k - rows.begin * cfg.block_n, cfg)
         product = warpgroup_mma(p, buffers.v.index(stage), accumulator, is_async=True)
         accumulator = warpgroup_mma_wait(0, deps=[product])
-        # The tile's last event stays: the next tile's first K block is in it.
+        # The tile's last event stays: if the next tile has blocks, its first K is in it.
         event = pipeline.skip_events(buffers, event, blocks_of_tile - skipped - blocks, cfg)
     else:
         event = pipeline.skip_events(buffers, event, blocks_of_tile, cfg)
-        if cfg.q_slots > 1:
-            _release_previous(buffers, order, WARPGROUP, cfg)
+        _release_previous(buffers, order, WARPGROUP, cfg)
+        if cfg.early_q:
+            pipeline.release_q(buffers, slot)
     return accumulator, row_max, row_sum, event
 
 
 @gluon.jit
-def _write_boxes(buffers, slot, tile, batch, start, out_desc, cfg: gl.constexpr):
-    view = buffers.q._reinterpret(cfg.dtype, cfg.q_view_shape, cfg.box_smem)
+def _write_boxes(
+    staged, tile, batch, start, first_column, out_desc, COLUMNS: gl.constexpr, cfg: gl.constexpr
+):
+    view = staged._reinterpret(cfg.dtype, [COLUMNS // 64, 64, 64], cfg.box_smem)
     fence_async_shared()
     cta_barrier()
     row = (tile.first_row + start) // cfg.pack
-    for c in gl.static_range(gl.constexpr(cfg.columns_v)):
-        box = view.index(slot * cfg.columns + c)._reinterpret(
-            cfg.dtype, out_desc.block_shape, out_desc.layout
-        )
+    for c in gl.static_range(gl.constexpr(COLUMNS // 64)):
+        box = view.index(c)._reinterpret(cfg.dtype, out_desc.block_shape, out_desc.layout)
         if cfg.pack > 1:
-            tma_store(out_desc, [batch, tile.head, row, 0, c * 64], box)
+            tma_store(out_desc, [batch, tile.head, row, 0, first_column + c * 64], box)
         else:
-            tma_store(out_desc, [batch, tile.head, row, c * 64], box)
+            tma_store(out_desc, [batch, tile.head, row, first_column + c * 64], box)
 
 
 @gluon.jit
-def _write_rows(staged, tile, batch, start, out, call, cfg: gl.constexpr):
-    """Only the rows that belong to the sequence: another one's follow in memory."""
-    row = start + gl.arange(0, 64, layout=gl.SliceLayout(1, cfg.store_layout))
-    column = gl.arange(0, cfg.head_dim_v, layout=gl.SliceLayout(0, cfg.store_layout))
+def _rows_of_output(tile, row, out, batch, call, cfg: gl.constexpr):
+    """Where rows of the tile's sequence start in ``out``."""
     token = ((tile.first_row + row) // cfg.pack).to(gl.int64)
     head = (tile.head * cfg.pack + row % cfg.pack).to(gl.int64)
     at = token * call.stride_out_row + head * call.stride_out_head
-    at += batch.to(gl.int64) * call.stride_out_batch
+    return out + batch.to(gl.int64) * call.stride_out_batch + at
+
+
+@gluon.jit
+def _write_rows(
+    staged, tile, batch, start, first_column, out, call, COLUMNS: gl.constexpr, cfg: gl.constexpr
+):
+    """Only the rows that belong to the sequence: another one's follow in memory."""
+    row = start + gl.arange(0, 64, layout=gl.SliceLayout(1, cfg.store_layout))
+    column = first_column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, cfg.store_layout))
+    at = _rows_of_output(tile, row, out, batch, call, cfg)
     mask = gl.expand_dims(row < tile.rows, 1) & gl.expand_dims(column < call.head_dim_v, 0)
     values = staged.load(cfg.store_layout)
-    gl.store(out + gl.expand_dims(at, 1) + gl.expand_dims(column, 0), values, mask=mask)
+    gl.store(gl.expand_dims(at, 1) + gl.expand_dims(column, 0), values, mask=mask)
     fence_async_shared()
+
+
+@gluon.jit
+def _write_staged(
+    staged,
+    values,
+    tile,
+    batch,
+    start,
+    first_column,
+    out_desc,
+    out,
+    call,
+    cfg: gl.constexpr,
+):
+    """Columns of the output, from ``first_column``, by way of shared memory."""
+    COLUMNS: gl.constexpr = values.shape[1]
+    staged.store(values.to(cfg.dtype))
+    if cfg.exact_q or start + 64 <= tile.rows:
+        _write_boxes(staged, tile, batch, start, first_column, out_desc, COLUMNS, cfg)
+    else:
+        _write_rows(staged, tile, batch, start, first_column, out, call, COLUMNS, cfg)
+
+
+@gluon.jit
+def _write_through_buffer(
+    buffers,
+    values,
+    tile,
+    batch,
+    start,
+    out_desc,
+    out,
+    call,
+    WARPGROUP: gl.constexpr,
+    cfg: gl.constexpr,
+):
+    """The output in two halves, each through the buffer that is there for it."""
+    parts = gl.permute(gl.reshape(values, [64, 2, cfg.out_columns]), [0, 2, 1])
+    left, right = gl.split(parts)
+    halves = (left, right)
+    staged = buffers.out.index(WARPGROUP)
+    for half in gl.static_range(2):
+        tma.store_wait(0)
+        cta_barrier()
+        _write_staged(
+            staged,
+            halves[half],
+            tile,
+            batch,
+            start,
+            half * cfg.out_columns,
+            out_desc,
+            out,
+            call,
+            cfg,
+        )
+
+
+@gluon.jit
+def _write_partial(values, tile, batch, start, out, call, cfg: gl.constexpr):
+    """Float32, for a merge with the tile's other pieces."""
+    row = start + gl.arange(0, 64, layout=cfg.output_row)
+    column = gl.arange(0, cfg.head_dim_v, layout=gl.SliceLayout(0, cfg.output))
+    out += tile.split.to(gl.int64) * call.stride_out_split
+    at = _rows_of_output(tile, row, out, batch, call, cfg)
+    mask = gl.expand_dims(row < tile.rows, 1) & gl.expand_dims(column < call.head_dim_v, 0)
+    gl.store(gl.expand_dims(at, 1) + gl.expand_dims(column, 0), values, mask=mask)
 
 
 @gluon.jit
@@ -320,7 +397,7 @@ def _write(
     buffers,
     slot,
     tile,
-    head,
+    rows,
     accumulator,
     row_max,
     row_sum,
@@ -332,11 +409,11 @@ def _write(
     WARPGROUP: gl.constexpr,
     cfg: gl.constexpr,
 ):
-    """Normalise and store this warpgroup's rows, by way of its own, now idle, Q buffer."""
+    """Normalise and store this warpgroup's rows."""
     start = tile.row + WARPGROUP * 64
     row = start + gl.arange(0, 64, layout=cfg.scores_row)
     if sinks is not None:
-        sink = gl.load(sinks + head).to(gl.float32)
+        sink = gl.load(sinks + rows.head).to(gl.float32)
     else:
         sink = gl.full([64], float("-inf"), gl.float32, cfg.scores_row)
     row_sum = gl.convert_layout(gl.sum(row_sum, 1), cfg.scores_row, assert_trivial=True)
@@ -345,19 +422,28 @@ def _write(
     if cfg.ragged_q:
         batch = gl.to_tensor(0)
     if lse is not None:
-        at = batch.to(gl.int64) * call.stride_lse_batch + head.to(gl.int64) * call.stride_lse_head
+        at = (
+            batch.to(gl.int64) * call.stride_lse_batch
+            + rows.head.to(gl.int64) * call.stride_lse_head
+        )
         at += (tile.first_row + row) // cfg.pack
+        at += tile.split.to(gl.int64) * call.stride_lse_split
         gl.store(lse + at, natural, mask=row < tile.rows)
     factor = gl.convert_layout(factor, cfg.output_row, assert_trivial=True)
     result = accumulator * gl.expand_dims(factor, 1)
-    staged = buffers.q.index(slot * cfg.pieces)._reinterpret(
-        cfg.dtype, [64, cfg.head_dim_v], cfg.o_smem
-    )
-    staged.store(result.to(cfg.dtype))
-    if cfg.exact_q or start + 64 <= tile.rows:
-        _write_boxes(buffers, slot, tile, batch, start, out_desc, cfg)
+    if cfg.split:
+        if rows.begin < rows.end:
+            _write_partial(result, tile, batch, start, out, call, cfg)
+    elif cfg.out_columns > 0:
+        _write_through_buffer(
+            buffers, result, tile, batch, start, out_desc, out, call, WARPGROUP, cfg
+        )
     else:
-        _write_rows(staged, tile, batch, start, out, call, cfg)
+        # By way of this warpgroup's own Q buffer, which is idle now.
+        staged = buffers.q.index(slot * cfg.pieces)._reinterpret(
+            cfg.dtype, [64, cfg.head_dim_v], cfg.o_smem
+        )
+        _write_staged(staged, result, tile, batch, start, 0, out_desc, out, call, cfg)
 
 
 @gluon.jit
@@ -375,15 +461,19 @@ def consume(
     cfg: gl.constexpr,
 ):
     """Tiles in the order the producer publishes them, until it ends the work."""
-    if cfg.has_soft_cap or score_mod is not None:
+    if cfg.has_soft_cap or cfg.prescaled or score_mod is not None:
         scale_log2 = LOG2E
     else:
         scale_log2 = call.softmax_scale * LOG2E
     event = gl.to_tensor(0)
     order = gl.to_tensor(0)
+    shared = gl.to_tensor(0)  # events held back for the next tile, whose first K is in the last V's
     slot, tile = pipeline.await_tile(buffers, order, WARPGROUP, cfg)
     while tile.batch >= 0:
         rows = _rows_of(tile, call, WARPGROUP, cfg)
+        empty = tile.block_begin == tile.block_end
+        event = pipeline.skip_events(buffers, event, gl.where(empty, shared, 0), cfg)
+        shared = gl.where(empty, 0, 1)
         accumulator, row_max, row_sum, event = _attend(
             buffers,
             slot,
@@ -404,7 +494,7 @@ def consume(
             buffers,
             slot,
             tile,
-            rows.head,
+            rows,
             accumulator,
             row_max,
             row_sum,
@@ -416,7 +506,7 @@ def consume(
             WARPGROUP,
             cfg,
         )
-        if cfg.q_slots == 1:
+        if cfg.q_slots == 1 and not cfg.early_q:
             _release_output(buffers, order, WARPGROUP, cfg)
         order += 1
         slot, tile = pipeline.await_tile(buffers, order, WARPGROUP, cfg)

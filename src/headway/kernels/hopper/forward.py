@@ -8,6 +8,7 @@ runs QK, softmax and PV over the blocks its rows see, from the last key to the f
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,11 +19,18 @@ from torch import Tensor
 from headway.errors import UnsupportedError
 from headway.kernels._triton import cdiv, descriptor, gl, gluon, launch
 from headway.kernels.hopper import pipeline
-from headway.kernels.hopper.config import ForwardConfig
+from headway.kernels.hopper.config import ForwardConfig, box_rows
 from headway.kernels.hopper.consumer import consume
+from headway.kernels.hopper.merge import merge
 from headway.kernels.hopper.producer import produce
 from headway.kernels.hopper.schedule import max_tiles, order_tiles
-from headway.kernels.hopper.tiles import ForwardTile, forward_tile, padded_dims
+from headway.kernels.hopper.tiles import (
+    MIN_BOX_ROWS,
+    ForwardTile,
+    choose_splits,
+    forward_tile,
+    padded_dims,
+)
 
 _UNSPECIALISED = [
     "rows_q",
@@ -32,6 +40,7 @@ _UNSPECIALISED = [
     "tiles_per_head",
     "scheduled_heads",
     "section",
+    "splits",
     "page_table_stride",
     "window_left",
     "window_right",
@@ -42,14 +51,16 @@ _UNSPECIALISED = [
     "stride_out_head",
     "stride_lse_batch",
     "stride_lse_head",
+    "stride_out_split",
+    "stride_lse_split",
 ]
 
 
 @gluon.jit(do_not_specialize=_UNSPECIALISED)
 def forward_kernel(
     q_desc,
-    k_desc,
-    v_desc,
+    k,
+    v,
     out_desc,
     out,
     lse,
@@ -62,6 +73,7 @@ def forward_kernel(
     cache_batch_idx,
     page_table,
     schedule,
+    key_strides,
     aux,
     rows_q,
     rows_k,
@@ -70,6 +82,7 @@ def forward_kernel(
     tiles_per_head,
     scheduled_heads,
     section,
+    splits,
     page_table_stride,
     window_left,
     window_right,
@@ -80,6 +93,8 @@ def forward_kernel(
     stride_out_head,
     stride_lse_batch,
     stride_lse_head,
+    stride_out_split,
+    stride_lse_split,
     softmax_scale,
     softcap,
     score_mod: gl.constexpr,
@@ -96,6 +111,7 @@ def forward_kernel(
         tiles_per_head,
         scheduled_heads,
         section,
+        splits,
         page_table_stride,
         window_left,
         window_right,
@@ -106,6 +122,8 @@ def forward_kernel(
         stride_out_head,
         stride_lse_batch,
         stride_lse_head,
+        stride_out_split,
+        stride_lse_split,
         softmax_scale,
         softcap,
     )
@@ -129,8 +147,8 @@ def forward_kernel(
                     produce,
                     (
                         q_desc,
-                        k_desc,
-                        v_desc,
+                        k,
+                        v,
                         cu_seqlens_q,
                         cu_seqlens_k,
                         seqused_q,
@@ -138,6 +156,7 @@ def forward_kernel(
                         leftpad_k,
                         cache_batch_idx,
                         page_table,
+                        key_strides,
                         schedule,
                         buffers,
                         call,
@@ -145,7 +164,7 @@ def forward_kernel(
                     ),
                 ),
             ],
-            [4, 4, 1],
+            [4, 4, cfg.producer_warps],
             [cfg.consumer_registers, cfg.consumer_registers, cfg.producer_registers],
         )
     else:
@@ -163,8 +182,8 @@ def forward_kernel(
                     produce,
                     (
                         q_desc,
-                        k_desc,
-                        v_desc,
+                        k,
+                        v,
                         cu_seqlens_q,
                         cu_seqlens_k,
                         seqused_q,
@@ -172,6 +191,7 @@ def forward_kernel(
                         leftpad_k,
                         cache_batch_idx,
                         page_table,
+                        key_strides,
                         schedule,
                         buffers,
                         call,
@@ -179,7 +199,7 @@ def forward_kernel(
                     ),
                 ),
             ],
-            [4, 1],
+            [4, cfg.producer_warps],
             [cfg.consumer_registers, cfg.producer_registers],
         )
 
@@ -217,6 +237,7 @@ def forward(
     score_mod: Any = None,
     mask_mod: Any = None,
     aux: Any = None,
+    num_splits: int = 0,
     schedule: Tensor | None = None,
     tile: ForwardTile | None = None,
 ) -> None:
@@ -224,29 +245,29 @@ def forward(
 
     - q, out: (B, Sq, Hq, D | Dv), or (total_q, Hq, D | Dv) with ``cu_seqlens_q``; bfloat16 or float16.
     - k, v: (B, Sk, Hkv, D | Dv); (total_k, Hkv, D | Dv) with ``cu_seqlens_k``; (num_pages, page_size, Hkv,
-      D | Dv) with ``page_table`` (B, max_pages). Hkv divides Hq.
+      D | Dv) with ``page_table`` (B, max_pages). Hkv divides Hq. Pages that are no multiple of eight
+      tokens, or that begin with padding, are copied row by row, which takes longer.
     - lse: float32 (B, Hq, Sq) or (Hq, total_q); natural log; -inf where a row sees nothing.
     - cu_seqlens_*: int32 (B + 1,). seqused_*, leftpad_k, cache_batch_idx: int32 (B,). ``seqused_k`` counts
       from the start of the row, padding on the left included. sinks: (Hq,).
-    - softmax_scale > 0. Windows count keys beside the query's own; None is unlimited.
+    - Windows count keys beside the query's own; None is unlimited.
     - score_mod, mask_mod, aux: Gluon functions and what they look into, from headway.kernels.mods.
+    - num_splits: pieces that each tile's keys are cut into, at most; 0: as many as fill the card, where
+      tiles alone do not. Pieces are merged by a second kernel.
     - schedule: for ragged q an :func:`~.schedule.order_tiles` of the same call, else int32 zeros (2,); it
       spares a launch, and comes back as it was. One call at a time may use it.
 
     The last dimension of every tensor is contiguous; other strides and the addresses of q, k, v and out
-    are multiples of 16 bytes. Page sizes are multiples of 8. Nothing is checked on the device and nothing
-    synchronises.
+    are multiples of 16 bytes. Nothing is checked on the device and nothing synchronises.
 
     Raises:
-        UnsupportedError: head dims, page size, strides or a combination this kernel does not take.
+        UnsupportedError: head dims or strides this kernel does not take.
     """
     if out.numel() == 0:
         return
     if k.numel() == 0:
-        _fill_empty(out, lse, sinks)
+        _fill_empty(out, lse, sinks, cu_seqlens_q, seqused_q)
         return
-    if page_table is not None and leftpad_k is not None:
-        raise UnsupportedError("hopper forward: leftpad_k with page_table; use unpaged keys")
     right = _tighter(window_right, 0 if causal else None)
     batch_size = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     plan = _plan(
@@ -265,7 +286,10 @@ def forward(
         right,
         attention_chunk,
         softcap > 0,
+        softmax_scale > 0,
         score_mod is not None or mask_mod is not None,
+        leftpad_k is not None,
+        num_splits,
         tile,
         q.device,
     )
@@ -288,10 +312,10 @@ def forward(
         )
     elif schedule is None and cfg.dynamic:
         schedule = torch.zeros(2, dtype=torch.int32, device=q.device)
+    parts = _partials(out, plan.splits) if cfg.split else None
     pointers = (
-        out,
-        lse,
-        sinks,
+        *(parts or (out, lse)),
+        None if parts else sinks,
         cu_seqlens_q,
         cu_seqlens_k,
         seqused_q,
@@ -306,10 +330,11 @@ def forward(
         raise UnsupportedError("hopper forward: q, k, v and out need addresses at multiples of 16")
     args = (
         descriptor(q, *plan.q_spec),
-        descriptor(k, *plan.k_spec),
-        descriptor(v, *plan.v_spec),
+        k if cfg.gathered else descriptor(k, *plan.k_spec),
+        v if cfg.gathered else descriptor(v, *plan.v_spec),
         descriptor(out, *plan.out_spec),
         *pointers,
+        plan.key_strides,
         aux,
         *plan.numbers,
         softmax_scale,
@@ -323,6 +348,16 @@ def forward(
     sink_dtype = None if sinks is None else sinks.dtype
     key = (plan.key, *kind, sink_dtype, score_mod, mask_mod, _kind_of(aux))
     launch(forward_kernel, plan.grid, key, args)
+    if parts:
+        merge(
+            *parts,
+            out,
+            lse,
+            sinks=sinks,
+            cu_seqlens_q=cu_seqlens_q,
+            seqused_q=seqused_q,
+            max_seqlen_q=max_seqlen_q,
+        )
 
 
 @dataclass(frozen=True)
@@ -332,7 +367,11 @@ class _Plan:
     cfg: ForwardConfig
     grid: tuple[int, int, int]
     key: Hashable  # of the compiled kernel, as far as it is decided here
-    numbers: tuple[int, ...]  # the kernel's integers, rows_q to stride_lse_head
+    numbers: tuple[int, ...]  # the kernel's integers, rows_q to stride_lse_split
+    splits: int
+    key_strides: (
+        tuple[int, ...] | None
+    )  # page, row and head of k, then of v, where rows are gathered
     q_spec: tuple[Any, ...]  # arguments of descriptor(), after the tensor
     k_spec: tuple[Any, ...]
     v_spec: tuple[Any, ...]
@@ -357,7 +396,10 @@ def _plan(
     window_right: int | None,
     chunk: int,
     has_soft_cap: bool,
+    positive_scale: bool,
     has_mods: bool,
+    has_pad: bool,
+    num_splits: int,
     tile: ForwardTile | None,
     device: torch.device,
 ) -> _Plan:
@@ -384,23 +426,34 @@ def _plan(
         has_right=right is not None,
         has_chunk=chunk > 0,
         has_soft_cap=has_soft_cap,
+        prescaled=not positive_scale and not has_soft_cap,
+        # Boxes lie within pages, from multiples of their rows on; padding on the left would shift them.
+        gathered=paged and (box_rows(k_shape[1], MIN_BOX_ROWS) < MIN_BOX_ROWS or has_pad),
     )
     heads = num_heads // pack
     group = heads // num_heads_k
     if cfg.work_list:
         tiles_per_head, scheduled_heads = 0, heads
-        programs = max_tiles(batch_size, q_shape[0] * pack, cfg.block_m) * heads
+        tiles = max_tiles(batch_size, q_shape[0] * pack, cfg.block_m) * heads
     else:
         tiles_per_head, scheduled_heads = cdiv(max_seqlen_q * pack, cfg.block_m), heads * batch_size
-        programs = tiles_per_head * scheduled_heads
+        tiles = tiles_per_head * scheduled_heads
+    window_tokens = left + cfg.block_m if left is not None and right is not None else None
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    longest = max_seqlen_k if window_tokens is None else min(max_seqlen_k, window_tokens)
+    splits = num_splits or choose_splits(tiles, cdiv(longest, cfg.block_n), processors)
+    if splits > 1:
+        cfg = replace(cfg, split=True)
+        out_stride, lse_stride = _packed(out_shape), _packed(_lse_shape(out_shape))
     numbers = (
         max_seqlen_q,
         max_seqlen_k,
         heads,
         group,
         tiles_per_head,
-        scheduled_heads,
-        _section(max_seqlen_k, q_shape[-1] + v_shape[-1], group, cfg.dynamic),
+        scheduled_heads * splits,
+        _section(max_seqlen_k, q_shape[-1] + v_shape[-1], group, cfg.dynamic) * splits,
+        splits,
         page_table_stride or 0,
         left or 0,
         right or 0,
@@ -411,18 +464,24 @@ def _plan(
         out_stride[-2],
         0 if ragged_q or lse_stride is None else lse_stride[0],
         0 if lse_stride is None else lse_stride[-2],
+        math.prod(out_shape) if splits > 1 else 0,
+        math.prod(out_shape[:-1]) if splits > 1 else 0,
     )
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    key_strides = None
+    if cfg.gathered:
+        key_strides = (*k_stride[:-1], *v_stride[:-1])
     return _Plan(
         cfg=cfg,
-        grid=(min(programs, processors), 1, 1),
-        key=(cfg, tuple(n >= 2**31 for n in numbers), device),
+        grid=(min(tiles * splits, processors), 1, 1),
+        key=(cfg, tuple(n >= 2**31 for n in numbers), _kind_of(key_strides), device),
         numbers=numbers,
+        splits=splits,
+        key_strides=key_strides,
         q_spec=_query_spec("q", q_shape, q_stride, cfg),
         k_spec=_key_spec("k", k_shape, k_stride, ragged_k, cfg),
         v_spec=_key_spec("v", v_shape, v_stride, ragged_k, cfg),
         out_spec=_query_spec("out", out_shape, out_stride, cfg),
-        window_tokens=left + cfg.block_m if left is not None and right is not None else None,
+        window_tokens=window_tokens,
     )
 
 
@@ -435,6 +494,7 @@ def _config(
     tile: ForwardTile | None,
     has_mods: bool,
     max_seqlen_q: int,
+    gathered: bool,
     **features: Any,
 ) -> ForwardConfig:
     padded = padded_dims(head_dim, head_dim_v)
@@ -444,12 +504,14 @@ def _config(
         raise UnsupportedError(
             f"hopper forward: head dims {head_dim}/{head_dim_v}; takes multiples of 8 up to 256"
         )
-    if page_size % 8:
-        raise UnsupportedError(f"hopper forward: page_size={page_size}; takes multiples of 8")
     tile = tile or forward_tile(*padded, features["has_right"], max_seqlen_q)
     if has_mods:
         # Their arithmetic needs the registers that larger tiles and an overlapped PV would hold.
         tile = replace(tile, block_m=128, block_n=64, overlap=False, q_in_registers=0)
+    if gathered:
+        # So do the addresses of rows, of which the producer's warps hold many.
+        tile = replace(tile, block_m=128, q_in_registers=0)
+        features["exact_k"] = True
     limited = features["has_left"] or features["has_right"] or features["has_chunk"]
     return ForwardConfig(
         dtype=_DTYPES[dtype],
@@ -457,6 +519,7 @@ def _config(
         head_dim=padded[0],
         head_dim_v=padded[1],
         page_size=page_size,
+        gathered_dims=(head_dim, head_dim_v) if gathered else None,
         work_list=features["ragged_q"],
         # Where all tiles take the same time, round robin needs no counter.
         dynamic=limited or not (features["exact_q"] and features["exact_k"]),
@@ -471,13 +534,48 @@ def _tighter(a: int | None, b: int | None) -> int | None:
     return min(a, b)
 
 
-def _fill_empty(out: Tensor, lse: Tensor | None, sinks: Tensor | None) -> None:
-    """The result where there is no key at all."""
-    out.zero_()
+def _packed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of a contiguous tensor."""
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
+def _lse_shape(out_shape: tuple[int, ...]) -> tuple[int, ...]:
+    *batch, rows, heads, _ = out_shape
+    return (*batch, heads, rows)
+
+
+def _partials(out: Tensor, splits: int) -> tuple[Tensor, Tensor]:
+    """Room for ``splits`` partial results."""
+    shape = tuple(out.shape)
+    parts = torch.empty((splits, *shape), dtype=torch.float32, device=out.device)
+    lses = torch.empty((splits, *_lse_shape(shape)), dtype=torch.float32, device=out.device)
+    return parts, lses
+
+
+def _fill_empty(
+    out: Tensor,
+    lse: Tensor | None,
+    sinks: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    seqused_q: Tensor | None,
+) -> None:
+    """The result where there is no key at all, in the rows that are queries."""
+    rows = torch.arange(out.shape[-3], device=out.device)
+    mine = torch.ones_like(rows, dtype=torch.bool)
+    if cu_seqlens_q is not None:
+        sequence = torch.searchsorted(cu_seqlens_q, rows, right=True, out_int32=True) - 1
+        mine = rows < cu_seqlens_q[-1]
+        if seqused_q is not None:
+            sequence = sequence.clamp(max=seqused_q.shape[0] - 1)
+            mine = mine & (rows - cu_seqlens_q[sequence] < seqused_q[sequence])
+    elif seqused_q is not None:
+        mine = rows < seqused_q[:, None]
+    out.masked_fill_(mine[..., None, None], 0.0)
     if lse is not None:
-        lse.fill_(float("-inf"))
+        seen = torch.full((1, 1), float("-inf"), device=lse.device)
         if sinks is not None:
-            lse.copy_(sinks.float().unsqueeze(-1).expand_as(lse))
+            seen = sinks.float()[:, None]
+        lse.copy_(torch.where(mine.unsqueeze(-2), seen, lse))
 
 
 def _heads_to_pack(seqlen_q: int, group: int) -> int:

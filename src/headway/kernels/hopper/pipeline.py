@@ -2,12 +2,14 @@
 
 The stream of K and V blocks is a ring of ``stages`` events, one stream through all tiles of a CTA. Event i
 carries K block i and V block i - 1, the two that one consumer iteration needs: one barrier to wait on and
-one to release per iteration. A tile's first K thus travels with the V of the tile before it.
+one to release per iteration. A tile's first K thus travels with the last V of the tile before it; before a
+tile without blocks that V travels alone.
 """
 
 # Gluon reads the annotations of aggregates as classes: no postponed evaluation here.
 from headway.kernels._triton import (
     aggregate,
+    async_copy,
     cta_barrier,
     fence_async_shared,
     gl,
@@ -19,7 +21,7 @@ from headway.kernels._triton import (
 )
 
 #: int32 facts about a tile that the producer publishes beside its Q; see TileInfo
-INFO_FIELDS: gl.constexpr = gl.constexpr(8)
+INFO_FIELDS: gl.constexpr = gl.constexpr(9)
 
 
 @aggregate
@@ -29,6 +31,9 @@ class Buffers:
     q: gl.shared_memory_descriptor  # (q_slots * warpgroups * pieces, 64, piece)
     k: gl.shared_memory_descriptor  # (stages * pieces, block_n, piece)
     v: gl.shared_memory_descriptor  # (stages, block_n, head_dim_v)
+    out: (
+        gl.shared_memory_descriptor
+    )  # (warpgroups, 64, out_columns), if output has a buffer of its own
     info: gl.shared_memory_descriptor  # (q_slots * INFO_FIELDS, 1) int32
     q_full: gl.shared_memory_descriptor  # (q_slots * warpgroups, 1)
     q_empty: gl.shared_memory_descriptor
@@ -36,10 +41,11 @@ class Buffers:
     kv_empty: gl.shared_memory_descriptor
 
     @gluon.constexpr_function
-    def __init__(self, q, k, v, info, q_full, q_empty, kv_full, kv_empty):
+    def __init__(self, q, k, v, out, info, q_full, q_empty, kv_full, kv_empty):
         self.q = q
         self.k = k
         self.v = v
+        self.out = out
         self.info = info
         self.q_full = q_full
         self.q_empty = q_empty
@@ -59,9 +65,10 @@ class TileInfo:
     seqlen_k: gl.tensor
     block_begin: gl.tensor
     block_end: gl.tensor
+    split: gl.tensor  # which piece of the sequence's keys these blocks are
 
     @gluon.constexpr_function
-    def __init__(self, batch, head, row, rows, first_row, seqlen_k, block_begin, block_end):
+    def __init__(self, batch, head, row, rows, first_row, seqlen_k, block_begin, block_end, split):
         self.batch = batch
         self.head = head
         self.row = row
@@ -70,6 +77,7 @@ class TileInfo:
         self.seqlen_k = seqlen_k
         self.block_begin = block_begin
         self.block_end = block_end
+        self.split = split
 
 
 @aggregate
@@ -83,6 +91,7 @@ class Call:
     tiles_per_head: gl.tensor  # query tiles of a sequence; ragged calls have a work list
     scheduled_heads: gl.tensor  # of all sequences, or of one where there is a work list
     section: gl.tensor  # heads whose tiles are interleaved, see _locate
+    splits: gl.tensor  # pieces that a tile's keys are cut into; each is scheduled like a head
     page_table_stride: gl.tensor
     window_left: gl.tensor
     window_right: gl.tensor
@@ -93,6 +102,8 @@ class Call:
     stride_out_head: gl.tensor
     stride_lse_batch: gl.tensor
     stride_lse_head: gl.tensor
+    stride_out_split: gl.tensor
+    stride_lse_split: gl.tensor
     softmax_scale: gl.tensor
     softcap: gl.tensor
 
@@ -106,6 +117,7 @@ class Call:
         tiles_per_head,
         scheduled_heads,
         section,
+        splits,
         page_table_stride,
         window_left,
         window_right,
@@ -116,6 +128,8 @@ class Call:
         stride_out_head,
         stride_lse_batch,
         stride_lse_head,
+        stride_out_split,
+        stride_lse_split,
         softmax_scale,
         softcap,
     ):
@@ -126,6 +140,7 @@ class Call:
         self.tiles_per_head = tiles_per_head
         self.scheduled_heads = scheduled_heads
         self.section = section
+        self.splits = splits
         self.page_table_stride = page_table_stride
         self.window_left = window_left
         self.window_right = window_right
@@ -136,6 +151,8 @@ class Call:
         self.stride_out_head = stride_out_head
         self.stride_lse_batch = stride_lse_batch
         self.stride_lse_head = stride_lse_head
+        self.stride_out_split = stride_out_split
+        self.stride_lse_split = stride_lse_split
         self.softmax_scale = softmax_scale
         self.softcap = softcap
 
@@ -144,12 +161,18 @@ class Call:
 def allocate(cfg: gl.constexpr):
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
     slots: gl.constexpr = cfg.q_slots * cfg.warpgroups
+    q = gl.allocate_shared_memory(cfg.dtype, [slots * cfg.pieces, 64, cfg.piece], cfg.q_smem)
+    out = q
+    if cfg.out_columns > 0:
+        out_shape: gl.constexpr = [cfg.warpgroups, 64, cfg.out_columns]
+        out = gl.allocate_shared_memory(cfg.dtype, out_shape, cfg.o_smem)
     buffers = Buffers(
-        gl.allocate_shared_memory(cfg.dtype, [slots * cfg.pieces, 64, cfg.piece], cfg.q_smem),
+        q,
         gl.allocate_shared_memory(
             cfg.dtype, [cfg.stages * cfg.pieces, cfg.block_n, cfg.piece], cfg.k_smem
         ),
         gl.allocate_shared_memory(cfg.dtype, [cfg.stages, cfg.block_n, cfg.head_dim_v], cfg.v_smem),
+        out,
         gl.allocate_shared_memory(gl.int32, [cfg.q_slots * INFO_FIELDS, 1], cfg.info_smem),
         gl.allocate_shared_memory(gl.int64, [slots, 1], barrier),
         gl.allocate_shared_memory(gl.int64, [slots, 1], barrier),
@@ -160,7 +183,7 @@ def allocate(cfg: gl.constexpr):
         mbarrier.init(buffers.q_full.index(i), count=1)
         mbarrier.init(buffers.q_empty.index(i), count=1)
     for i in gl.static_range(gl.constexpr(cfg.stages)):
-        mbarrier.init(buffers.kv_full.index(i), count=1)
+        mbarrier.init(buffers.kv_full.index(i), count=cfg.full_count)
         mbarrier.init(buffers.kv_empty.index(i), count=cfg.warpgroups)
     fence_async_shared()
     return buffers
@@ -185,6 +208,7 @@ def publish(buffers, tile, order, cfg: gl.constexpr):
         tile.seqlen_k,
         tile.block_begin,
         tile.block_end,
+        tile.split,
     )
     for field in gl.static_range(INFO_FIELDS):
         fact = gl.full([1], 0, gl.int32, cfg.producer_scalar) + facts[field]
@@ -225,10 +249,16 @@ def end_of_work(buffers, tile, order, cfg: gl.constexpr):
 
 
 @gluon.jit
-def begin_event(buffers, event, has_k, has_v, cfg: gl.constexpr):
-    """Wait for a free stage and announce its bytes; returns the stage."""
+def await_free(buffers, event, cfg: gl.constexpr):
     stage = event % cfg.stages
     mbarrier.wait(buffers.kv_empty.index(stage), (event // cfg.stages) & 1 ^ 1)
+    return stage
+
+
+@gluon.jit
+def begin_event(buffers, event, has_k, has_v, cfg: gl.constexpr):
+    """Wait for a free stage and announce the bytes that boxes will bring; returns the stage."""
+    stage = await_free(buffers, event, cfg)
     full = buffers.kv_full.index(stage)
     k_bytes: gl.constexpr = cfg.block_n * cfg.head_dim * 2
     v_bytes: gl.constexpr = cfg.block_n * cfg.head_dim_v * 2
@@ -259,6 +289,30 @@ def load_block(
             tma_load(desc, [pages[j], head, at_row, c * 64], full, box, pred=pred)
 
 
+@gluon.jit
+def gather_rows(
+    base, offsets, inside, smem, stage, COLUMNS: gl.constexpr, REAL: gl.constexpr, cfg: gl.constexpr
+):
+    """One block of K or V row by row: those at ``offsets`` (block_n,) from ``base``, of which REAL columns
+    exist; zeros where not ``inside``. The copies of each thread arrive once at the stage's barrier, with
+    :func:`arrive_gathered`."""
+    view = smem._reinterpret(cfg.dtype, [cfg.stages * COLUMNS, cfg.block_n, 64], cfg.gather_smem)
+    column = gl.arange(0, 64, layout=gl.SliceLayout(0, cfg.gather_layout))
+    rows = base + gl.expand_dims(offsets, 1)
+    for c in gl.static_range(COLUMNS):
+        # Partitions do not see what the launcher knows: rows start at multiples of 16 bytes.
+        pointers = gl.multiple_of(rows + gl.expand_dims(column + c * 64, 0), [16, 16])
+        mask = gl.expand_dims(inside, 1)
+        if c * 64 + 64 > REAL:
+            mask = mask & gl.expand_dims(column < REAL - c * 64, 0)
+        async_copy.async_copy_global_to_shared(view.index(stage * COLUMNS + c), pointers, mask=mask)
+
+
+@gluon.jit
+def arrive_gathered(buffers, stage):
+    async_copy.mbarrier_arrive(buffers.kv_full.index(stage), increment_count=False)
+
+
 # ---- consumers ---------------------------------------------------------------------------------------
 
 
@@ -273,6 +327,9 @@ def await_tile(buffers, order, WARPGROUP: gl.constexpr, cfg: gl.constexpr):
     ring = order % cfg.q_slots
     slot = ring * cfg.warpgroups + WARPGROUP
     mbarrier.wait(buffers.q_full.index(slot), (order // cfg.q_slots) & 1)
+    split = gl.to_tensor(0)
+    if cfg.split:
+        split = _fact(buffers, ring, 8, cfg)
     tile = TileInfo(
         _fact(buffers, ring, 0, cfg),
         _fact(buffers, ring, 1, cfg),
@@ -282,14 +339,24 @@ def await_tile(buffers, order, WARPGROUP: gl.constexpr, cfg: gl.constexpr):
         _fact(buffers, ring, 5, cfg),
         _fact(buffers, ring, 6, cfg),
         _fact(buffers, ring, 7, cfg),
+        split,
     )
     return slot, tile
+
+
+@gluon.jit
+def release_q(buffers, slot):
+    """Hand this warpgroup's Q buffer back for another tile."""
+    mbarrier.arrive(buffers.q_empty.index(slot), count=1)
 
 
 @gluon.jit
 def await_event(buffers, event, cfg: gl.constexpr):
     stage = event % cfg.stages
     mbarrier.wait(buffers.kv_full.index(stage), (event // cfg.stages) & 1)
+    if cfg.gathered:
+        # Rows copied by threads; wgmma reads through another proxy.
+        fence_async_shared()
     return stage
 
 

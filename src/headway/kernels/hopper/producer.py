@@ -6,8 +6,10 @@ from headway.kernels.hopper import pipeline
 from headway.kernels.hopper.masks import row_limits
 from headway.kernels.hopper.pipeline import TileInfo
 from headway.kernels.hopper.schedule import HEADER as _HEADER
+from headway.kernels.hopper.tiles import MIN_PIECE as _MIN_PIECE
 
 HEADER: gl.constexpr = gl.constexpr(_HEADER)
+MIN_PIECE: gl.constexpr = gl.constexpr(_MIN_PIECE)
 
 # ---- the schedule ------------------------------------------------------------------------------------
 
@@ -31,8 +33,8 @@ class Source:
 
 @gluon.jit
 def _locate(index, tiles_per_head, schedule, call, cfg: gl.constexpr):
-    """Tile ``index`` of the schedule as (sequence, head, first row). Tiles come longest first within a
-    section, a group of heads whose K and V fit in L2 together. Beyond the schedule: sequence 0, row 0."""
+    """Tile ``index`` of the schedule as (sequence, head, first row, split). Tiles come longest first within
+    a section, a group of heads whose K and V fit in L2 together. Beyond the schedule: sequence 0, row 0."""
     valid = index < tiles_per_head * call.scheduled_heads
     index = gl.where(valid, index, 0)
     tiles_per_head = gl.maximum(tiles_per_head, 1)
@@ -43,6 +45,10 @@ def _locate(index, tiles_per_head, schedule, call, cfg: gl.constexpr):
     within = index - section * in_section
     place = within // heads
     head = first_head + within - place * heads
+    split = gl.to_tensor(0)
+    if cfg.split:
+        split = head % call.splits
+        head = head // call.splits
     if cfg.work_list:
         batch = gl.load(schedule + HEADER + 2 * place, mask=valid, other=0)
         row = gl.load(schedule + HEADER + 1 + 2 * place, mask=valid, other=0) * cfg.block_m
@@ -50,7 +56,15 @@ def _locate(index, tiles_per_head, schedule, call, cfg: gl.constexpr):
         batch = head // call.num_heads
         head = head - batch * call.num_heads
         row = (tiles_per_head - 1 - place) * cfg.block_m
-    return batch, head, row
+    return batch, head, row, split
+
+
+@gluon.jit
+def _piece(begin, end, split, call):
+    """Blocks of one piece of [begin, end): equal pieces, none but the last shorter than MIN_PIECE."""
+    each = gl.maximum(gl.cdiv(end - begin, call.splits), MIN_PIECE)
+    begin = gl.minimum(begin + split * each, end)
+    return begin, gl.minimum(begin + each, end)
 
 
 @gluon.jit
@@ -58,6 +72,7 @@ def _describe(
     batch,
     head,
     row,
+    split,
     cu_seqlens_q,
     cu_seqlens_k,
     seqused_q,
@@ -103,7 +118,11 @@ def _describe(
     end = gl.maximum(gl.cdiv(hi, cfg.block_n), begin)
     if row > last:
         end = begin
-    tile = TileInfo(batch, head, row, rows * cfg.pack, first_row * cfg.pack, seqlen_k, begin, end)
+    if cfg.split:
+        begin, end = _piece(begin, end, split, call)
+    tile = TileInfo(
+        batch, head, row, rows * cfg.pack, first_row * cfg.pack, seqlen_k, begin, end, split
+    )
     return tile, first_key
 
 
@@ -125,11 +144,12 @@ def _fetch(
     cfg: gl.constexpr,
 ):
     """Tile ``index`` and where its keys are."""
-    batch, head, row = _locate(index, tiles_per_head, schedule, call, cfg)
+    batch, head, row, split = _locate(index, tiles_per_head, schedule, call, cfg)
     tile, first_key = _describe(
         batch,
         head,
         row,
+        split,
         cu_seqlens_q,
         cu_seqlens_k,
         seqused_q,
@@ -164,7 +184,79 @@ def _pages_of(page_table, keys, seqlen_k, block, cfg: gl.constexpr):
 
 
 @gluon.jit
+def _rows_at(page_table, stride_page, stride_row, source, block, cfg: gl.constexpr):
+    """Where the keys of a block are, as offsets (block_n,) from their head, and which of them exist."""
+    key = block * cfg.block_n + gl.arange(
+        0, cfg.block_n, layout=gl.SliceLayout(1, cfg.gather_layout)
+    )
+    inside = key < source.seqlen_k
+    at = source.first_key + key
+    page = gl.load(page_table + source.keys + at // cfg.page_size, mask=inside, other=0)
+    offsets = page.to(gl.int64) * stride_page + (at % cfg.page_size).to(gl.int64) * stride_row
+    return offsets, inside
+
+
+@gluon.jit
+def _push_rows(
+    k,
+    v,
+    key_strides,
+    page_table,
+    buffers,
+    event,
+    source,
+    block,
+    v_source,
+    v_block,
+    HAS_K: gl.constexpr,
+    cfg: gl.constexpr,
+):
+    """Row by row: four warps. Rows beyond the sequence become zeros."""
+    k_page, k_row, k_head, v_page, v_row, v_head = key_strides
+    offsets, inside = _rows_at(page_table, k_page, k_row, source, block, cfg)
+    stage = pipeline.await_free(buffers, event, cfg)
+    if HAS_K:
+        pipeline.gather_rows(
+            k + source.head.to(gl.int64) * k_head, offsets, inside, buffers.k, stage,
+            cfg.columns, cfg.gathered_dims[0], cfg,
+        )  # fmt: skip
+    if v_block >= 0:
+        offsets, inside = _rows_at(page_table, v_page, v_row, v_source, v_block, cfg)
+        pipeline.gather_rows(
+            v + v_source.head.to(gl.int64) * v_head, offsets, inside, buffers.v, stage,
+            cfg.columns_v, cfg.gathered_dims[1], cfg,
+        )  # fmt: skip
+    pipeline.arrive_gathered(buffers, stage)
+
+
+@gluon.jit
 def _push(
+    k,
+    v,
+    key_strides,
+    page_table,
+    buffers,
+    event,
+    source,
+    block,
+    v_source,
+    v_block,
+    HAS_K: gl.constexpr,
+    cfg: gl.constexpr,
+):
+    """Event ``event``: a block of K, and V of the block before it, if there is one."""
+    if cfg.gathered:
+        _push_rows(
+            k, v, key_strides, page_table, buffers, event, source, block, v_source, v_block,
+            HAS_K, cfg,
+        )  # fmt: skip
+    else:
+        _push_boxes(k, v, page_table, buffers, event, source, block, v_source, v_block, HAS_K, cfg)
+    return event + 1
+
+
+@gluon.jit
+def _push_boxes(
     k_desc,
     v_desc,
     page_table,
@@ -177,11 +269,11 @@ def _push(
     HAS_K: gl.constexpr,
     cfg: gl.constexpr,
 ):
-    """Event ``event``: a block of K, and V of the block before it; the very first has no V."""
+    """In boxes: one warp, and the copy engine does the rest."""
     # Page numbers are asked for before the wait for a stage, which hides their latency. Those of V were
     # read for its K one event ago and come from L1; holding them meanwhile would spill.
     pages = _pages_of(page_table, source.keys, source.seqlen_k, block, cfg)
-    has_v = event > 0
+    has_v = v_block >= 0
     stage = pipeline.begin_event(buffers, event, HAS_K, has_v, cfg)
     full = buffers.kv_full.index(stage)
     at = source.first_key + block * cfg.block_n
@@ -194,14 +286,13 @@ def _push(
     pipeline.load_block(
         v_desc, buffers.v, full, stage, v_pages, v_source.head, at, has_v, cfg.columns_v, cfg
     )
-    return event + 1
 
 
 @gluon.jit
 def produce(
     q_desc,
-    k_desc,
-    v_desc,
+    k,
+    v,
     cu_seqlens_q,
     cu_seqlens_k,
     seqused_q,
@@ -209,12 +300,16 @@ def produce(
     leftpad_k,
     cache_batch_idx,
     page_table,
+    key_strides,
     schedule,
     buffers,
     call,
     cfg: gl.constexpr,
 ):
-    """Tiles in the order of the schedule, block by block from the last key to the first."""
+    """Tiles in the order of the schedule, block by block from the last key to the first.
+
+    ``k`` and ``v`` are descriptors, or pointers where rows are gathered.
+    """
     programs = gl.num_programs(0)
     tiles_per_head = call.tiles_per_head
     if cfg.work_list:
@@ -238,24 +333,31 @@ def produce(
     )
     zero = gl.to_tensor(0)
     v_source = Source(source.keys, zero, zero, zero)
-    v_block = zero
+    v_block = zero - 1  # a block whose V is still to come; below 0: none
     while index < num_tiles:
         first = tile.block_begin
         block = tile.block_end - 1
         if block >= first:
             event = _push(
-                k_desc, v_desc, page_table, buffers, event, source, block, v_source, v_block,
-                True, cfg,
+                k, v, key_strides, page_table, buffers, event, source, block, v_source,
+                v_block, True, cfg,
             )  # fmt: skip
             v_source = source
             v_block = block
+        elif v_block >= 0:
+            # No K to travel with, and nothing behind this tile begins before the consumers have that V.
+            event = _push(
+                k, v, key_strides, page_table, buffers, event, v_source, zero, v_source,
+                v_block, False, cfg,
+            )  # fmt: skip
+            v_block = zero - 1
         pipeline.load_q(q_desc, buffers, tile, order, cfg)
         order += 1
         for _ in range(first + 1, block):
             block -= 1
             event = _push(
-                k_desc, v_desc, page_table, buffers, event, source, block, v_source, v_block,
-                True, cfg,
+                k, v, key_strides, page_table, buffers, event, source, block, v_source,
+                v_block, True, cfg,
             )  # fmt: skip
             v_block = block
         # The next tile's first K travels with this one's last V. It is taken off the schedule no sooner
@@ -279,17 +381,17 @@ def produce(
         )
         if block > first:
             event = _push(
-                k_desc, v_desc, page_table, buffers, event, source, first, v_source, v_block,
-                True, cfg,
+                k, v, key_strides, page_table, buffers, event, source, first, v_source,
+                v_block, True, cfg,
             )  # fmt: skip
             v_block = first
         source = coming
-    if event > 0:
+    if v_block >= 0:
         _push(
-            k_desc, v_desc, page_table, buffers, event, v_source, zero, v_source, v_block,
-            False, cfg,
+            k, v, key_strides, page_table, buffers, event, v_source, zero, v_source,
+            v_block, False, cfg,
         )  # fmt: skip
-    end = TileInfo(zero - 1, zero, zero, zero, zero, zero, zero, zero)
+    end = TileInfo(zero - 1, zero, zero, zero, zero, zero, zero, zero, zero)
     pipeline.end_of_work(buffers, end, order, cfg)
     if cfg.dynamic:
         # The last CTA to finish leaves both counters at 0, as it found them.

@@ -77,15 +77,9 @@ def rescale(accumulator, factor):
 
 @gluon.jit
 def soft_cap(scores, scale, cap):
-    """cap * tanh(scale * scores / cap), with the hardware's tanh (relative error 2^-11)."""
-    return cap * gl.inline_asm_elementwise(
-        "tanh.approx.f32 $0, $1;",
-        "=f,f",
-        [scores * (scale / cap)],
-        dtype=gl.float32,
-        is_pure=True,
-        pack=1,
-    )
+    """cap * tanh(scale * scores / cap). The hardware's own tanh is off by up to cap * 2^-11."""
+    power = gl.exp2(scores * (scale / cap * (2 * LOG2E)))
+    return cap - (2 * cap) / (1.0 + power)
 
 
 @gluon.jit

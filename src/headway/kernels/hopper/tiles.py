@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from headway.kernels._triton import cdiv
+
+#: Key blocks of a piece where a tile's keys are cut into pieces, at least.
+MIN_PIECE = 4
+
+#: Boxes of fewer rows than this are slower than rows one by one; the copy engine takes none below 8.
+MIN_BOX_ROWS = 8
+
 _READING = "benchmarks/results/h200/hopper-prefill.json"
 
 
@@ -15,7 +23,9 @@ class ForwardTile:
     ``stages`` of them in flight; ``q_slots`` tiles of Q are resident, so with 2 the next one is
     prefetched. QK runs in pieces of ``piece`` elements of the head dim, of which ``q_in_registers``
     are kept in registers. ``overlap``: softmax runs beside the PV product of the previous block in the
-    same warpgroup, and not only beside the other warpgroups' products.
+    same warpgroup, and not only beside the other warpgroups' products. Output passes through Q's buffer, or
+    with ``out_columns`` through one of its own, so many columns at a time, and Q's is free for the next
+    tile as soon as the last product with it is done.
     """
 
     block_m: int
@@ -26,6 +36,7 @@ class ForwardTile:
     q_in_registers: int
     overlap: bool
     reading: str
+    out_columns: int = 0
 
 
 @dataclass(frozen=True)
@@ -44,9 +55,9 @@ FORWARD_TILES: tuple[_Row, ...] = (
     _Row(64, 64, True, 2048, ForwardTile(128, 128, 3, 2, 64, 0, False, _READING)),
     _Row(64, 64, None, None, ForwardTile(192, 128, 2, 2, 64, 0, False, _READING)),
     _Row(128, 128, None, None, ForwardTile(128, 128, 2, 2, 128, 0, True, _READING)),
-    _Row(192, 128, None, None, ForwardTile(128, 128, 2, 1, 64, 0, True, _READING)),
-    _Row(256, 256, True, None, ForwardTile(128, 64, 2, 1, 256, 0, True, _READING)),
-    _Row(256, 256, None, None, ForwardTile(128, 64, 2, 1, 128, 1, False, _READING)),
+    _Row(192, 128, None, None, ForwardTile(128, 128, 2, 1, 64, 0, True, _READING, 64)),
+    _Row(256, 256, True, None, ForwardTile(128, 64, 2, 1, 256, 0, True, _READING, 128)),
+    _Row(256, 256, None, None, ForwardTile(128, 64, 2, 1, 128, 1, False, _READING, 128)),
 )
 
 
@@ -66,3 +77,24 @@ def forward_tile(head_dim: int, head_dim_v: int, causal: bool, max_seqlen_q: int
         ):
             return row.tile
     raise KeyError((head_dim, head_dim_v))
+
+
+#: What a piece costs beside its blocks, and what the merge costs, in the time of one block.
+_PIECE_BLOCKS, _MERGE_BLOCKS = 4, 4
+#: Pieces save nothing where tiles go round the card more often than this.
+_MAX_ROUNDS = 2
+#: Splitting must promise this much of the time without.
+_WORTH = 0.9
+
+
+def choose_splits(tiles: int, blocks: int, processors: int) -> int:
+    """Pieces that the keys of ``tiles`` tiles, ``blocks`` long, are best cut into; 1: not at all."""
+    if tiles > _MAX_ROUNDS * processors:
+        return 1
+
+    def time(splits: int) -> int:
+        return cdiv(tiles * splits, processors) * (cdiv(blocks, splits) + _PIECE_BLOCKS)
+
+    most = min(max(blocks // MIN_PIECE, 1), cdiv(_MAX_ROUNDS * processors, tiles))
+    best = min(range(1, most + 1), key=time)
+    return best if time(best) + _MERGE_BLOCKS < _WORTH * time(1) else 1
