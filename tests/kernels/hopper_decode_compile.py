@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ def descriptor(cfg: DecodeConfig, width: int) -> str:
 
 def compile_decode(cfg: DecodeConfig, *, lse: bool = True, sinks: bool = False) -> Any:
     types = {"q_ptr": f"*{NAMES[cfg.q_dtype]}", "out_ptr": "*bf16"}
+    if cfg.latent:
+        types["qv_ptr"] = types["q_ptr"]
     if cfg.gathered:
         types |= dict.fromkeys(["k_ptr", "v_ptr"], f"*{NAMES[cfg.kv_dtype]}")
     else:
@@ -66,9 +69,7 @@ def compile_decode(cfg: DecodeConfig, *, lse: bool = True, sinks: bool = False) 
     numbers += ["units", "num_rows", "num_pages", "window_left", "window_right", "chunk"]
     types |= dict.fromkeys(numbers, "i32")
     constants = {"cfg": cfg, "num_warps": 4}
-    return compile_for_hopper(
-        decode_kernel, types, constants, num_warps=4, maxnreg=cfg.tile.maxnreg
-    )
+    return compile_for_hopper(decode_kernel, types, constants, num_warps=4, maxnreg=cfg.maxnreg)
 
 
 def run_tool(name: str, *arguments: str | Path) -> str:
@@ -146,6 +147,8 @@ CONFIGS = {
     "float8, head_dim 64": config(64, kv_dtype=gl.float8e4nv, page_size=64),
     "float8, head_dim 192/128": config(192, 128, kv_dtype=gl.float8e4nv),
     "float8, head_dim 256": config(256, kv_dtype=gl.float8e4nv),
+    "64 rows": config(group=64, rows=64, page_size=64),
+    "MLA, 16 heads": config(64, 512, group=16, rows=16, page_size=64, latent=True),
     "head_dim 256": config(256),
     "head_dim 256, page 1, gathered": config(256, page_size=1, gathered=True),
 }
@@ -163,11 +166,12 @@ def compile_plan(every_tensor: bool) -> Any:
     return compile_for_hopper(plan_kernel, types, {"cfg": cfg, "num_warps": 8}, num_warps=8)
 
 
+def compile_named(name: str) -> dict[str, Any]:
+    if name.startswith("plan"):
+        return measure(compile_plan(name == "plan, every tensor"), 1)
+    cfg = CONFIGS[name]
+    return measure(compile_decode(cfg, sinks=cfg.has_soft_cap), cfg.tile.per_multiprocessor)
+
+
 if __name__ == "__main__":
-    measured = {
-        name: measure(compile_decode(cfg, sinks=cfg.has_soft_cap), cfg.tile.per_multiprocessor)
-        for name, cfg in CONFIGS.items()
-    }
-    measured["plan"] = measure(compile_plan(False), 1)
-    measured["plan, every tensor"] = measure(compile_plan(True), 1)
-    print(json.dumps(measured))
+    print(json.dumps({name: compile_named(name) for name in sys.argv[1:]}))

@@ -38,6 +38,9 @@ _UNSPECIALISED = [
     "stride_q_batch",
     "stride_q_row",
     "stride_q_head",
+    "stride_qv_batch",
+    "stride_qv_row",
+    "stride_qv_head",
     "stride_k_page",
     "stride_k_row",
     "stride_k_head",
@@ -67,6 +70,7 @@ def decode_kernel(
     k_desc,
     v_desc,
     q_ptr,
+    qv_ptr,
     k_ptr,
     v_ptr,
     out_ptr,
@@ -88,6 +92,9 @@ def decode_kernel(
     stride_q_batch,
     stride_q_row,
     stride_q_head,
+    stride_qv_batch,
+    stride_qv_row,
+    stride_qv_head,
     stride_k_page,
     stride_k_row,
     stride_k_head,
@@ -126,6 +133,9 @@ def decode_kernel(
         stride_q_batch,
         stride_q_row,
         stride_q_head,
+        stride_qv_batch,
+        stride_qv_row,
+        stride_qv_head,
         stride_out_batch,
         stride_out_row,
         stride_out_head,
@@ -143,91 +153,48 @@ def decode_kernel(
         (k_descale, stride_k_descale_batch, stride_k_descale_head),
         (v_descale, stride_v_descale_batch, stride_v_descale_head),
     )
-    if cfg.gathered:
-        strides = (
-            stride_k_page,
-            stride_k_row,
-            stride_k_head,
-            stride_v_page,
-            stride_v_row,
-            stride_v_head,
-        )
+    tensors = q_ptr, qv_ptr, out_ptr, lse_ptr, sinks, descales, spans, works, share_ptr
+    k_strides = stride_k_page, stride_k_row, stride_k_head
+    v_strides = stride_v_page, stride_v_row, stride_v_head
+    work = buffers, page_table, spans, works, units, stride_table
+    # Partitions can only be named where they are started.
+    if cfg.consumers == 1 and cfg.gathered:
         gl.warp_specialize(
             [
-                (
-                    consume,
-                    (
-                        q_ptr,
-                        out_ptr,
-                        lse_ptr,
-                        sinks,
-                        descales,
-                        spans,
-                        works,
-                        share_ptr,
-                        buffers,
-                        merging,
-                        call,
-                        cfg,
-                    ),
-                ),
-                (
-                    produce_gathered,
-                    (
-                        k_ptr,
-                        v_ptr,
-                        buffers,
-                        page_table,
-                        spans,
-                        works,
-                        units,
-                        stride_table,
-                        strides,
-                        cfg,
-                    ),
-                ),
+                (consume, (tensors, buffers, merging, call, 0, cfg)),
+                (produce_gathered, (k_ptr, v_ptr, k_strides, v_strides, work, cfg)),
             ],
-            [4],
-            [cfg.producer_registers],
+            cfg.worker_warps,
+            cfg.worker_registers,
+        )
+    elif cfg.consumers == 1:
+        gl.warp_specialize(
+            [
+                (consume, (tensors, buffers, merging, call, 0, cfg)),
+                (produce_boxes, (k_desc, v_desc, num_pages, work, cfg)),
+            ],
+            cfg.worker_warps,
+            cfg.worker_registers,
+        )
+    elif cfg.gathered:
+        gl.warp_specialize(
+            [
+                (consume, (tensors, buffers, merging, call, 0, cfg)),
+                (consume, (tensors, buffers, merging, call, 1, cfg)),
+                (produce_gathered, (k_ptr, v_ptr, k_strides, v_strides, work, cfg)),
+            ],
+            cfg.worker_warps,
+            cfg.worker_registers,
         )
     else:
         gl.warp_specialize(
             [
-                (
-                    consume,
-                    (
-                        q_ptr,
-                        out_ptr,
-                        lse_ptr,
-                        sinks,
-                        descales,
-                        spans,
-                        works,
-                        share_ptr,
-                        buffers,
-                        merging,
-                        call,
-                        cfg,
-                    ),
-                ),
-                (
-                    produce_boxes,
-                    (
-                        k_desc,
-                        v_desc,
-                        buffers,
-                        page_table,
-                        spans,
-                        works,
-                        units,
-                        stride_table,
-                        num_pages,
-                        cfg,
-                    ),
-                ),
+                (consume, (tensors, buffers, merging, call, 0, cfg)),
+                (consume, (tensors, buffers, merging, call, 1, cfg)),
+                (produce_boxes, (k_desc, v_desc, num_pages, work, cfg)),
             ],
-            [1],
-            [cfg.producer_registers],
+            cfg.worker_warps,
+            cfg.worker_registers,
         )
 
 
@@ -293,6 +260,7 @@ def decode(
     chunk: int = 0,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    qv: Tensor | None = None,
     q_descale: Tensor | None = None,
     k_descale: Tensor | None = None,
     v_descale: Tensor | None = None,
@@ -313,6 +281,7 @@ def decode(
         max_seqlen_q: queries of the longest sequence, where q is ragged.
         leftpad: whether the plan was filled with ``leftpad_k``.
         sinks: (Hq,), any float dtype.
+        qv: as q, with Dv; given, scores are scale · (q · k + qv · v), for 16-bit k and v.
         q_descale, k_descale, v_descale: (B, Hkv) float32 factors of float8 tensors, any strides.
 
     Raises:
@@ -340,6 +309,7 @@ def decode(
         softcap > 0,
         lse is not None,
         None if sinks is None else sinks.dtype,
+        qv is not None,
         q_descale is not None,
         k_descale is not None,
         v_descale is not None,
@@ -347,6 +317,7 @@ def decode(
     launch(
         plan,
         q,
+        qv,
         k,
         v,
         out,
@@ -374,6 +345,7 @@ class _Launch:
         self,
         plan: DecodePlan,
         q: Tensor,
+        qv: Tensor | None,
         k: Tensor,
         v: Tensor,
         out: Tensor,
@@ -390,6 +362,8 @@ class _Launch:
     ) -> None:
         if not (_is_aligned(q) and _is_aligned(out)):
             raise _misaligned(("out", out) if _is_aligned(q) else ("q", q))
+        if qv is not None and not _is_aligned(qv):
+            raise _misaligned(("qv", qv))
         if self.cfg.gathered and not (_is_aligned(k) and _is_aligned(v)):
             raise _misaligned(("v", v) if _is_aligned(k) else ("k", k))
         numbers = (
@@ -397,6 +371,7 @@ class _Launch:
             rows,
             k.shape[0],
             *_row_strides(q),
+            *((0, 0, 0) if qv is None else _row_strides(qv)),
             *(_NO_STRIDES if not self.cfg.gathered else (*k.stride()[:3], *v.stride()[:3])),
             *_row_strides(out),
             *_lse_strides(lse),
@@ -422,13 +397,14 @@ class _Launch:
             keys = (*self._map(k, self.cfg.k_width), *self._map(v, self.cfg.v_width))
         if self._direct is None:
             self._direct = self._compile(
-                (q, k, v, out, lse, sinks, *descales, page_table), plan_tensors, numbers
+                (q, qv, k, v, out, lse, sinks, *descales, page_table), plan_tensors, numbers
             )
         self._direct(
             plan.workers,
             q.device.index,
             *keys,
             q.data_ptr(),
+            None if qv is None else qv.data_ptr(),
             k.data_ptr(),
             v.data_ptr(),
             out.data_ptr(),
@@ -460,11 +436,9 @@ class _Launch:
         numbers: tuple[float, ...],
     ) -> DirectLaunch:
         cfg = self.cfg
-        q, k, v, out, *others = tensors
-        assert q is not None
+        q, qv, k, v, out, *others = tensors
         assert k is not None
         assert v is not None
-        assert out is not None
         descriptors: tuple[Any, Any] = (None, None)
         if not cfg.gathered:
             descriptors = (
@@ -475,6 +449,7 @@ class _Launch:
         compiled = decode_kernel.warmup(
             *descriptors,
             q,
+            qv,
             k,
             v,
             out,
@@ -483,7 +458,7 @@ class _Launch:
             *numbers,
             cfg,
             num_warps=4,
-            maxnreg=cfg.tile.maxnreg,
+            maxnreg=cfg.maxnreg,
             launch_pdl=True,
             grid=(1,),
         )
@@ -509,6 +484,7 @@ def _launch_for(
     has_soft_cap: bool,
     has_lse: bool,
     sinks_dtype: torch.dtype | None,
+    has_qv: bool,
     has_q_descale: bool,
     has_k_descale: bool,
     has_v_descale: bool,
@@ -526,6 +502,7 @@ def _launch_for(
             rows=min(rows, 64),
             page_size=page_size,
             gathered=page_size % 8 != 0,
+            latent=has_qv,
             has_left=has_left,
             has_right=has_right,
             has_chunk=has_chunk,

@@ -8,9 +8,13 @@ from typing import Any
 
 from headway.kernels._triton import gl, next_power_of_2
 
-#: Registers per thread at launch, by the workers that share a multiprocessor. A worker is eight warps, of
-#: which the producer's four need few.
-_LAUNCH_REGISTERS = {1: 168, 2: 128, 3: 80}
+#: Registers per thread at launch, by workers that share a multiprocessor and consumers of a worker: four
+#: warps each, and four for the producer, which needs few.
+_LAUNCH_REGISTERS = {(1, 1): 168, (1, 2): 168, (2, 1): 128, (3, 1): 80}
+
+#: Packed rows of a tile, and how many one warpgroup takes.
+TILE_ROWS = 64
+CONSUMER_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -24,11 +28,6 @@ class DecodeTile:
     merge_parts: int = 16  # parts of a cut unit that are read at once
     unit_cost: int = 1  # what a unit costs besides its blocks, in blocks
 
-    @property
-    def maxnreg(self) -> int:
-        """Registers per thread at launch."""
-        return _LAUNCH_REGISTERS[self.per_multiprocessor]
-
 
 #: Shared memory of a multiprocessor, of which one kibibyte per worker is the system's.
 SHARED_BYTES = 228 * 1024
@@ -40,6 +39,7 @@ OTHER_SHARED_BYTES = 2048
 DECODE_TILES: dict[tuple[int, int, int], tuple[int, int]] = {
     (64, 64, 2): (128, 1),
     (128, 128, 2): (128, 1),
+    (64, 512, 2): (64, 1),
     (64, 64, 1): (256, 2),
     (128, 128, 1): (128, 2),
     (192, 128, 1): (64, 2),
@@ -61,6 +61,14 @@ MANY_ROWS_TILES: dict[tuple[int, int, int], tuple[int, int]] = {
 }
 FEW_ROWS = 16
 
+#: Rows for two consumers, which leave room for one worker only.
+TWO_CONSUMERS_TILES: dict[tuple[int, int, int], tuple[int, int]] = {
+    (64, 64, 2): (128, 1),
+    (128, 128, 2): (128, 1),
+    (64, 64, 1): (128, 1),
+    (128, 128, 1): (128, 1),
+}
+
 
 @dataclass(frozen=True)
 class DecodeConfig:
@@ -80,6 +88,7 @@ class DecodeConfig:
     rows: int = 64  # packed rows of a tile that parts have room for
     page_size: int = 0  # 0: keys are not paged
     gathered: bool = False  # rows come one by one instead of in boxes
+    latent: bool = False  # values are keys as well, for queries of their own
     has_left: bool = False
     has_right: bool = False
     has_chunk: bool = False
@@ -89,7 +98,9 @@ class DecodeConfig:
     narrow: bool = field(init=False)  # float8 keys and values, multiplied as float16
     dtype: Any = field(init=False)  # of everything that is multiplied
     scaled: bool = field(init=False)  # queries are brought into float16's range
-    columns: int = field(init=False)  # packed rows, as columns of scores and output
+    consumers: int = field(init=False)  # warpgroups that share the rows of a tile
+    columns: int = field(init=False)  # a consumer's packed rows, as columns of scores and output
+    maxnreg: int = field(init=False)
     block_n: int = field(init=False)
     stages: int = field(init=False)
     k_width: int = field(init=False)
@@ -99,7 +110,8 @@ class DecodeConfig:
     boxes: int = field(init=False)
     stage_bytes: int = field(init=False)
     full_count: int = field(init=False)
-    producer_registers: int = field(init=False)
+    worker_warps: tuple[int, ...] = field(init=False)
+    worker_registers: tuple[int, ...] = field(init=False)
     left_limit: bool = field(init=False)
     unit_cost: int = field(init=False)
     merge_parts: int = field(init=False)
@@ -119,6 +131,8 @@ class DecodeConfig:
     warps: Any = field(init=False)
     operand: Any = field(init=False)
     q_rows: Any = field(init=False)
+    latent_smem: Any = field(init=False)
+    latent_rows: Any = field(init=False)
     k_rows: Any = field(init=False)
     v_rows: Any = field(init=False)
     merged: Any = field(init=False)
@@ -131,11 +145,13 @@ class DecodeConfig:
         itemsize = self.kv_dtype.primitive_bitwidth // 8
         narrow = itemsize == 1
         dtype = gl.float16 if narrow else self.kv_dtype
-        columns = max(8, next_power_of_2(self.rows))
+        consumers, columns = consumers_of(self.rows)
         set_("narrow", narrow)
         set_("dtype", dtype)
         set_("scaled", narrow and self.q_dtype == gl.bfloat16)
+        set_("consumers", consumers)
         set_("columns", columns)
+        set_("maxnreg", _LAUNCH_REGISTERS[tile.per_multiprocessor, consumers])
         set_("block_n", tile.block_n)
         set_("stages", tile.stages)
         set_("k_width", k_width)
@@ -146,7 +162,14 @@ class DecodeConfig:
         set_("stage_bytes", tile.block_n * (width + v_width) * itemsize)
         set_("full_count", 128 if self.gathered else 1)
         # A page number per box, of this block and of the next; a gathering producer holds many addresses.
-        set_("producer_registers", 80 if self.gathered else 32 if tile.block_n // rows <= 2 else 64)
+        registers = 80 if self.gathered else 32 if tile.block_n // rows <= 2 else 64
+        producer_warps = 4 if self.gathered else 1
+        if consumers == 2:
+            set_("worker_warps", (4, producer_warps))
+            set_("worker_registers", (208, 80) if self.gathered else (232, 40))
+        else:
+            set_("worker_warps", (producer_warps,))
+            set_("worker_registers", (registers,))
         set_("left_limit", self.has_left or self.has_chunk or self.has_pad)
         smem = gl.NVMMASharedLayout.get_default_for
         set_("q_smem", smem([columns, k_width], dtype))
@@ -168,6 +191,8 @@ class DecodeConfig:
         set_("row", gl.SliceLayout(0, product))
         set_("operand", gl.DotOperandLayout(0, product, 2))
         set_("q_rows", _rows_layout(k_width, 2))
+        set_("latent_smem", smem([columns, v_width], dtype))
+        set_("latent_rows", _rows_layout(v_width, 2))
         set_("k_rows", _rows_layout(k_width, itemsize))
         set_("v_rows", _rows_layout(v_width, itemsize))
         lanes = min(v_width // 4, 32)
@@ -227,14 +252,21 @@ def _rows_layout(width: int, itemsize: int) -> Any:
     return gl.BlockedLayout([1, vector], [32 // lanes, lanes], [4, 1], [1, 0])
 
 
+def consumers_of(rows: int) -> tuple[int, int]:
+    """Consumers for this many packed rows, and the rows of each: a power of two, at least 8."""
+    if rows > CONSUMER_ROWS:
+        return 2, CONSUMER_ROWS
+    return 1, max(8, next_power_of_2(rows))
+
+
 def padded(head_dim: int) -> int:
     """Columns of a tile of keys that holds ``head_dim``: 64, 128, 192 or 256."""
     return next(width for width in (64, 128, 192, 256) if head_dim <= width)
 
 
 def padded_v(head_dim_v: int) -> int:
-    """Columns of a tile of values, a power of two because an accumulator has them: 64, 128 or 256."""
-    return next(width for width in (64, 128, 256) if head_dim_v <= width)
+    """Columns of a tile of values, a power of two because an accumulator has them: 64, 128, 256 or 512."""
+    return next(width for width in (64, 128, 256, 512) if head_dim_v <= width)
 
 
 def tile_for(
@@ -254,20 +286,24 @@ def tile_for(
         shape = SHORT_BOX_TILES.get(kind, shape)
     if rows > FEW_ROWS:
         shape = MANY_ROWS_TILES.get(kind, shape)
+    if rows > CONSUMER_ROWS:
+        shape = TWO_CONSUMERS_TILES.get(kind, (64, 1))
     block_n, workers = shape
     return DecodeTile(
         block_n=block_n,
         stages=_stages(block_n, width, v_width, itemsize, rows, workers),
         per_multiprocessor=workers,
         k_width=64 if width == 192 else 0,
-        merge_parts=8 if v_width == 256 else 16,
+        merge_parts=min(2048 // v_width, 16),
     )
 
 
 def _stages(block_n: int, width: int, v_width: int, itemsize: int, rows: int, workers: int) -> int:
     """Stages of keys and values that a worker has room for beside queries and probabilities."""
-    columns = max(8, next_power_of_2(min(rows, 64)))
-    room = SHARED_BYTES // workers - 1024 - OTHER_SHARED_BYTES - columns * (width + block_n) * 2
+    consumers, columns = consumers_of(rows)
+    q_width = width + (v_width if v_width == 512 else 0)
+    room = SHARED_BYTES // workers - 1024 - OTHER_SHARED_BYTES
+    room -= consumers * columns * (q_width + block_n) * 2
     return min(room // (block_n * (width + v_width) * itemsize), 8)
 
 

@@ -11,6 +11,7 @@ from headway.kernels._triton import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from headway.kernels.hopper.decode_config import TILE_ROWS as _TILE_ROWS
 from headway.kernels.hopper.decode_load import (
     k_tile,
     next_unit,
@@ -30,6 +31,8 @@ from headway.kernels.hopper.decode_plan import (
 from headway.kernels.hopper.masks import row_limits
 from headway.kernels.hopper.softmax import LAG, LOG2E, finish, soft_cap
 
+TILE_ROWS: gl.constexpr = gl.constexpr(_TILE_ROWS)
+
 
 @aggregate
 class Call:
@@ -40,6 +43,9 @@ class Call:
     stride_q_batch: gl.tensor
     stride_q_row: gl.tensor
     stride_q_head: gl.tensor
+    stride_qv_batch: gl.tensor
+    stride_qv_row: gl.tensor
+    stride_qv_head: gl.tensor
     stride_out_batch: gl.tensor
     stride_out_row: gl.tensor
     stride_out_head: gl.tensor
@@ -59,6 +65,9 @@ class Call:
         stride_q_batch,
         stride_q_row,
         stride_q_head,
+        stride_qv_batch,
+        stride_qv_row,
+        stride_qv_head,
         stride_out_batch,
         stride_out_row,
         stride_out_head,
@@ -75,6 +84,9 @@ class Call:
         self.stride_q_batch = stride_q_batch
         self.stride_q_row = stride_q_row
         self.stride_q_head = stride_q_head
+        self.stride_qv_batch = stride_qv_batch
+        self.stride_qv_row = stride_qv_row
+        self.stride_qv_head = stride_qv_head
         self.stride_out_batch = stride_out_batch
         self.stride_out_row = stride_out_row
         self.stride_out_head = stride_out_head
@@ -103,21 +115,54 @@ class Parts:
 
 
 @gluon.jit
-def _fetch_queries(q_ptr, span, batch, unit, piece, call, cfg: gl.constexpr):
-    """A piece of a unit's packed query rows, in registers; zero where there is no query."""
-    rows = gl.arange(0, cfg.columns, layout=gl.SliceLayout(1, cfg.q_rows))
-    rows += (unit % cfg.m_tiles) * 64
+def _fetch_queries(
+    ptr,
+    strides,
+    span,
+    batch,
+    unit,
+    half,
+    column,
+    WIDTH: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    layout: gl.constexpr,
+    call,
+    cfg: gl.constexpr,
+):
+    """A consumer's packed rows of a unit's queries, WIDTH columns of HEAD_DIM; zero where there is none."""
+    stride_batch, stride_row, stride_head = strides
+    rows = gl.arange(0, cfg.columns, layout=gl.SliceLayout(1, layout))
+    rows += (unit % cfg.m_tiles) * TILE_ROWS + half * cfg.columns
     token = rows // cfg.group
     inside = (rows < call.num_rows) & (token < span.q_rows)
-    offsets = (span.q_first + token).to(gl.int64) * call.stride_q_row
-    offsets += batch.to(gl.int64) * call.stride_q_batch
-    offsets += ((unit // cfg.m_tiles) * cfg.group + rows % cfg.group) * call.stride_q_head
-    columns = gl.arange(0, cfg.k_width, layout=gl.SliceLayout(0, cfg.q_rows))
-    columns += piece * cfg.k_width
-    pointers = q_ptr + gl.expand_dims(offsets, 1) + gl.expand_dims(columns, 0)
+    offsets = (span.q_first + token).to(gl.int64) * stride_row
+    offsets += batch.to(gl.int64) * stride_batch
+    offsets += ((unit // cfg.m_tiles) * cfg.group + rows % cfg.group) * stride_head
+    columns = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, layout)) + column
+    pointers = ptr + gl.expand_dims(offsets, 1) + gl.expand_dims(columns, 0)
     pointers = gl.multiple_of(pointers, [16, 16])
-    mask = gl.expand_dims(inside, 1) & gl.expand_dims(columns < cfg.head_dim, 0)
+    mask = gl.expand_dims(inside, 1) & gl.expand_dims(columns < HEAD_DIM, 0)
     return gl.load(pointers, mask=mask, other=0.0)
+
+
+@gluon.jit
+def _fetch_piece(q_ptr, span, batch, unit, half, piece, call, cfg: gl.constexpr):
+    """A piece of the queries of keys."""
+    strides = call.stride_q_batch, call.stride_q_row, call.stride_q_head
+    return _fetch_queries(
+        q_ptr,
+        strides,
+        span,
+        batch,
+        unit,
+        half,
+        piece * cfg.k_width,
+        gl.constexpr(cfg.k_width),
+        gl.constexpr(cfg.head_dim),
+        gl.constexpr(cfg.q_rows),
+        call,
+        cfg,
+    )
 
 
 @gluon.jit
@@ -128,7 +173,7 @@ def _largest(queries):
 
 
 @gluon.jit
-def _load_queries(q_ptr, buffers, span, batch, unit, call, cfg: gl.constexpr):
+def _load_queries(q_ptr, qv_ptr, buffers, span, batch, unit, half, call, cfg: gl.constexpr):
     """A unit's queries into shared memory; all threads sync.
 
     Returns what scores must be multiplied by because of how the queries were stored.
@@ -137,18 +182,35 @@ def _load_queries(q_ptr, buffers, span, batch, unit, call, cfg: gl.constexpr):
     if cfg.scaled:
         largest = 0.0
         for piece in gl.static_range(gl.constexpr(cfg.pieces)):
-            queries = _fetch_queries(q_ptr, span, batch, unit, piece, call, cfg)
+            queries = _fetch_piece(q_ptr, span, batch, unit, half, piece, call, cfg)
             largest = gl.maximum(largest, _largest(queries))
         # A power of two: float16 then holds all eight bits of a bfloat16 down to 2^-29 of the largest.
         factor = gl.where(largest > 0.0, gl.exp2(14.0 - gl.floor(gl.log2(largest))), 1.0)
     for piece in gl.static_range(gl.constexpr(cfg.pieces)):
-        queries = _fetch_queries(q_ptr, span, batch, unit, piece, call, cfg)
+        queries = _fetch_piece(q_ptr, span, batch, unit, half, piece, call, cfg)
         if cfg.scaled:
             queries = queries.to(gl.float32) * factor
         if cfg.narrow:  # columns in the order of widened keys
             queries = queries.reshape([cfg.columns, cfg.k_width // 16, 4, 2, 2])
             queries = queries.permute((0, 1, 3, 2, 4)).reshape([cfg.columns, cfg.k_width])
-        buffers.q.index(piece).store(queries.to(cfg.dtype))
+        buffers.q.index(half * cfg.pieces + piece).store(queries.to(cfg.dtype))
+    if cfg.latent:
+        strides = call.stride_qv_batch, call.stride_qv_row, call.stride_qv_head
+        queries = _fetch_queries(
+            qv_ptr,
+            strides,
+            span,
+            batch,
+            unit,
+            half,
+            0,
+            gl.constexpr(cfg.v_width),
+            gl.constexpr(cfg.head_dim_v),
+            gl.constexpr(cfg.latent_rows),
+            call,
+            cfg,
+        )
+        buffers.latent.index(half).store(queries)
     fence_async_shared()
     cta_barrier()
     return 1.0 / factor
@@ -157,10 +219,13 @@ def _load_queries(q_ptr, buffers, span, batch, unit, call, cfg: gl.constexpr):
 @gluon.jit
 def _clear_outside(tile, start, lo, hi, cfg: gl.constexpr):
     """Zero the rows of a block of values outside [lo, hi): they may hold NaN, and 0 · NaN is NaN."""
-    rows = start + gl.arange(0, cfg.block_n, layout=gl.SliceLayout(1, cfg.v_rows))
-    values = tile.load(cfg.v_rows)
-    inside = gl.expand_dims((rows >= lo) & (rows < hi), 1)
-    tile.store(gl.where(inside, values, gl.zeros_like(values)))
+    ROWS: gl.constexpr = min(cfg.block_n, 8192 // cfg.v_width)
+    for part in gl.static_range(cfg.block_n // ROWS):
+        rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, cfg.v_rows)) + start + part * ROWS
+        some = tile.slice(part * ROWS, ROWS)
+        values = some.load(cfg.v_rows)
+        inside = gl.expand_dims((rows >= lo) & (rows < hi), 1)
+        some.store(gl.where(inside, values, gl.zeros_like(values)))
     fence_async_shared()
     cta_barrier()
 
@@ -329,18 +394,26 @@ def _softmax_block(scores, row_max, row_sum, scale_log2, cfg: gl.constexpr):
 
 @gluon.jit
 def _attend_block(
-    acc, row_max, row_sum, lo, hi, scale, start, stage, buffers, span, call, cfg: gl.constexpr
+    acc, row_max, row_sum, lo, hi, scale, start, stage, half, buffers, span, call, cfg: gl.constexpr
 ):
     """Take one block of keys and values in, and free its stage: returns (acc, row_max, row_sum)."""
     scores = gl.full([cfg.block_n, cfg.columns], 0.0, gl.float32, cfg.product)
+    if cfg.latent:
+        values = _values(stage, start, buffers, span, cfg)
+        latent = buffers.latent.index(half).permute((1, 0))
+        scores = warpgroup_mma(
+            v_tile(buffers, stage, cfg), latent, scores, use_acc=False, is_async=True
+        )
     for piece in gl.static_range(gl.constexpr(cfg.pieces)):
-        q = buffers.q.index(piece).permute((1, 0))
+        q = buffers.q.index(half * cfg.pieces + piece).permute((1, 0))
         keys = _keys(stage, piece, buffers, cfg)
-        scores = warpgroup_mma(keys, q, scores, use_acc=piece > 0, is_async=True)
+        more = cfg.latent or piece > 0
+        scores = warpgroup_mma(keys, q, scores, use_acc=more, is_async=True)
         if cfg.narrow and piece + 1 < cfg.pieces:
             # Products run on the registers that hold widened keys: those stay as they are meanwhile.
             scores, _ = warpgroup_mma_wait(0, deps=(scores, keys))
-    values = _values(stage, start, buffers, span, cfg)
+    if not cfg.latent:
+        values = _values(stage, start, buffers, span, cfg)
     if cfg.narrow:
         scores, _ = warpgroup_mma_wait(0, deps=(scores, keys))
         mbarrier.arrive(buffers.empty.index(stage), count=1)
@@ -354,10 +427,11 @@ def _attend_block(
         scores = _mask(scores, lo, hi, start, cfg)
     p, row_max, row_sum, factor = _softmax_block(scores, row_max, row_sum, scale_log2, cfg)
     acc *= gl.expand_dims(factor, 0)
-    buffers.p.store(p.to(cfg.dtype).permute((1, 0)))
+    p_smem = buffers.p.index(half)
+    p_smem.store(p.to(cfg.dtype).permute((1, 0)))
     fence_async_shared()
     cta_barrier()
-    acc = warpgroup_mma(values, buffers.p.permute((1, 0)), acc, is_async=True)
+    acc = warpgroup_mma(values, p_smem.permute((1, 0)), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     if not cfg.narrow:
         mbarrier.arrive(buffers.empty.index(stage), count=1)
@@ -376,17 +450,19 @@ def _merge(
     span,
     batch,
     head,
-    first_row,
+    tile_row,
+    half,
     v_descale,
     call,
     cfg: gl.constexpr,
 ):
-    """Put a unit's parts together and write its rows."""
+    """Put a unit's parts together and write a consumer's rows of it."""
     by_row: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, cfg.merged))
     out_layout: gl.constexpr = gl.SliceLayout(0, cfg.merged)
     columns = gl.arange(0, cfg.v_width, layout=gl.SliceLayout(0, out_layout))
-    for row in range(0, gl.minimum(call.num_rows - first_row, 64), cfg.merge_rows):
-        rows = first_row + row + gl.arange(0, cfg.merge_rows, layout=by_row)
+    end = gl.minimum(call.num_rows - tile_row, (half + 1) * cfg.columns)
+    for row in range(half * cfg.columns, end, cfg.merge_rows):
+        rows = tile_row + row + gl.arange(0, cfg.merge_rows, layout=by_row)
         out, lse = merge_parts(
             parts.out,
             parts.sums,
@@ -398,27 +474,15 @@ def _merge(
             cfg,
         )
         out_rows = gl.arange(0, cfg.merge_rows, layout=gl.SliceLayout(1, out_layout))
-        out_rows += first_row + row
+        out_rows += tile_row + row
         _store_out(out_ptr, out * v_descale, out_rows, columns, span, batch, head, call, cfg)
         _store_lse(lse_ptr, lse, rows, span, batch, head, call, cfg)
 
 
 @gluon.jit
-def consume(
-    q_ptr,
-    out_ptr,
-    lse_ptr,
-    sinks,
-    descales,
-    spans,
-    works,
-    share_ptr,
-    buffers,
-    parts,
-    call,
-    cfg: gl.constexpr,
-):
-    """One warpgroup: attention of this worker's blocks, unit after unit."""
+def consume(tensors, buffers, parts, call, half: gl.constexpr, cfg: gl.constexpr):
+    """One warpgroup: attention of its half, or all, of the rows of this worker's blocks, by unit."""
+    q_ptr, qv_ptr, out_ptr, lse_ptr, sinks, descales, spans, works, share_ptr = tensors
     q_descale, k_descale, v_descale = descales
     worker = gl.program_id(0)
     record = works + worker * WIDTH
@@ -432,12 +496,13 @@ def consume(
     step = 0
     while left > 0:
         take, first, count = take_of(span, within, left, cfg)
-        unscale = _load_queries(q_ptr, buffers, span, batch, unit, call, cfg)
+        unscale = _load_queries(q_ptr, qv_ptr, buffers, span, batch, unit, half, call, cfg)
         head = unit // cfg.m_tiles
         scale = call.scale * unscale
         scale *= _descale(q_descale, batch, head) * _descale(k_descale, batch, head)
         v_scale = _descale(v_descale, batch, head)
-        first_row = (unit % cfg.m_tiles) * 64
+        tile_row = (unit % cfg.m_tiles) * TILE_ROWS
+        first_row = tile_row + half * cfg.columns
         rows = first_row + gl.arange(0, cfg.columns, layout=cfg.row)
         lo, hi = row_limits(span.position + rows // cfg.group, span.keys, call, cfg)
         lo = gl.maximum(lo, 0) + span.pad
@@ -453,12 +518,24 @@ def consume(
             if cfg.gathered:
                 fence_async_shared()
             acc, row_max, thread_sum = _attend_block(
-                acc, row_max, thread_sum, lo, hi, scale, start, stage, buffers, span, call, cfg
+                acc,
+                row_max,
+                thread_sum,
+                lo,
+                hi,
+                scale,
+                start,
+                stage,
+                half,
+                buffers,
+                span,
+                call,
+                cfg,
             )
             start += cfg.block_n
             step += 1
 
-        row_sum = gl.convert_layout(gl.sum(gl.sum(thread_sum, 0), 0), cfg.row)
+        row_sum = gl.convert_layout(gl.sum(gl.sum(thread_sum, 1), 0), cfg.row)
         out = _packed_rows(acc, cfg)
         layout: gl.constexpr = out.type.layout
         out_rows = first_row + gl.arange(0, cfg.columns, layout=gl.SliceLayout(1, layout))
@@ -478,16 +555,17 @@ def consume(
                 out,
                 row_max,
                 row_sum,
-                rows - first_row,
-                out_rows - first_row,
+                rows - tile_row,
+                out_rows - tile_row,
                 columns,
-                gl.minimum(call.num_rows - first_row, 64),
+                gl.minimum(call.num_rows - tile_row, TILE_ROWS),
                 cfg,
             )
             blocks_line = line - within + cost_of(span.blocks, cfg)
             first_worker = blocks_line // share
             workers = (blocks_line + span.blocks - 1) // share - first_worker + 1
-            if is_last(parts.arrivals + batch * call.units + unit, workers):
+            arrivals = parts.arrivals + (batch * call.units + unit) * cfg.consumers + half
+            if is_last(arrivals, workers):
                 _merge(
                     out_ptr,
                     lse_ptr,
@@ -499,7 +577,8 @@ def consume(
                     span,
                     batch,
                     head,
-                    first_row,
+                    tile_row,
+                    half,
                     v_scale,
                     call,
                     cfg,

@@ -22,16 +22,18 @@ from headway.kernels.hopper.decode_plan import BATCH, LEFT, UNIT, WIDTH, WITHIN,
 class Buffers:
     """Shared memory of a worker: ``full`` and ``empty`` count the stages of keys and values."""
 
-    q: gl.shared_memory_descriptor  # (pieces, columns, k_width)
-    p: gl.shared_memory_descriptor  # (columns, block_n), probabilities of a block
+    q: gl.shared_memory_descriptor  # (consumers * pieces, columns, k_width)
+    latent: gl.shared_memory_descriptor  # (consumers, columns, v_width), queries of values
+    p: gl.shared_memory_descriptor  # (consumers, columns, block_n), probabilities of a block
     k: gl.shared_memory_descriptor  # (stages * pieces, 1, 1, block_n, k_width)
     v: gl.shared_memory_descriptor  # (stages, 1, 1, block_n, v_width)
     full: gl.shared_memory_descriptor  # (stages, 1)
     empty: gl.shared_memory_descriptor
 
     @gluon.constexpr_function
-    def __init__(self, q, p, k, v, full, empty):
+    def __init__(self, q, latent, p, k, v, full, empty):
         self.q = q
+        self.latent = latent
         self.p = p
         self.k = k
         self.v = v
@@ -42,8 +44,14 @@ class Buffers:
 @gluon.jit
 def allocate(cfg: gl.constexpr):
     """Buffers, with their barriers set up."""
-    q = gl.allocate_shared_memory(cfg.dtype, [cfg.pieces, cfg.columns, cfg.k_width], cfg.q_smem)
-    p = gl.allocate_shared_memory(cfg.dtype, [cfg.columns, cfg.block_n], cfg.p_smem)
+    q_shape: gl.constexpr = [cfg.consumers * cfg.pieces, cfg.columns, cfg.k_width]
+    q = gl.allocate_shared_memory(cfg.dtype, q_shape, cfg.q_smem)
+    latent = q
+    if cfg.latent:
+        latent_shape: gl.constexpr = [cfg.consumers, cfg.columns, cfg.v_width]
+        latent = gl.allocate_shared_memory(cfg.dtype, latent_shape, cfg.latent_smem)
+    p_shape: gl.constexpr = [cfg.consumers, cfg.columns, cfg.block_n]
+    p = gl.allocate_shared_memory(cfg.dtype, p_shape, cfg.p_smem)
     k_shape: gl.constexpr = [cfg.stages * cfg.pieces, 1, 1, cfg.block_n, cfg.k_width]
     k = gl.allocate_shared_memory(cfg.kv_dtype, k_shape, cfg.k_boxes)
     v_shape: gl.constexpr = [cfg.stages, 1, 1, cfg.block_n, cfg.v_width]
@@ -52,9 +60,9 @@ def allocate(cfg: gl.constexpr):
     empty = gl.allocate_shared_memory(gl.int64, [cfg.stages, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(gl.constexpr(cfg.stages)):
         mbarrier.init(full.index(stage), count=cfg.full_count)
-        mbarrier.init(empty.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=cfg.consumers)
     fence_async_shared()
-    return Buffers(q, p, k, v, full, empty)
+    return Buffers(q, latent, p, k, v, full, empty)
 
 
 @gluon.jit
@@ -112,19 +120,9 @@ def _load_boxes(desc, pages, head, start, column, barrier, smem, cfg: gl.constex
 
 
 @gluon.jit
-def produce_boxes(
-    k_desc,
-    v_desc,
-    buffers,
-    page_table,
-    spans,
-    works,
-    units,
-    stride_table,
-    num_pages,
-    cfg: gl.constexpr,
-):
+def produce_boxes(k_desc, v_desc, num_pages, work, cfg: gl.constexpr):
     """One warp: this worker's blocks in order, one stage each, keys and values on one barrier."""
+    buffers, page_table, spans, works, units, stride_table = work
     record = works + gl.program_id(0) * WIDTH
     span = load_span(record)
     batch = gl.load(record + BATCH)
@@ -161,12 +159,15 @@ def produce_boxes(
 @gluon.jit
 def _gather(ptr, smem, offsets, inside, column, COLUMNS: gl.constexpr, layout: gl.constexpr):
     """Rows at ``offsets`` (int64), columns from ``column`` to COLUMNS, into a tile; zeros elsewhere."""
-    columns = column + gl.arange(0, smem.shape[1], layout=gl.SliceLayout(0, layout))
-    pointers = ptr + gl.expand_dims(offsets, 1) + gl.expand_dims(columns, 0)
-    mask = gl.expand_dims(inside, 1) & gl.expand_dims(columns < COLUMNS, 0)
-    # Partitions do not see what the launcher knows: rows start at multiples of 16 bytes.
-    pointers = gl.multiple_of(pointers, [16, 16])
-    async_copy.async_copy_global_to_shared(smem, pointers, mask=mask)
+    WIDTH: gl.constexpr = min(smem.shape[1], 256)
+    for piece in gl.static_range(smem.shape[1] // WIDTH):
+        columns = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, layout)) + column + piece * WIDTH
+        pointers = ptr + gl.expand_dims(offsets, 1) + gl.expand_dims(columns, 0)
+        mask = gl.expand_dims(inside, 1) & gl.expand_dims(columns < COLUMNS, 0)
+        # Partitions do not see what the launcher knows: rows start at multiples of 16 bytes.
+        pointers = gl.multiple_of(pointers, [16, 16])
+        tile = smem.slice(piece * WIDTH, WIDTH, dim=1)
+        async_copy.async_copy_global_to_shared(tile, pointers, mask=mask)
 
 
 @gluon.jit
@@ -177,11 +178,11 @@ def _visible(span, at, table, cfg: gl.constexpr):
 
 
 @gluon.jit
-def produce_gathered(
-    k_ptr, v_ptr, buffers, page_table, spans, works, units, stride_table, strides, cfg: gl.constexpr
-):
+def produce_gathered(k_ptr, v_ptr, k_strides, v_strides, work, cfg: gl.constexpr):
     """Four warps: as :func:`produce_boxes`, row by row. Rows that hold no visible key become zeros."""
-    k_page, k_row, k_head, v_page, v_row, v_head = strides
+    k_page, k_row, k_head = k_strides
+    v_page, v_row, v_head = v_strides
+    buffers, page_table, spans, works, units, stride_table = work
     record = works + gl.program_id(0) * WIDTH
     span = load_span(record)
     batch = gl.load(record + BATCH)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from headway.kernels._triton import aggregate, cta_barrier, gl, gluon, next_power_of_2
-from headway.kernels.hopper.decode_config import DecodeTile
+from headway.kernels.hopper.decode_config import DecodeTile, consumers_of
 from headway.kernels.hopper.masks import row_limits
 
 #: Fields of a sequence's record, int32; a worker's record goes on with where its share begins.
@@ -322,8 +322,8 @@ class DecodePlan:
     ``spans`` (B, 16) and ``works`` (workers, 16) are the records above; ``share`` (1,) is how many
     places of the line a worker takes. ``parts`` holds unfinished output of units that were cut, two
     per worker: (2 · workers, rows, head_dim_v) float32, and ``part_sums`` (2 · workers, 2, rows) their row
-    maxima (base 2) and sums. ``arrivals`` (B · units,) counts workers that have left theirs; the last one
-    merges and resets it.
+    maxima (base 2) and sums. ``arrivals`` (B · units · consumers,) counts workers that have left theirs;
+    the last one merges and resets it.
     """
 
     tile: DecodeTile
@@ -367,7 +367,7 @@ def empty_plan(
         works=ints(workers, FIELDS),
         share=ints(1),
         starts=ints(batch_size),
-        arrivals=ints(batch_size * units),
+        arrivals=ints(batch_size * units * consumers_of(rows)[0]),
         parts=torch.empty(2 * workers, rows, head_dim_v, dtype=torch.float32, device=device),
         part_sums=torch.empty(2 * workers, 2, rows, dtype=torch.float32, device=device),
     )
