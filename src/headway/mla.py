@@ -273,13 +273,20 @@ Inputs: TypeAlias = "tuple[Tensor, Tensor, Tensor]"
 InputScales: TypeAlias = "tuple[Tensor | None, Tensor | None, Tensor | None]"
 
 
+def multiplies_float8(fp8: bool | None) -> bool:
+    """Whether prefill of 16-bit inputs multiplies in float8: as ``fp8`` says, or HEADWAY_FP8_PREFILL."""
+    if fp8 is not None:
+        return fp8
+    switch = os.environ.get("HEADWAY_FP8_PREFILL", "0").lower()
+    if switch not in ("0", "1", "false", "true", "off", "on"):
+        raise InvalidInputError("HEADWAY_FP8_PREFILL", repr(switch), "0 or 1")
+    return switch in ("1", "true", "on")
+
+
 def _wants_float8(q: Tensor, fp8: bool | None) -> bool:
     stored = q.dtype in FLOAT8_DTYPES
     if fp8 is None:
-        switch = os.environ.get("HEADWAY_FP8_PREFILL", "0").lower()
-        if switch not in ("0", "1", "false", "true", "off", "on"):
-            raise InvalidInputError("HEADWAY_FP8_PREFILL", repr(switch), "0 or 1")
-        return stored or switch in ("1", "true", "on")
+        return stored or multiplies_float8(None)
     if stored and not fp8:
         raise InvalidInputError("fp8", "False with float8 inputs", "True, or inputs in bfloat16")
     return fp8

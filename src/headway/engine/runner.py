@@ -115,6 +115,7 @@ class ModelRunner:
                 start + chunk.num_tokens for start, chunk in zip(contexts, chunks, strict=True)
             ),
             num_decodes=_leading_decodes(chunks),
+            host_lengths=(np.array(ends, np.int32), np.array(contexts, np.int32)),
         )
         if pending:
             assert self._drawn is not None

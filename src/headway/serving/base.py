@@ -17,6 +17,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,6 +67,7 @@ class ForwardBatch:
         max_seqlen_q: most new tokens of a sequence.
         max_seqlen_k: longest sequence after this step.
         num_decodes: so many sequences from the first on have one new token each, as far as is known.
+        host_lengths: cu_seqlens_q and seqlens_k where the host knows them.
     """
 
     cu_seqlens_q: Tensor
@@ -74,6 +76,7 @@ class ForwardBatch:
     max_seqlen_q: int
     max_seqlen_k: int
     num_decodes: int = 0
+    host_lengths: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
     def batch_size(self) -> int:
@@ -84,9 +87,16 @@ class ForwardBatch:
         """Whether every sequence has one new token."""
         return self.num_decodes == self.batch_size or self.max_seqlen_q == 1
 
+    def lengths_on_host(self) -> tuple[np.ndarray, np.ndarray]:
+        """cu_seqlens_q and seqlens_k as int32 arrays; waits for the device unless the host knows them."""
+        if self.host_lengths is not None:
+            return self.host_lengths
+        return self.cu_seqlens_q.cpu().numpy(), self.seqlens_k.cpu().numpy()
+
     def split(self) -> tuple[ForwardBatch, ForwardBatch]:
         """The decoding sequences, and the others."""
         n = self.num_decodes
+        known = self.host_lengths
         decodes = ForwardBatch(
             self.cu_seqlens_q[: n + 1],
             self.seqlens_k[:n],
@@ -94,6 +104,7 @@ class ForwardBatch:
             1,
             self.max_seqlen_k,
             n,
+            None if known is None else (known[0][: n + 1], known[1][:n]),
         )
         others = ForwardBatch(
             self.cu_seqlens_q[n:] - n,
@@ -101,6 +112,7 @@ class ForwardBatch:
             self.page_table[n:],
             self.max_seqlen_q,
             self.max_seqlen_k,
+            host_lengths=None if known is None else (known[0][n:] - n, known[1][n:]),
         )
         return decodes, others
 
@@ -216,12 +228,11 @@ class AttentionBackend(ABC):
             return self.forward_decode(q, k, v, kv_cache, layer, rotary)
         if n == 0:
             return self.forward_extend(q, k, v, kv_cache, layer, rotary)
-        out = q.new_empty(*q.shape[:-1], v.shape[-1])
         first, rest = slice(n), slice(n, None)
         turns = (None, None) if rotary is None else (rotary.rows(first), rotary.rows(rest))
-        self.forward_decode(q[first], k[first], v[first], kv_cache, layer, turns[0], out[first])
-        self.forward_extend(q[rest], k[rest], v[rest], kv_cache, layer, turns[1], out[rest])
-        return out
+        decoded = self.forward_decode(q[first], k[first], v[first], kv_cache, layer, turns[0])
+        extended = self.forward_extend(q[rest], k[rest], v[rest], kv_cache, layer, turns[1])
+        return torch.cat((decoded, extended))
 
     @abstractmethod
     def forward_decode(
@@ -232,7 +243,6 @@ class AttentionBackend(ABC):
         kv_cache: tuple[Tensor, Tensor],
         layer: AttentionLayer,
         rotary: TokenRotary | None = None,
-        out: Tensor | None = None,
     ) -> Tensor:
         """``forward`` of the step's decoding sequences, whose rows alone are given."""
 
@@ -245,6 +255,5 @@ class AttentionBackend(ABC):
         kv_cache: tuple[Tensor, Tensor],
         layer: AttentionLayer,
         rotary: TokenRotary | None = None,
-        out: Tensor | None = None,
     ) -> Tensor:
         """``forward`` of the step's other sequences, whose rows alone are given."""

@@ -111,6 +111,11 @@ class FlashAttentionBackend(AttentionBackend):
             decodes, others = batch.split()
             self._decode, self._extend = _Part.of(decodes, True), _Part.of(others, False)
 
+    @property
+    def batch(self) -> ForwardBatch | None:
+        """The current step, padding included."""
+        return self._batch
+
     def _is_fused(self, batch: ForwardBatch) -> bool:
         if self._fused_append is None:
             return batch.seqlens_k.device.type == "cpu"
@@ -192,7 +197,7 @@ class FlashAttentionBackend(AttentionBackend):
             return self._forward_fused(q, k, v, kv_cache, layer, rotary)
         if first is None or rest is None:
             return super().forward(q, k, v, kv_cache, layer, rotary)
-        q = self._write(q, k, v, kv_cache, layer, rotary)
+        q = self.write(q, k, v, kv_cache, layer, rotary)
         n = first.batch.batch_size
         out = q.new_empty(*q.shape[:-1], v.shape[-1])
         self._attend(first, q[:n], kv_cache, layer, out[:n])
@@ -207,10 +212,9 @@ class FlashAttentionBackend(AttentionBackend):
         kv_cache: KVPages,
         layer: AttentionLayer,
         rotary: TokenRotary | None = None,
-        out: Tensor | None = None,
     ) -> Tensor:
-        q = self._write(q, k, v, kv_cache, layer, rotary)
-        return self._attend(self._decode, q, kv_cache, layer, out)
+        q = self.write(q, k, v, kv_cache, layer, rotary)
+        return self._attend(self._decode, q, kv_cache, layer)
 
     def forward_extend(
         self,
@@ -220,10 +224,9 @@ class FlashAttentionBackend(AttentionBackend):
         kv_cache: KVPages,
         layer: AttentionLayer,
         rotary: TokenRotary | None = None,
-        out: Tensor | None = None,
     ) -> Tensor:
-        q = self._write(q, k, v, kv_cache, layer, rotary)
-        return self._attend(self._extend, q, kv_cache, layer, out)
+        q = self.write(q, k, v, kv_cache, layer, rotary)
+        return self._attend(self._extend, q, kv_cache, layer)
 
     def _attend(
         self,
@@ -231,7 +234,7 @@ class FlashAttentionBackend(AttentionBackend):
         q: Tensor,
         kv_cache: KVPages,
         layer: AttentionLayer,
-        out: Tensor | None,
+        out: Tensor | None = None,
     ) -> Tensor:
         """Attention of a part's queries (rows, Hq, D), its keys in place; (rows, Hq, Dv)."""
         if part is None:
@@ -289,14 +292,14 @@ class FlashAttentionBackend(AttentionBackend):
             backend=self.backend,
         )
 
-    def _write(
+    def write(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
         kv_cache: KVPages,
         layer: AttentionLayer,
-        rotary: TokenRotary | None,
+        rotary: TokenRotary | None = None,
     ) -> Tensor:
         """Write the step's new keys and values; returns the queries, encoded like the keys."""
         if q.device.type == "cpu":

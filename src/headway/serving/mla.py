@@ -1,0 +1,269 @@
+"""MLABackend: multi-head latent attention (DeepSeek V2, V3, R1) over a cache of latent vectors.
+
+Per token the cache holds one vector: the latent keys and values of all heads, and the rotary part of the
+keys behind it. Decoding absorbs the up-projections into queries and outputs and attends to these vectors
+themselves. Prefill projects them up: causal attention over the new tokens, then, for tokens that are in the
+cache already, a pass per chunk of them whose results are merged by their LSEs, so that no more than a
+chunk is ever projected up. In float8 both run over persistent schedules, planned once per step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from headway import mla
+from headway.errors import HeadwayError
+from headway.interface import merge_states
+from headway.persistent import DeviceWork
+from headway.serving.base import (
+    AttentionBackend,
+    AttentionLayer,
+    ForwardBatch,
+    GraphLimits,
+    TokenRotary,
+)
+from headway.serving.flash import FlashAttentionBackend, KVPages
+
+#: Cached tokens that are projected up at a time, over all sequences of a step.
+CHUNK_TOKENS = 32768
+
+
+@dataclass(frozen=True)
+class MLALayer(AttentionLayer):
+    """A latent attention layer. As an :class:`AttentionLayer` it says what its absorbed form is: head_dim
+    is latent plus rope, head_dim_v the latent, with one KV head.
+
+    Args:
+        w_uk: (H, nope, latent), projects latents up to keys; w_uv: (H, v, latent), to values.
+    """
+
+    w_uk: Tensor = field(kw_only=True)
+    w_uv: Tensor = field(kw_only=True)
+
+    @property
+    def latent_dim(self) -> int:
+        return self.head_dim_v
+
+    @property
+    def nope_dim(self) -> int:
+        return self.w_uk.shape[1]
+
+    @property
+    def value_dim(self) -> int:
+        return self.w_uv.shape[1]
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Cached tokens of a step that are attended to together."""
+
+    slots: Tensor  # (tokens,) int64 in the flattened cache
+    cu_seqlens_k: Tensor
+    max_seqlen_k: int
+    plan: DeviceWork | None
+
+
+@dataclass
+class _Prefill:
+    """The sequences of a step that are not decoding, with lengths on the host."""
+
+    batch: ForwardBatch
+    ends: np.ndarray  # (B + 1,)
+    before: np.ndarray  # (B,)
+    plan: DeviceWork | None = None
+    chunks: list[_Chunk] | None = None
+
+
+class MLABackend(AttentionBackend):
+    """Latent attention through Headway's providers.
+
+    ``forward`` takes q (total_q, H, nope + rope) and k (total_q, 1, latent + rope), both rotated; v is k's
+    latent part; the caches are pages (num_pages, page_size, 1, latent + rope) and their latent columns. It
+    returns (total_q, H, v).
+
+    Args:
+        backend, ver: as for :class:`FlashAttentionBackend`.
+        fp8_prefill: multiply prefill in float8; default: HEADWAY_FP8_PREFILL.
+        chunk_tokens: cached tokens that are projected up at a time.
+    """
+
+    def __init__(
+        self,
+        backend: str = "auto",
+        ver: Literal[3, 4] | None = None,
+        *,
+        fp8_prefill: bool | None = None,
+        chunk_tokens: int = CHUNK_TOKENS,
+    ) -> None:
+        self._absorbed = FlashAttentionBackend(backend, ver, fused_append=False)
+        self._writer = FlashAttentionBackend(backend, ver, fused_append=False)
+        self._fp8 = fp8_prefill
+        self._chunk_tokens = chunk_tokens
+        self._prefill: _Prefill | None = None
+
+    def init_forward_metadata(self, batch: ForwardBatch) -> None:
+        self._batch, self._prefill = batch, None
+        if batch.is_decode:
+            self._absorbed.init_forward_metadata(batch)
+            return
+        others = batch
+        if batch.num_decodes:
+            decodes, others = batch.split()
+            self._absorbed.init_forward_metadata(decodes)
+        self._writer.init_forward_metadata(others)
+        ends, before = others.lengths_on_host()
+        self._prefill = _Prefill(others, ends, before)
+
+    def init_cuda_graph_state(self, limits: GraphLimits) -> None:
+        self._absorbed.init_cuda_graph_state(limits)
+
+    def init_forward_metadata_capture(self, batch_size: int) -> None:
+        self._absorbed.init_forward_metadata_capture(batch_size)
+        self._batch, self._prefill = self._absorbed.batch, None
+
+    def init_forward_metadata_in_graph(self) -> None:
+        self._absorbed.init_forward_metadata_in_graph()
+
+    def init_forward_metadata_replay(self, batch: ForwardBatch, batch_size: int) -> None:
+        self._absorbed.init_forward_metadata_replay(batch, batch_size)
+
+    def forward_decode(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kv_cache: KVPages,
+        layer: AttentionLayer,
+        rotary: TokenRotary | None = None,
+    ) -> Tensor:
+        layer = _latent(layer, rotary)
+        nope = layer.nope_dim
+        latent = torch.einsum("thn,hnl->thl", q[..., :nope], layer.w_uk)
+        absorbed = torch.cat((latent, q[..., nope:]), dim=-1)
+        attended = self._absorbed.forward_decode(absorbed, k, v, kv_cache, layer)
+        return torch.einsum("thl,hvl->thv", attended, layer.w_uv)
+
+    def forward_extend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kv_cache: KVPages,
+        layer: AttentionLayer,
+        rotary: TokenRotary | None = None,
+    ) -> Tensor:
+        layer = _latent(layer, rotary)
+        step = self._prefill
+        if step is None:
+            raise HeadwayError("the step has no such sequences")
+        self._writer.write(q, k, v, kv_cache, layer)
+        chunks = self._chunks(step, kv_cache[0].shape[1], layer)
+        keys, values = _projected(k[:, 0], layer)
+        attended = mla.prefill(
+            q,
+            keys,
+            values,
+            step.batch.cu_seqlens_q,
+            step.batch.cu_seqlens_q,
+            max_seqlen_q=step.batch.max_seqlen_q,
+            max_seqlen_k=step.batch.max_seqlen_q,
+            softmax_scale=layer.softmax_scale,
+            fp8=self._fp8,
+            plan=step.plan,
+            return_lse=True,
+        )
+        assert isinstance(attended, tuple)
+        parts = [attended, *(self._attend_chunk(q, kv_cache[0], layer, step, c) for c in chunks)]
+        return attended[0] if not chunks else _merged(parts).to(q.dtype)
+
+    def _attend_chunk(
+        self, q: Tensor, cache: Tensor, layer: MLALayer, step: _Prefill, chunk: _Chunk
+    ) -> tuple[Tensor, Tensor]:
+        keys, values = _projected(cache.flatten(0, 2)[chunk.slots].to(q.dtype), layer)
+        attended = mla.prefill(
+            q,
+            keys,
+            values,
+            step.batch.cu_seqlens_q,
+            chunk.cu_seqlens_k,
+            max_seqlen_q=step.batch.max_seqlen_q,
+            max_seqlen_k=chunk.max_seqlen_k,
+            softmax_scale=layer.softmax_scale,
+            causal=False,
+            fp8=self._fp8,
+            plan=chunk.plan,
+            return_lse=True,
+        )
+        assert isinstance(attended, tuple)
+        return attended
+
+    # --- once per step ----------------------------------------------------------------------------
+
+    def _plan(
+        self, step: _Prefill, keys: np.ndarray, layer: MLALayer, *, causal: bool
+    ) -> DeviceWork | None:
+        """The schedule of one pass over ``keys`` (B + 1,) cumulated lengths; None where it needs none."""
+        if not mla.multiplies_float8(self._fp8):
+            return None
+        return mla.plan_prefill(
+            torch.from_numpy(step.ends),
+            torch.from_numpy(keys),
+            num_heads_k=layer.num_q_heads,
+            causal=causal,
+            device=step.batch.seqlens_k.device,
+        )
+
+    def _chunks(self, step: _Prefill, page_size: int, layer: MLALayer) -> list[_Chunk]:
+        """The cached tokens of a step, in chunks; found, and all passes planned, by its first layer."""
+        if step.chunks is None:
+            step.plan = self._plan(step, step.ends, layer, causal=True)
+            each = max(1, self._chunk_tokens // max(1, len(step.before)))
+            longest = int(step.before.max(initial=0))
+            starts = range(0, longest, each)
+            step.chunks = [self._chunk(step, first, each, page_size, layer) for first in starts]
+        return step.chunks
+
+    def _chunk(
+        self, step: _Prefill, first: int, each: int, page_size: int, layer: MLALayer
+    ) -> _Chunk:
+        """Tokens ``first`` to ``first + each`` of every sequence that has them in the cache."""
+        lengths = np.clip(step.before - first, 0, each)
+        ends = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
+        sequence = np.repeat(np.arange(len(lengths)), lengths)
+        position = np.arange(ends[-1]) - ends[sequence] + first
+        device = step.batch.seqlens_k.device
+        rows, columns, offsets = (
+            torch.from_numpy(a).to(device)
+            for a in (sequence, position // page_size, position % page_size)
+        )
+        slots = step.batch.page_table[rows, columns].long() * page_size + offsets
+        plan = self._plan(step, ends, layer, causal=False)
+        return _Chunk(slots, torch.from_numpy(ends).to(device), int(lengths.max()), plan)
+
+
+def _latent(layer: AttentionLayer, rotary: TokenRotary | None) -> MLALayer:
+    if not isinstance(layer, MLALayer):
+        raise HeadwayError(f"MLABackend runs MLALayers; layer {layer.layer_id} is none")
+    if rotary is not None:
+        raise HeadwayError("MLABackend takes queries and keys that are rotated")
+    return layer
+
+
+def _projected(latent: Tensor, layer: MLALayer) -> tuple[Tensor, Tensor]:
+    """Keys (tokens, H, nope + rope) and values (tokens, H, v) of latent vectors (tokens, latent + rope)."""
+    compressed, rope = latent.split((layer.latent_dim, latent.shape[-1] - layer.latent_dim), dim=-1)
+    heads, nope, width = layer.w_uk.shape
+    keys = (compressed @ layer.w_uk.reshape(heads * nope, width).T).unflatten(-1, (heads, nope))
+    values = compressed @ layer.w_uv.reshape(heads * layer.value_dim, width).T
+    rope = rope[:, None].expand(-1, heads, -1)
+    return torch.cat((keys, rope), dim=-1), values.unflatten(-1, (heads, layer.value_dim))
+
+
+def _merged(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+    outs, lses = zip(*parts, strict=True)
+    return merge_states(outs, lses)[0]
