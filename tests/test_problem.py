@@ -181,12 +181,12 @@ def test_debug_checks_is_a_scope() -> None:
     from headway import problem
 
     meta = torch.device("meta")
-    assert not problem._values_visible(meta)
+    assert not problem.values_visible(meta)
     with headway.debug_checks():
-        assert problem._values_visible(meta)
+        assert problem.values_visible(meta)
         with headway.debug_checks(False):
-            assert not problem._values_visible(meta)
-    assert not problem._values_visible(meta)
+            assert not problem.values_visible(meta)
+    assert not problem.values_visible(meta)
 
 
 def test_a_plan_of_another_geometry_is_refused() -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from headway import devices, providers
+from headway import devices, providers, recall
 from headway.errors import InvalidInputError, UnsupportedError
 from headway.problem import KVLayout, Problem
 from headway.providers.base import Provider, kind_of
@@ -107,6 +107,7 @@ def choose(problem: Problem) -> Provider:
 def forget() -> None:
     """Choose anew from now on."""
     _CHOSEN.clear()
+    recall.forget()
 
 
 def _choose(problem: Problem) -> Provider:

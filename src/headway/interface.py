@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from headway import dispatch, reference
+from headway import dispatch, recall, reference
 from headway.errors import InvalidInputError, UnsupportedError
 from headway.plan import MAX_SPLITS, Plan, PlanKey, plan_splits
 from headway.problem import (
@@ -98,7 +98,7 @@ def flash_attn_func(
     Raises:
         InvalidInputError: an argument is wrong. UnsupportedError: no provider can run the call.
     """
-    return _solve(_dense_problem(SimpleNamespace(**locals())))
+    return _solve(_dense_problem, locals(), k, v)
 
 
 def flash_attn_varlen_func(
@@ -165,7 +165,7 @@ def flash_attn_varlen_func(
     Raises:
         InvalidInputError: an argument is wrong. UnsupportedError: no provider can run the call.
     """
-    return _solve(_varlen_problem(SimpleNamespace(**locals())))
+    return _solve(_varlen_problem, locals(), k, v)
 
 
 def flash_attn_with_kvcache(
@@ -237,7 +237,7 @@ def flash_attn_with_kvcache(
     Raises:
         InvalidInputError: an argument is wrong. UnsupportedError: no provider can run the call.
     """
-    return _solve(_kvcache_problem(SimpleNamespace(**locals())))
+    return _solve(_kvcache_problem, locals(), k_cache, v_cache)
 
 
 def flash_attn_combine(
@@ -384,8 +384,19 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> dispatch
 # --- from arguments to problems -------------------------------------------------------------------------
 
 
-def _solve(problem: Problem) -> Tensor | tuple[Tensor, Tensor]:
-    out, lse = dispatch.choose(problem).run(problem)
+def _solve(
+    build: Callable[[SimpleNamespace], Problem], arguments: dict[str, Any], k: Tensor, v: Tensor
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Run the call; one like an earlier call is neither checked nor chosen for again."""
+    key = recall.signature(build.__name__, arguments, k, v)
+    known = recall.recall(key)
+    if known is not None:
+        problem, provider = known.problem(arguments), known.provider
+    else:
+        problem = build(SimpleNamespace(**arguments))
+        provider = dispatch.choose(problem)
+        recall.remember(key, arguments, problem, provider)
+    out, lse = provider.run(problem)
     return out if lse is None else (out, lse)
 
 

@@ -219,7 +219,8 @@ def debug_checks(enabled: bool = True) -> Iterator[None]:
         _debug.reset(token)
 
 
-def _values_visible(device: torch.device) -> bool:
+def values_visible(device: torch.device) -> bool:
+    """Whether checks look at the values of tensors on this device."""
     return device.type == "cpu" or _debug.get() or os.environ.get("HEADWAY_DEBUG_CHECKS") == "1"
 
 
@@ -277,7 +278,7 @@ def check(problem: Problem) -> Problem:
         _check_append(problem, problem.append)
     _check_out(problem)
     _check_hints(problem)
-    if _values_visible(problem.device):
+    if values_visible(problem.device):
         _check_values(problem)
     return problem
 

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,6 @@ from torch import Tensor
 
 from headway import reference
 from headway.kernels.mods import ModArguments
-from headway.kernels.portable import append
 from headway.problem import Descales, KVLayout, Mask, Problem, Scores
 from headway.providers import hopper
 
@@ -239,21 +239,21 @@ def _mods(p: Problem) -> ModArguments:
 def installed() -> Iterator[None]:
     """Inside, the provider runs on CPU tensors, with these kernels."""
     from headway import dispatch
-    from headway.kernels.hopper import decode as decode_module
-    from headway.kernels.hopper import decode_plan as plan_module
-    from headway.kernels.hopper import forward as forward_module
 
+    launchers = SimpleNamespace(
+        append=reference.append,
+        forward=forward,
+        make_plan=make_plan,
+        plan_decode=plan_decode,
+        decode=decode,
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hopper.HopperProvider, "unavailable", lambda self, device: None)
         for name in ("_PREFILL", "_DECODE", "_EITHER"):
             can = dataclasses.replace(getattr(hopper, name), device_types=frozenset({"cpu"}))
             patch.setattr(hopper, name, can)
         patch.setattr(hopper, "_mods", _mods)
-        patch.setattr(forward_module, "forward", forward)
-        patch.setattr(decode_module, "make_plan", make_plan)
-        patch.setattr(decode_module, "decode", decode)
-        patch.setattr(plan_module, "plan_decode", plan_decode)
-        patch.setattr(append, "append", reference.append)
+        patch.setattr(hopper, "_kernels", lambda: launchers)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         dispatch.forget()
         RAN.clear()

@@ -11,6 +11,7 @@ import functools
 import importlib.util
 from collections.abc import Hashable, Mapping
 from importlib import metadata
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import torch
@@ -156,9 +157,7 @@ class HopperProvider(Provider):
         lse = problem.empty_lse() if problem.return_lse else None
         q = problem.q
         if problem.append is not None:
-            from headway.kernels.portable.append import append
-
-            q = append(problem, problem.append)
+            q = _kernels().append(problem, problem.append)
         if out.numel() == 0 or problem.max_seqlen_q == 0:
             return out, lse
         if problem.k.numel() == 0:
@@ -188,6 +187,21 @@ def refusals(problem: Problem) -> list[str]:
 def _triton_version() -> tuple[int, ...]:
     numbers = metadata.version("triton").split(".")[:2]
     return tuple(int(number) for number in numbers)
+
+
+@functools.cache
+def _kernels() -> SimpleNamespace:
+    """The launchers, imported with Triton when the first call runs."""
+    from headway.kernels.hopper import decode, decode_plan, forward
+    from headway.kernels.portable import append
+
+    return SimpleNamespace(
+        append=append.append,
+        forward=forward.forward,
+        make_plan=decode.make_plan,
+        plan_decode=decode_plan.plan_decode,
+        decode=decode.decode,
+    )
 
 
 # --- operands -----------------------------------------------------------------------------------------
@@ -249,10 +263,8 @@ def _right(p: Problem) -> int | None:
 
 
 def _prefill(p: Problem, q: Tensor, scale: float, out: Tensor, lse: Tensor | None) -> None:
-    from headway.kernels.hopper.forward import forward
-
     mods = _mods(p)
-    forward(
+    _kernels().forward(
         q,
         p.k,
         p.v,
@@ -363,9 +375,7 @@ def _buffers(
     sm_margin: int,
     device: torch.device,
 ) -> DecodePlan:
-    from headway.kernels.hopper.decode import make_plan
-
-    return make_plan(
+    made: DecodePlan = _kernels().make_plan(
         batch_size=batch_size,
         num_kv_heads=heads[1],
         group=heads[0] // heads[1],
@@ -377,12 +387,11 @@ def _buffers(
         page_size=page_size or 0,
         sm_margin=sm_margin,
     )
+    return made
 
 
 def _fill(plan: DecodePlan, p: Problem, ends: Tensor | None) -> None:
-    from headway.kernels.hopper.decode_plan import plan_decode
-
-    plan_decode(
+    _kernels().plan_decode(
         plan,
         seqlens_k=ends,
         capacity=_capacity(p),
@@ -418,9 +427,7 @@ def _plan_for(p: Problem) -> DecodePlan:
 
 
 def _decode(p: Problem, q: Tensor, scale: float, out: Tensor, lse: Tensor | None) -> None:
-    from headway.kernels.hopper.decode import decode
-
-    decode(
+    _kernels().decode(
         q,
         p.k,
         p.v,

@@ -1,0 +1,151 @@
+"""Calls like earlier ones: what they find remembered, and what is never remembered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+import headway
+from headway import InvalidInputError, dispatch, interface, problem, recall
+from tests.calls import Call, assert_matches, calls
+from tests.providers.honoured import many
+
+
+@pytest.fixture(autouse=True)
+def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Values of CPU tensors count as out of sight."""
+    for module in (problem, recall):
+        monkeypatch.setattr(module, "values_visible", lambda device: False)
+    monkeypatch.setattr(interface, "_max_rows", _bound)
+    dispatch.forget()
+    yield
+    dispatch.forget()
+
+
+def _bound(given: int | None, cu_seqlens: Any, rows: Any) -> int:
+    if given is not None:
+        return int(given)
+    return int(rows.shape[1] if cu_seqlens is None else rows.shape[0])
+
+
+def test_any_call_repeated_with_other_tensors() -> None:
+    """Remembered or not, the second of two calls of one shape is computed from its own tensors."""
+    remembered = 0
+
+    @settings(many, max_examples=150, database=None)
+    @given(call=calls((torch.bfloat16,), head_dims=(8, 16), max_len=20))
+    def check(call: Call) -> None:
+        nonlocal remembered
+        recall.forget()
+        call.run("reference")
+        other = call.copy()
+        for name in ("q", "qv", "sinks", "k", "v"):
+            given = other.kwargs.get(name)
+            if isinstance(given, torch.Tensor) and given.dtype == torch.bfloat16:
+                other.kwargs[name] = -given.flip(-1)
+        kept = len(recall._CALLS)
+        assert kept <= 1
+        result = other.run("reference")
+        remembered += kept
+        recall.forget()
+        assert_matches(result, other.run("reference"), other)
+
+    check()
+    assert remembered > 50
+
+
+def dense(**more: Any) -> dict[str, Any]:
+    made = {name: torch.randn(2, 5, 2, 8) for name in "qkv"}
+    return made | {"backend": "reference"} | more
+
+
+def found(**arguments: Any) -> int:
+    """How many calls are remembered after this one alone."""
+    recall.forget()
+    headway.flash_attn_func(**arguments)
+    return len(recall._CALLS)
+
+
+def test_what_a_call_is_remembered_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert found(**dense()) == 1
+    headway.flash_attn_func(**dense())
+    assert len(recall._CALLS) == 1
+    different: list[dict[str, Any]] = [
+        {"causal": True},
+        {"softcap": 2.0},
+        {"window_size": (1, 0)},
+        {"window_size": [1, 1]},
+        {"sinks": torch.randn(2)},
+        {"sinks": torch.nn.Parameter(torch.randn(2, dtype=torch.float64))},
+        {"return_lse": True},
+        {"q": torch.randn(2, 3, 2, 8)},
+        {"v": torch.randn(2, 5, 2, 16)[..., ::1]},
+        {"q": torch.randn(2, 2, 5, 8).transpose(1, 2)},
+    ]
+    for i, more in enumerate(different):
+        headway.flash_attn_func(**dense(**more))
+        assert len(recall._CALLS) == i + 2, more
+    monkeypatch.setenv("HEADWAY_FLASH_ATTN_VERSION", "3")
+    headway.flash_attn_func(**dense())
+    assert len(recall._CALLS) == len(different) + 2
+
+
+def test_mods_aliased_tensors_and_derived_ones_are_not_remembered() -> None:
+    assert found(**dense(score_mod=lambda score, b, h, i, j: score)) == 0
+    both = torch.randn(2, 5, 2, 8)
+    assert found(**dense(k=both, v=both)) == 0
+    recall.forget()
+    cache = torch.randn(2, 5, 2, 8)
+    headway.flash_attn_with_kvcache(
+        torch.randn(2, 1, 2, 8), cache, cache.clone(), cache_seqlens=3, backend="reference"
+    )
+    assert not recall._CALLS
+
+
+def test_a_wrong_call_is_wrong_every_time() -> None:
+    for _ in range(2):
+        with pytest.raises(InvalidInputError, match="softcap"):
+            headway.flash_attn_func(**dense(softcap=-1.0))
+    assert not recall._CALLS
+
+
+def test_a_plan_is_looked_at_with_every_call() -> None:
+    q, cache = torch.randn(2, 1, 2, 8), torch.randn(2, 5, 2, 8)
+    lengths = torch.tensor([3, 5], dtype=torch.int32)
+
+    def run(plan: Any) -> Any:
+        return headway.flash_attn_with_kvcache(
+            q,
+            cache,
+            cache.clone(),
+            cache_seqlens=lengths,
+            scheduler_metadata=plan,
+            backend="reference",
+        )
+
+    def plan_for(capacity: int) -> Any:
+        return headway.get_scheduler_metadata(2, 1, capacity, 2, 2, 8, lengths)
+
+    run(plan_for(5))
+    run(plan_for(5))
+    assert len(recall._CALLS) == 1
+    with pytest.raises(InvalidInputError, match="made for another call"):
+        run(plan_for(7))
+
+
+def test_memory_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recall, "_MOST_CALLS", 2)
+    for seqlen in range(1, 6):
+        headway.flash_attn_func(**dense(q=torch.randn(2, seqlen, 2, 8)))
+        assert len(recall._CALLS) <= 2
+
+
+def test_inside_debug_checks_nothing_is_recalled(monkeypatch: pytest.MonkeyPatch) -> None:
+    found(**dense())
+    monkeypatch.undo()
+    k = torch.randn(1, 1, 1, 8)
+    assert recall.signature("f", {}, k, k) is None
