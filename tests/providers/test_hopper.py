@@ -275,6 +275,18 @@ def test_appended_keys_count(kernels: None) -> None:
     assert RAN.count("plan") == 1
 
 
+def test_a_layer_that_appends_and_one_that_reads_share_a_plan(kernels: None) -> None:
+    """Over the same lengths, of which one counts the new token and the other does not."""
+    plan = step_plan(new=1)
+    new: dict[str, Any] = {"k": normal(3, 1, 2, 64), "v": normal(3, 1, 2, 64)}
+    reading = cached()
+    appending = Call("kvcache", reading.kwargs | new).copy()
+    appending.kwargs["cache_seqlens"] = reading.kwargs["cache_seqlens"]
+    for call in (appending, reading, appending):
+        want = headway.flash_attn_with_kvcache(**call.kwargs, backend="reference")
+        torch.testing.assert_close(run_planned(call, plan), want)
+
+
 def test_what_is_captured_plans_itself(kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first call of a captured graph plans inside it, the warm-up before and eager calls behind too."""
     call, plan = cached(), step_plan()

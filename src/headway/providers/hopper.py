@@ -324,10 +324,15 @@ class _Step:
         plans anew; it is not done for calls outside the graph. (Two graphs captured one right after
         the other need a ``new_step`` between them, or else the second counts on the first.)
         """
-        lengths = p.seqlens_k, p.leftpad_k, p.cache_batch_idx, p.cu_seqlens_q, p.seqused_q
+        new, cu_new = 0, None
+        if p.append is not None:
+            new, cu_new = p.append.k.shape[1], p.append.cu_seqlens
+        lengths = p.seqlens_k, p.leftpad_k, p.cache_batch_idx, p.cu_seqlens_q, p.seqused_q, cu_new
         source = (
             torch.cuda.is_current_stream_capturing(),
-            *(None if t is None else t.data_ptr() for t in lengths),
+            _capacity(p),
+            new,
+            *[None if t is None else t.data_ptr() for t in lengths],
         )
         if source == self._source:
             return
