@@ -117,21 +117,44 @@ def float8(call: Call, *names: str) -> Call:
     return call
 
 
+def latent(sq: int = 1, whole: bool = False, **more: Any) -> Call:
+    """Absorbed MLA: rope and latent caches apart, or rows of both."""
+    cache = normal(12, 16, 1, 576)
+    q = normal(3, sq, 8, 576)
+    kwargs: dict[str, Any] = {
+        "cache_seqlens": int32(32, 1, 0),
+        "page_table": torch.arange(12, dtype=torch.int32).flip(0).view(3, 4),
+        "causal": True,
+    }
+    if whole:
+        kwargs |= {"q": q, "k_cache": cache, "v_cache": cache[..., :512]}
+    else:
+        kwargs |= {"q": q[..., 512:], "qv": q[..., :512]}
+        kwargs |= {"k_cache": cache[..., 512:], "v_cache": cache[..., :512]}
+    return Call("kvcache", kwargs | more, f"latent {sq} {whole}")
+
+
 @pytest.mark.parametrize(
     ("call", "reason"),
     [
-        (cached(sq=20, page_size=12), "page_size=12: takes multiples of 8 (in prefill)"),
-        (cached(sq=20, cache_leftpad=int32(0, 1, 0)), "its pages start with the first key"),
-        (cached(score_mod=_alibi), "score_mod: portable splits such calls"),
-        (cached(qv=normal(3, 1, 8, 64)), "qv: head dims up to 256 only"),
+        (cached(qv=normal(3, 1, 8, 64)), "head_dim=64/64 with qv: takes 8..64/264..512"),
+        (latent(sq=17), "max_seqlen_q=17: takes up to 16 (in absorbed MLA)"),
+        (latent(mask_mod=lambda b, h, i, j: i >= j), "mask_mod: portable runs such calls"),
+        (
+            latent(whole=True, v_cache=normal(12, 16, 1, 512)),
+            "values apart from the keys with head_dim 576/512: v must be the first columns of k",
+        ),
         (
             float8(cached(sq=20), "k_cache", "v_cache"),
             "dtype bfloat16 with float8_e4m3fn k / v: takes bfloat16, float16 (in prefill)",
         ),
-        (float8(cached(return_lse=True), "q", "k_cache", "v_cache"), "too coarsely"),
+        (
+            float8(cached(mask_mod=lambda b, h, i, j: i >= j), "k_cache", "v_cache"),
+            "dtype bfloat16 with float8_e4m3fn k / v: takes bfloat16, float16 (in prefill)",
+        ),
         (
             dense(q=normal(2, 40, 4, 264), k=normal(2, 9, 2, 264), v=normal(2, 9, 2, 264)),
-            "head_dim=264: takes multiples of 8 up to 256 (in prefill)",
+            "head_dim=264: takes 576/512 (in absorbed MLA)",
         ),
         (dense(k=normal(2, 50, 2, 68)[..., :64]), "they would be copied"),
     ],
@@ -152,10 +175,25 @@ def headway_function(call: Call) -> Any:
     return FUNCTIONS[call.function]
 
 
-def test_odd_pages_and_left_padding_are_fine_in_decode(kernels: None) -> None:
-    for call in (cached(page_size=3), cached(cache_leftpad=int32(3, 0, 0))):
+@pytest.mark.parametrize("sq", [1, 20])
+def test_odd_pages_and_left_padding(kernels: None, sq: int) -> None:
+    for call in (cached(sq=sq, page_size=3), cached(sq=sq, cache_leftpad=int32(3, 0, 0))):
         assert_matches(call.run("hopper"), call.run("reference"), call)
-        assert RAN[-1] == "decode"
+        assert RAN[-1] == ("decode" if sq == 1 else "forward")
+
+
+def test_mods_are_prefill_however_few_the_queries(kernels: None) -> None:
+    call = cached(score_mod=_alibi)
+    assert_matches(call.run("hopper"), call.run("reference"), call)
+    assert RAN == ["forward"]
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("more", [{}, {"softmax_scale": -0.1}, {"window_size": (9, 0)}], ids=str)
+def test_absorbed_mla_is_decode(kernels: None, whole: bool, more: dict[str, Any]) -> None:
+    call = latent(2, whole, **more)
+    assert honoured.honoured_or_refused(call, "hopper")
+    assert RAN == ["plan", "decode"]
 
 
 @pytest.mark.parametrize("names", [("k_cache", "v_cache"), ("q", "k_cache", "v_cache")])
@@ -163,7 +201,7 @@ def test_float8_caches_are_decoded(kernels: None, names: tuple[str, ...]) -> Non
     call = float8(cached(), *names)
     for name in names:
         call.kwargs[f"{name[0]}_descale"] = torch.rand(3, 2) + 0.5
-    assert honoured.honoured_or_refused(call, "hopper", with_lse=False)
+    assert honoured.honoured_or_refused(call, "hopper")
 
 
 @pytest.mark.parametrize("scale", [-0.3, 0.0])

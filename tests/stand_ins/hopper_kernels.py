@@ -20,6 +20,7 @@ from headway import reference
 from headway.kernels.mods import ModArguments
 from headway.problem import Descales, KVLayout, Mask, Problem, Scores
 from headway.providers import hopper
+from headway.providers.base import Capabilities
 
 #: Names of the kernels that ran, in order; a decode plan is filled by "plan".
 RAN: list[str] = []
@@ -97,7 +98,6 @@ def forward(
     assert k.numel()
     assert q.dtype == k.dtype == out.dtype
     assert q.dtype in (torch.bfloat16, torch.float16)
-    assert softmax_scale > 0
     assert not causal or window_right == 0
     layout = KVLayout.DENSE if cu_seqlens_k is None else KVLayout.RAGGED
     layout = KVLayout.PAGED if page_table is not None else layout
@@ -191,6 +191,7 @@ def decode(
     chunk: int = 0,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    qv: Tensor | None = None,
     q_descale: Tensor | None = None,
     k_descale: Tensor | None = None,
     v_descale: Tensor | None = None,
@@ -198,6 +199,14 @@ def decode(
     RAN.append("decode")
     assert_aligned(q, k, v, out)
     assert softmax_scale > 0
+    if qv is None:
+        assert max(q.shape[-1], v.shape[-1]) <= 256
+    else:
+        assert_aligned(qv)
+        assert q.shape[-1] <= 64
+        assert 256 < v.shape[-1] <= 512
+        assert qv.shape == (*q.shape[:-1], v.shape[-1])
+        assert k.itemsize == 2
     filled = plan.filled
     rows = max_seqlen_q if q.dim() == 3 else q.shape[1]
     made_for = {
@@ -227,12 +236,17 @@ def decode(
         Mask(False, window_left, window_right, chunk),
         Scores(softmax_scale, softcap, sinks),
         page_table=page_table,
+        qv=qv,
         descales=Descales(q_descale, k_descale, v_descale),
     )
 
 
 def _mods(p: Problem) -> ModArguments:
     return ModArguments(p.scores.score_mod, p.mask.mask_mod, p.aux_tensors)  # type: ignore[arg-type]
+
+
+def _on_cpu(can: Capabilities) -> Capabilities:
+    return dataclasses.replace(can, device_types=frozenset({"cpu"}))
 
 
 @contextlib.contextmanager
@@ -249,9 +263,9 @@ def installed() -> Iterator[None]:
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hopper.HopperProvider, "unavailable", lambda self, device: None)
-        for name in ("_PREFILL", "_DECODE", "_EITHER"):
-            can = dataclasses.replace(getattr(hopper, name), device_types=frozenset({"cpu"}))
-            patch.setattr(hopper, name, can)
+        patch.setattr(hopper, "_ANY", _on_cpu(hopper._ANY))
+        for work, can in hopper._CAPABILITIES.items():
+            patch.setitem(hopper._CAPABILITIES, work, _on_cpu(can))
         patch.setattr(hopper, "_mods", _mods)
         patch.setattr(hopper, "_kernels", lambda: launchers)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)

@@ -174,11 +174,11 @@ class HeadDims:
         text = f"multiples of {self.multiple_of} up to {self.maximum}"
         if self.only is not None:
             text = ", ".join(str(d) for d in sorted(self.only))
-        more = [f"{a}/{b}" for a, b in sorted(self.pairs)]
-        more += [str(dims) for dims in self.unequal or ()]
         if self.unequal is not None:
             text += ", k and v alike"
-        return text + "".join(f" or {one}" for one in more)
+        more = [f"{a}/{b}" for a, b in sorted(self.pairs)]
+        more += [str(dims) for dims in self.unequal or ()]
+        return " or ".join(one for one in (text, *more) if one)
 
 
 @dataclass(frozen=True)

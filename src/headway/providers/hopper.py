@@ -1,7 +1,7 @@
-"""Headway's own kernels for Hopper (SM90), in Gluon: one for prefill, one for decode.
+"""Headway's own kernels for Hopper (SM90), in Gluon: one for prefill, one for decode and absorbed MLA.
 
 What is one query tile per KV head or less is decode: its kernel spreads the keys over the device by a
-plan that a kernel makes from the lengths. A Plan keeps that, so that all layers of a step share it.
+plan that another kernel makes from the lengths. A Plan keeps that, so that all layers of a step share it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import importlib.util
 from collections.abc import Hashable, Mapping
 from importlib import metadata
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from headway.providers._packages import delivered
 from headway.providers.base import (
     ALL_FEATURES,
     Capabilities,
+    DimRange,
     Feature,
     HeadDims,
     Provider,
@@ -39,64 +40,84 @@ if TYPE_CHECKING:
 #: Packed query rows (tokens times heads that share a KV head) up to which a call is decode: one tile.
 DECODE_ROWS = 64
 
+#: Query tokens up to which absorbed MLA is decode: each tile of 64 packed rows reads the cache again.
+LATENT_TOKENS = 16
+
+#: Which kernel runs a call: decode with values that are keys too is one of its own.
+Work = Literal["prefill", "decode", "absorbed MLA"]
+
 _FLOAT8 = torch.float8_e4m3fn
 _HALF = frozenset({(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16)})
-_LATENT = "head dims up to 256 only; portable runs absorbed MLA"
-_LONG = frozenset({KVLayout.DENSE, KVLayout.PAGED})
+_MODS = frozenset({Feature.SCORE_MOD, Feature.MASK_MOD})
 
 _PREFILL = Capabilities(
     device_types=frozenset({"cuda"}),
     dtypes=_HALF,
     features=ALL_FEATURES - {Feature.QV, Feature.DESCALE},
     head_dims=HeadDims(maximum=256, multiple_of=8),
-    page_size_multiple_of=8,
     kv_alignment_bytes=16,
-    exclusions=(
-        excludes(Feature.LEFTPAD, KVLayout.PAGED, why="its pages start with the first key"),
-    ),
-    lacks={Feature.QV: _LATENT, Feature.DESCALE: "takes 16-bit inputs"},
+    lacks={Feature.DESCALE: "takes 16-bit inputs"},
 )
 
 _DECODE = Capabilities(
     device_types=frozenset({"cuda"}),
-    dtypes=_HALF | {(_FLOAT8, _FLOAT8), (torch.bfloat16, _FLOAT8)},
-    features=ALL_FEATURES - {Feature.QV, Feature.SCORE_MOD, Feature.MASK_MOD},
+    dtypes=_HALF | {(_FLOAT8, _FLOAT8), (torch.bfloat16, _FLOAT8), (torch.float16, _FLOAT8)},
+    features=ALL_FEATURES - _MODS - {Feature.QV},
     head_dims=HeadDims(maximum=256, multiple_of=8),
     float8_head_dims=HeadDims(maximum=256, multiple_of=16),
-    kv_layouts=_LONG,
+    kv_layouts=frozenset({KVLayout.DENSE, KVLayout.PAGED}),
+    kv_alignment_bytes=16,
+)
+
+_WHOLE_ROWS = DimRange((576, 576), (512, 512))
+_LATENT = Capabilities(
+    device_types=frozenset({"cuda"}),
+    dtypes=_HALF,
+    features=ALL_FEATURES - _MODS - {Feature.DESCALE},
+    head_dims=HeadDims(only=frozenset(), pairs=frozenset({(576, 512)})),
+    qv_head_dims=DimRange((8, 64), (264, 512)),
+    kv_layouts=frozenset({KVLayout.DENSE, KVLayout.PAGED}),
+    max_seqlen_q=LATENT_TOKENS,
     kv_alignment_bytes=16,
     exclusions=(
-        excludes(
-            Trait.FLOAT8,
-            Feature.LSE,
-            why="tensor cores add float8 products too coarsely for an exact LSE",
-        ),
+        excludes(Trait.SEPARATE_VALUES, why="v must be the first columns of k", dims=_WHOLE_ROWS),
     ),
     lacks={
-        Feature.QV: _LATENT,
-        Feature.SCORE_MOD: "portable splits such calls over the device",
-        Feature.MASK_MOD: "portable splits such calls over the device",
+        Feature.DESCALE: "takes 16-bit caches",
+        Feature.SCORE_MOD: "portable runs such calls",
+        Feature.MASK_MOD: "portable runs such calls",
     },
 )
 
-#: What one of the two can do. Which of them a call would run on, and what that one says, is in reasons.
-_EITHER = dataclasses.replace(
+_CAPABILITIES: dict[Work, Capabilities] = {
+    "prefill": _PREFILL,
+    "decode": _DECODE,
+    "absorbed MLA": _LATENT,
+}
+
+#: What one of them can do. Which would run a call, and what that one says to it, is in the reasons.
+_ANY = dataclasses.replace(
     _PREFILL,
     dtypes=_PREFILL.dtypes | _DECODE.dtypes,
-    features=_PREFILL.features | _DECODE.features,
-    page_size_multiple_of=1,
+    features=_PREFILL.features | _DECODE.features | _LATENT.features,
+    head_dims=HeadDims(maximum=256, multiple_of=8, pairs=_LATENT.head_dims.pairs),
     float8_head_dims=_DECODE.float8_head_dims,
-    exclusions=(),
-    lacks={Feature.QV: _LATENT},
+    qv_head_dims=_LATENT.qv_head_dims,
+    lacks={},
 )
 
 
-def is_decode(problem: Problem) -> bool:
-    """Whether a call runs on the decode kernel, known without looking at lengths."""
-    if problem.kv_layout is KVLayout.RAGGED:
-        return False
-    group = problem.num_q_heads // problem.num_kv_heads
-    return problem.max_seqlen_q <= 1 or problem.max_seqlen_q * group <= DECODE_ROWS
+def work_of(problem: Problem) -> Work:
+    """The kernel for a call, known without looking at lengths."""
+    p = problem
+    if p.qv is not None or p.head_dim_v > 256:
+        return "absorbed MLA"
+    if p.kv_layout is KVLayout.RAGGED:
+        return "prefill"
+    if p.scores.score_mod is not None or p.mask.mask_mod is not None:
+        return "prefill"
+    rows = p.max_seqlen_q * (p.num_q_heads // p.num_kv_heads)
+    return "decode" if p.max_seqlen_q <= 1 or rows <= DECODE_ROWS else "prefill"
 
 
 class HopperProvider(Provider):
@@ -116,17 +137,17 @@ class HopperProvider(Provider):
         return None
 
     def capabilities(self, device: torch.device) -> Capabilities:
-        return _EITHER
+        return _ANY
 
     def documented(self) -> Mapping[str, Capabilities]:
-        return {"sm90, prefill": _PREFILL, "sm90, decode": _DECODE}
+        return {f"sm90, {work}": can for work, can in _CAPABILITIES.items()}
 
     def reasons_against(self, problem: Problem) -> list[str]:
         absent = self.unavailable(problem.device)
         return [absent] if absent is not None else refusals(problem)
 
     def note(self, problem: Problem) -> str:
-        return "decode kernel" if is_decode(problem) else "prefill kernel"
+        return f"{work_of(problem)} kernel"
 
     def plan(
         self,
@@ -137,9 +158,7 @@ class HopperProvider(Provider):
         num_splits: int = 0,
         sm_margin: int = 0,
     ) -> Plan:
-        group = key.num_q_heads // key.num_kv_heads
-        few = key.max_seqlen_q == 1 or key.max_seqlen_q * group <= DECODE_ROWS
-        if not few or _DECODE.head_dims.reason_against(key.head_dim, key.head_dim_v) is not None:
+        if not _plans(key):
             # What the decode kernel does not take runs on the portable kernels, by a schedule of theirs.
             return providers.get("portable").plan(
                 key, seqlens_k, kv_dtype=kv_dtype, num_splits=num_splits, sm_margin=sm_margin
@@ -149,7 +168,7 @@ class HopperProvider(Provider):
         return made
 
     def prepare(self, problem: Problem) -> None:
-        if problem.plan is not None and is_decode(problem):
+        if problem.plan is not None and work_of(problem) != "prefill":
             _planned_step(problem, problem.plan).fill(problem)
 
     def run(self, problem: Problem) -> tuple[Tensor, Tensor | None]:
@@ -162,25 +181,41 @@ class HopperProvider(Provider):
             return out, lse
         if problem.k.numel() == 0:
             problem = _with_a_row_of_no_sequence(problem)
-        q, scale = _positive(q, problem.scores.softmax_scale)
-        if not _is_aligned(q):
-            q = q.clone(memory_format=torch.contiguous_format)
-        decode = is_decode(problem)
+        q, work = _with_aligned_rows(q), work_of(problem)
         to = out
-        if problem.out is not None and not (_is_aligned(out) and (decode or out.dtype == q.dtype)):
+        if problem.out is not None and not _writes(work, out, q.dtype):
             to = torch.empty(out.shape, dtype=q.dtype, device=out.device)
-        if decode:
-            _decode(problem, q, scale, to, lse)
+        if work == "prefill":
+            _prefill(problem, q, to, lse)
+        elif work == "decode":
+            _decode(problem, q, to, lse)
         else:
-            _prefill(problem, q, scale, to, lse)
+            _decode_latent(problem, q, to, lse)
         return out if to is out else delivered(problem, to), lse
 
 
 def refusals(problem: Problem) -> list[str]:
     """What the kernel that would run a call has against it."""
-    if is_decode(problem):
-        return [f"{reason} (in decode)" for reason in base.reasons_against(_DECODE, problem)]
-    return [f"{reason} (in prefill)" for reason in base.reasons_against(_PREFILL, problem)]
+    work = work_of(problem)
+    reasons = base.reasons_against(_CAPABILITIES[work], problem)
+    dims = problem.head_dim, problem.head_dim_v
+    if problem.qv is not None and any(d % 8 for d in dims):
+        reasons.append(f"head_dim={dims[0]}/{dims[1]} with qv: takes multiples of 8")
+    if problem.qv is None and dims[1] > 256 and problem.k.stride() != problem.v.stride():
+        reasons.append("v of other strides than k: must be the first columns of k")
+    return [f"{reason} (in {work})" for reason in reasons]
+
+
+def _plans(key: PlanKey) -> bool:
+    """Whether calls of this geometry, 16-bit ones at least, run by plans of the decode kernel."""
+    d, dv = key.head_dim, key.head_dim_v
+    if dv > 256:
+        whole = _LATENT.head_dims.reason_against(d, dv) is None
+        assert _LATENT.qv_head_dims is not None
+        return key.max_seqlen_q <= LATENT_TOKENS and (whole or (d, dv) in _LATENT.qv_head_dims)
+    rows = key.max_seqlen_q * (key.num_q_heads // key.num_kv_heads)
+    few = key.max_seqlen_q == 1 or rows <= DECODE_ROWS
+    return few and _DECODE.head_dims.reason_against(d, dv) is None
 
 
 @functools.cache
@@ -208,7 +243,7 @@ def _kernels() -> SimpleNamespace:
 
 
 def _positive(q: Tensor, scale: float) -> tuple[Tensor, float]:
-    """The same scores with a scale above 0: kernels take the maximum before they scale."""
+    """The same scores with a scale above 0: decode takes the maximum before it scales."""
     if scale > 0:
         return q, scale
     if scale == 0:
@@ -216,6 +251,15 @@ def _positive(q: Tensor, scale: float) -> tuple[Tensor, float]:
     if q.dtype in FLOAT8_DTYPES:
         return q.to(torch.bfloat16).neg_().to(q.dtype), -scale
     return -q, -scale
+
+
+def _with_aligned_rows(t: Tensor) -> Tensor:
+    return t if _is_aligned(t) else t.clone(memory_format=torch.contiguous_format)
+
+
+def _writes(work: Work, out: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a kernel can write the caller's tensor itself: prefill writes the dtype of q alone."""
+    return _is_aligned(out) and (work != "prefill" or out.dtype == dtype)
 
 
 def _is_aligned(t: Tensor) -> bool:
@@ -262,7 +306,7 @@ def _right(p: Problem) -> int | None:
 # --- prefill ------------------------------------------------------------------------------------------
 
 
-def _prefill(p: Problem, q: Tensor, scale: float, out: Tensor, lse: Tensor | None) -> None:
+def _prefill(p: Problem, q: Tensor, out: Tensor, lse: Tensor | None) -> None:
     mods = _mods(p)
     _kernels().forward(
         q,
@@ -279,7 +323,7 @@ def _prefill(p: Problem, q: Tensor, scale: float, out: Tensor, lse: Tensor | Non
         page_table=p.page_table,
         max_seqlen_q=p.max_seqlen_q if p.ragged_q else q.shape[1],
         max_seqlen_k=_capacity(p) if p.seqlens_k is None else p.max_seqlen_k,
-        softmax_scale=scale,
+        softmax_scale=p.scores.softmax_scale,
         causal=p.mask.causal,
         window_left=p.mask.window_left,
         window_right=_right(p),
@@ -380,13 +424,16 @@ def _buffers(
     sm_margin: int,
     device: torch.device,
 ) -> DecodePlan:
+    d, dv = dims
+    if dv > 256 and d > dv:  # rows of a whole latent cache: rope behind the latent part
+        d -= dv
     made: DecodePlan = _kernels().make_plan(
         batch_size=batch_size,
         num_kv_heads=heads[1],
         group=heads[0] // heads[1],
         max_seqlen_q=rows_q,
-        head_dim=dims[0],
-        head_dim_v=dims[1],
+        head_dim=d,
+        head_dim_v=dv,
         device=device,
         itemsize=itemsize,
         page_size=page_size or 0,
@@ -431,11 +478,38 @@ def _plan_for(p: Problem) -> DecodePlan:
     return made
 
 
-def _decode(p: Problem, q: Tensor, scale: float, out: Tensor, lse: Tensor | None) -> None:
+def _decode(p: Problem, q: Tensor, out: Tensor, lse: Tensor | None) -> None:
+    q, scale = _positive(q, p.scores.softmax_scale)
+    _launch_decode(p, q, p.k, p.v, out, lse, scale, None)
+
+
+def _decode_latent(p: Problem, q: Tensor, out: Tensor, lse: Tensor | None) -> None:
+    """Rope and latent parts apart, however the call came."""
+    scale, qv = p.scores.softmax_scale, p.qv
+    if qv is None:
+        q, scale = _positive(q, scale)
+        at = p.head_dim_v
+        _launch_decode(p, q[..., at:], p.k[..., at:], p.v, out, lse, scale, q[..., :at])
+        return
+    q, positive = _positive(q, scale)
+    qv, _ = _positive(_with_aligned_rows(qv), scale)
+    _launch_decode(p, q, p.k, p.v, out, lse, positive, qv)
+
+
+def _launch_decode(
+    p: Problem,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor | None,
+    scale: float,
+    qv: Tensor | None,
+) -> None:
     _kernels().decode(
         q,
-        p.k,
-        p.v,
+        k,
+        v,
         out,
         _plan_for(p),
         softmax_scale=scale,
@@ -448,6 +522,7 @@ def _decode(p: Problem, q: Tensor, scale: float, out: Tensor, lse: Tensor | None
         chunk=p.mask.attention_chunk,
         softcap=p.scores.softcap,
         sinks=p.scores.sinks,
+        qv=qv,
         q_descale=p.descales.q,
         k_descale=p.descales.k,
         v_descale=p.descales.v,
