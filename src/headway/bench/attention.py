@@ -114,9 +114,8 @@ def _prepare(one: Participant, make: Any, inputs: Inputs) -> None:
     torch.cuda.synchronize()
     one.first_call_s = time.perf_counter() - begin
     out = out[0] if isinstance(out, tuple | list) else out
-    if not inputs.case.latent:
-        packed = one.name in PEERS and PEERS[one.name].packed
-        one.error_over_bound = error_over_bound(inputs, out, packed)
+    packed = one.name in PEERS and PEERS[one.name].packed
+    one.error_over_bound = error_over_bound(inputs, out, packed)
     if inputs.case.kind == "decode":
         one.graph = graph_of(one.call, len(inputs.sets))
         replay_ms(one.graph, 3)

@@ -213,9 +213,11 @@ def fa3_call(inputs: Inputs) -> Call:
     """
     fa3 = importlib.import_module("fa3_fwd_interface")
     case = inputs.case
-    if case.latent or case.window_left >= 0 or case.dtype != case.kv_dtype:
-        raise UnsupportedError("this build has no absorbed MLA, windows or mixed dtypes")
+    if case.window_left >= 0 or case.dtype != case.kv_dtype:
+        raise UnsupportedError("this build has no windows or mixed dtypes")
     common: dict[str, Any] = {"causal": case.causal, **inputs.descales("qkv")}
+    if case.latent:
+        return _fa3_latent(inputs, fa3, common)
     if case.page_size and case.is_uniform:
         metadata = fa3.get_scheduler_metadata(
             case.batch_size,
@@ -246,6 +248,20 @@ def fa3_call(inputs: Inputs) -> Call:
         **lengths,
         **common,
     )
+
+
+def _fa3_latent(inputs: Inputs, fa3: Any, common: dict[str, Any]) -> Call:
+    """Absorbed MLA: rope parts as q and k, latent parts as qv and v."""
+    case, at = inputs.case, inputs.case.head_dim_v
+    q = inputs.q_rows
+    common |= {"qv": q[..., :at], "softmax_scale": case.head_dim**-0.5}
+    common["cache_seqlens"] = inputs.seqlens_k
+
+    def run(i: int) -> Any:
+        k, v = inputs.rows(i)
+        return fa3.flash_attn_with_kvcache(q[..., at:], k[..., at:], v, **common)
+
+    return run
 
 
 def fa4_call(inputs: Inputs) -> Call:
