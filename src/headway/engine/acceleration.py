@@ -4,8 +4,9 @@
 
 - linear layers keep their weights in the blocked layout of oneDNN, which otherwise converts them in
   every call; layers that read the same input (q, k, v; gate, up) become one matrix product;
-- RMS norms become one torch operator instead of six;
-- rotary embedding becomes one compiled kernel instead of a dozen operators.
+- RMS norms become one compiled kernel instead of six operators;
+- rotary embedding becomes one compiled kernel instead of a dozen operators;
+- a plain decoder layer is exchanged as a whole (:mod:`.cpu_layer`).
 
 Every exchange is tried first: the original part and its replacement run on random input, and the
 replacement stays only if both agree to rounding. So a model that names its parts as others do but
@@ -26,6 +27,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from headway.engine.packing import PackedWeight, packing_unavailable
+from headway.engine.trial import TRIAL_ROWS, agree, is_taken, looks_plain, random_like
 from headway.errors import InvalidInputError
 
 Level = Literal["auto", "off"]
@@ -33,7 +36,6 @@ Level = Literal["auto", "off"]
 SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of sibling linear layers that read the same input in the models of transformers."""
 
-_TRIAL_ROWS = 3
 _ROPE = "apply_rotary_pos_emb"
 
 
@@ -41,6 +43,7 @@ _ROPE = "apply_rotary_pos_emb"
 class Acceleration:
     """What :func:`accelerate` did: how many parts it exchanged, and what it left alone and why."""
 
+    layers: int = 0
     packed_linears: int = 0
     merged_linears: int = 0
     norms: int = 0
@@ -49,6 +52,7 @@ class Acceleration:
 
     def __str__(self) -> str:
         done = (
+            f"{self.layers} layers exchanged whole; "
             f"{self.packed_linears} linear layers packed ({self.merged_linears} merged), "
             f"{self.norms} norms and {self.rotaries} rotary embeddings exchanged"
         )
@@ -80,41 +84,34 @@ def accelerate(model: nn.Module, *, level: Level = "auto") -> Acceleration:
     if any(parameter.device.type != "cpu" for parameter in model.parameters()):
         report.left_alone[""] = "the model is not on a CPU"
         return report
+    if _has_compiler():
+        _exchange_layers(model, report)
     _exchange_rotaries(model, report)
     _exchange_norms(model, report)
     _exchange_linears(model, report)
     return report
 
 
-def _agree(mine: Tensor, theirs: Tensor) -> bool:
-    """Whether two results of the same computation differ by rounding only."""
-    if mine.shape != theirs.shape or mine.dtype != theirs.dtype:
-        return False
-    size = theirs.abs().max().float().item()
-    bound = 16 * torch.finfo(theirs.dtype).eps * size
-    return (mine.float() - theirs.float()).abs().max().item() <= bound
+def _has_compiler() -> bool:
+    return importlib.util.find_spec("numba") is not None
 
 
-def _random(*shape: int, dtype: torch.dtype) -> Tensor:
-    generator = torch.Generator().manual_seed(len(shape) + shape[-1])
-    return torch.randn(*shape, generator=generator).to(dtype)
+# --- whole layers -----------------------------------------------------------------------------------
+
+
+def _exchange_layers(model: nn.Module, report: Acceleration) -> None:
+    from headway.engine.cpu_layer import exchange_for, take_over
+
+    for _, layer in model.named_modules():
+        if not looks_plain(layer) or packing_unavailable(next(layer.parameters()).dtype):
+            continue
+        replacement = exchange_for(layer)
+        if replacement is not None:
+            take_over(layer, replacement)
+            report.layers += 1
 
 
 # --- linear layers ----------------------------------------------------------------------------------
-
-
-class PackedWeight:
-    """A weight (out, in) in oneDNN's blocked layout, and the product with it."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
-        self._bias = None if bias is None else bias.detach()
-
-    def __call__(self, x: Tensor) -> Tensor:
-        out: Tensor = torch.ops.mkldnn._linear_pointwise.default(
-            x, self._weight, self._bias, "none", [], ""
-        )
-        return out
 
 
 class PackedLinear(nn.Module):
@@ -173,18 +170,6 @@ class MergedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
-def _packing_unavailable(dtype: torch.dtype) -> str | None:
-    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
-        return "this torch has no oneDNN"
-    if dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return "oneDNN computes no bfloat16 on this CPU"
-    if dtype is torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
-        return "oneDNN computes no float16 on this CPU"
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"linear layers of {dtype}"
-    return None
-
-
 def _exchange_linears(model: nn.Module, report: Acceleration) -> None:
     # Parents only: a reference to each layer would keep all old weights until the last is packed.
     parents = [
@@ -209,19 +194,16 @@ def _merge_siblings(
     same_input = all(layer.in_features == first.in_features for layer in linears)
     same_bias = len({layer.bias is None for layer in linears}) == 1
     same_dtype = all(layer.weight.dtype == first.weight.dtype for layer in linears)
-    if not (same_input and same_bias and same_dtype) or _packing_unavailable(first.weight.dtype):
+    if not (same_input and same_bias and same_dtype) or packing_unavailable(first.weight.dtype):
         return
-    weight = PackedWeight(
-        torch.cat([layer.weight for layer in linears]),
-        None if first.bias is None else torch.cat([layer.bias for layer in linears]),
-    )
+    weight = PackedWeight.of(*linears)
     product = SharedProduct(weight, [layer.out_features for layer in linears])
     merged = [
         MergedLinear(layer.in_features, layer.out_features, product, index)
         for index, layer in enumerate(linears)
     ]
-    x = _random(1, _TRIAL_ROWS, first.in_features, dtype=first.weight.dtype)
-    if not all(_agree(new(x), old(x)) for new, old in zip(merged, linears, strict=True)):
+    x = random_like(1, TRIAL_ROWS, first.in_features, like=first.weight)
+    if not all(agree(new(x), old(x)) for new, old in zip(merged, linears, strict=True)):
         report.left_alone[path] = f"{'/'.join(names)}: the merged product differs"
         return
     for name, layer in zip(names, merged, strict=True):
@@ -233,14 +215,14 @@ def _merge_siblings(
 def _pack_child(
     path: str, parent: nn.Module, name: str, child: nn.Linear, report: Acceleration
 ) -> None:
-    reason = _packing_unavailable(child.weight.dtype)
+    reason = packing_unavailable(child.weight.dtype)
     if reason is not None:
         report.left_alone[path] = reason
         return
-    weight = PackedWeight(child.weight, child.bias)
+    weight = PackedWeight.of(child)
     packed = PackedLinear(child.in_features, child.out_features, weight)
-    x = _random(1, _TRIAL_ROWS, child.in_features, dtype=child.weight.dtype)
-    if not _agree(packed(x), child(x)):
+    x = random_like(1, TRIAL_ROWS, child.in_features, like=child.weight)
+    if not agree(packed(x), child(x)):
         report.left_alone[path] = "a packed linear layer differs"
         return
     setattr(parent, name, packed)
@@ -261,7 +243,15 @@ def _float32_norm(weight: Tensor, eps: float) -> Callable[[Tensor], Tensor]:
 
 
 def _norm_candidates(weight: Tensor, eps: float) -> Iterator[Callable[[Tensor], Tensor]]:
-    """One-operator forms of the RMS norms that models use: weight, or 1 + weight in float32."""
+    """The RMS norms that models use as one kernel, or where that cannot be, as one torch operator."""
+    if _has_compiler() and weight.dtype in (torch.float32, torch.bfloat16, torch.float16):
+        from headway.engine.cpu_layer import anywhere
+        from headway.kernels.cpu.norm import RMSNorm
+        from headway.kernels.norm_style import NormStyle
+
+        for style in NormStyle:
+            yield anywhere(RMSNorm(weight, eps, style))
+        return
     yield _plain_norm(weight, eps)
     if weight.dtype is torch.float32:
         yield _plain_norm(1 + weight, eps)
@@ -276,10 +266,12 @@ def _exchange_norms(model: nn.Module, report: Acceleration) -> None:
         named = "RMSNorm" in type(module).__name__ and "forward" not in vars(module)
         if not named or not isinstance(weight, Tensor) or not isinstance(eps, float):
             continue
-        x = _random(1, _TRIAL_ROWS, weight.shape[0], dtype=weight.dtype)
+        if is_taken(path, model):
+            continue
+        x = random_like(1, TRIAL_ROWS, weight.shape[0], like=weight)
         want = module(x)
         for candidate in _norm_candidates(weight.detach(), eps):
-            if _agree(candidate(x), want):
+            if agree(candidate(x), want):
                 module.forward = candidate  # type: ignore[method-assign]
                 report.norms += 1
                 break
@@ -322,23 +314,23 @@ def _rope_agrees(original: Callable[..., Any], fast: Callable[..., Any]) -> bool
     """Tried with both forms of cos and sin; the one a model does not use may fail in its function."""
     if list(inspect.signature(original).parameters)[:4] != ["q", "k", "cos", "sin"]:
         return False  # rotates one tensor at a time, say
-    tried = 0
+    tried, like = 0, torch.zeros(1)
     for repeats in (2, 1):
-        q, k = _random(1, 4, 5, 16, dtype=torch.float32), _random(1, 2, 5, 16, dtype=torch.float32)
-        angles = _random(1, 5, 8, dtype=torch.float32).repeat(1, 1, repeats)
+        q, k = random_like(1, 4, 5, 16, like=like), random_like(1, 2, 5, 16, like=like)
+        angles = random_like(1, 5, 8, like=like).repeat(1, 1, repeats)
         try:
             want = original(q, k, angles.cos(), angles.sin())
         except (RuntimeError, ValueError):
             continue
         got = fast(q, k, angles.cos(), angles.sin())
-        if not all(_agree(a, b) for a, b in zip(got, want, strict=True)):
+        if not all(agree(a, b) for a, b in zip(got, want, strict=True)):
             return False
         tried += 1
     return tried > 0
 
 
 def _exchange_rotaries(model: nn.Module, report: Acceleration) -> None:
-    if importlib.util.find_spec("numba") is None:
+    if not _has_compiler():
         report.left_alone[_ROPE] = "rotary embedding (numba is not installed)"
         return
     forwards: dict[type, Any] = {}
@@ -348,6 +340,8 @@ def _exchange_rotaries(model: nn.Module, report: Acceleration) -> None:
         if "forward" in vars(module) or not inspect.isfunction(forward):
             continue
         if _ROPE not in forward.__code__.co_names or _ROPE not in forward.__globals__:
+            continue
+        if is_taken(path, model):
             continue
         if kind not in forwards:
             original = forward.__globals__[_ROPE]

@@ -14,13 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from headway.engine.trial import PROJECTIONS, LayerForward
 from headway.kernels.portable.gated import ACTIVATIONS, Activation, gated
 from headway.kernels.portable.norm import NormStyle, rms_norm
 from headway.serving.base import HeadNorms, TokenRotary
-
-PARTS = frozenset({"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"})
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,7 @@ class Linear:
             residual += self.bias
 
 
-class FusedLayer:
+class FusedLayer(LayerForward):
     """Stands for a decoder layer's ``forward``. The hidden states given to it are its memory to write to.
 
     Args:
@@ -118,24 +115,6 @@ class FusedLayer:
         mlp: Any = layer.mlp
         del attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj
         layer.forward = self  # type: ignore[assignment]
-
-
-def looks_plain(layer: nn.Module) -> bool:
-    """Whether a module has the parts of a plain decoder layer, and no parameters besides."""
-    if {name for name, _ in layer.named_children()} != PARTS or "forward" in vars(layer):
-        return False
-    attention: Any = layer.self_attn
-    linears = [getattr(attention, name, None) for name in PROJECTIONS]
-    linears += [getattr(layer.mlp, name, None) for name in FEED_FORWARD]
-    head_norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
-    others = [one for one in head_norms if isinstance(one, nn.Module)]
-    known = [*linears, *others, layer.input_layernorm, layer.post_attention_layernorm]
-    if not all(type(one) is nn.Linear for one in linears) or len(others) == 1:
-        return False
-    held = {id(p) for module in known for p in module.parameters()}  # type: ignore[union-attr]
-    return all(id(p) in held for p in layer.parameters()) and isinstance(
-        getattr(attention, "head_dim", None), int
-    )
 
 
 def candidates(

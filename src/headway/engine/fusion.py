@@ -25,17 +25,25 @@ import torch
 from torch import Tensor, nn
 
 from headway.engine.attention import ROTARY_MARK
-from headway.engine.fused_layer import FusedLayer, Linear, Norm, candidates, looks_plain
+from headway.engine.fused_layer import FusedLayer, Linear, Norm, candidates
+from headway.engine.trial import (
+    TRIAL_ROWS,
+    LayerTrial,
+    Witness,
+    agree,
+    is_taken,
+    looks_plain,
+    random_like,
+)
 from headway.kernels.portable.gated import ACTIVATIONS, Activation, gated
 from headway.kernels.portable.norm import NormStyle
 from headway.serving.base import HeadNorms, TokenRotary
-from headway.serving.flash import normalised
+from headway.serving.flash import rotated
 
 SHARED_INPUT = (("q_proj", "k_proj", "v_proj"),)
 """Names of sibling linear layers that read the same input in the models of transformers."""
 
 _ROPE = "apply_rotary_pos_emb"
-_TRIAL_ROWS = 3
 
 
 @dataclass
@@ -73,19 +81,6 @@ def fuse(model: nn.Module) -> Fusion:
     return report
 
 
-def _agree(mine: Tensor, theirs: Tensor) -> bool:
-    """Whether two results of the same computation differ by rounding only."""
-    if mine.shape != theirs.shape or mine.dtype != theirs.dtype:
-        return False
-    bound = 16 * torch.finfo(theirs.dtype).eps * theirs.abs().max().float().item()
-    return (mine.float() - theirs.float()).abs().max().item() <= bound
-
-
-def _random(*shape: int, like: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(len(shape) + shape[-1])
-    return torch.randn(*shape, generator=generator).to(like.device, like.dtype)
-
-
 # --- whole layers -----------------------------------------------------------------------------------
 
 
@@ -120,55 +115,11 @@ def _fused(layer: nn.Module) -> FusedLayer | None:
     before, between = norms
     if before is None or between is None:
         return None
-    trial = _Trial(layer)
+    trial = LayerTrial(layer)
     if trial.options is None:
         return None
     found = candidates(layer, [before, between], head_norms, trial.options)
     return next((one for one in found if trial.is_passed_by(one)), None)
-
-
-class _Trial:
-    """A layer's own answers on random input: what it hands to attention, and its output."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        weight: Tensor = layer.input_layernorm.weight  # type: ignore[assignment, union-attr]
-        self._x = _random(1, _TRIAL_ROWS, weight.shape[0], like=weight)
-        width = int(layer.self_attn.head_dim)  # type: ignore[union-attr, arg-type]
-        self._angles = {
-            repeats: _random(1, _TRIAL_ROWS, width // 2, like=weight).repeat(1, 1, repeats)
-            for repeats in (1, 2)
-        }
-        self.options: dict[str, Any] | None = None
-        self._want: dict[int, list[Tensor]] = {}
-        for repeats in self._angles:
-            witness = _Witness()
-            try:
-                out = self._run(layer, repeats, witness)
-            except (RuntimeError, ValueError, TypeError):
-                continue
-            if isinstance(out, Tensor) and len(witness.seen) == 3:
-                self._want[repeats] = [*witness.seen, out]
-                self.options = witness.options
-
-    def is_passed_by(self, fused: FusedLayer) -> bool:
-        want = self._want.get(fused.repeats)
-        if want is None:
-            return False
-        witness = _Witness()
-        out = self._run(fused, fused.repeats, witness)
-        return all(_agree(x, y) for x, y in zip([*witness.seen, out], want, strict=True))
-
-    def _run(self, layer: Any, repeats: int, witness: _Witness) -> Any:
-        angles = self._angles[repeats]
-        return layer(
-            self._x.clone(),
-            attention_mask=None,
-            position_ids=None,
-            past_key_values=None,
-            use_cache=False,
-            position_embeddings=(angles.cos(), angles.sin()),
-            headway=witness,
-        )
 
 
 # --- norms ------------------------------------------------------------------------------------------
@@ -178,7 +129,7 @@ def _exchange_norms(model: nn.Module, report: Fusion) -> None:
     for path, module in model.named_modules():
         if "RMSNorm" not in type(module).__name__ or "forward" in vars(module):
             continue
-        if not isinstance(getattr(module, "weight", None), Tensor) or _is_taken(path, model):
+        if not isinstance(getattr(module, "weight", None), Tensor) or is_taken(path, model):
             continue
         norm = _norm_of(module)
         if norm is None:
@@ -188,23 +139,16 @@ def _exchange_norms(model: nn.Module, report: Fusion) -> None:
         report.norms += 1
 
 
-def _is_taken(path: str, model: nn.Module) -> bool:
-    """Whether a module is part of a layer that was exchanged as a whole, and never called again."""
-    parents = path.split(".")
-    above = (".".join(parents[:n]) for n in range(1, len(parents)))
-    return any(isinstance(vars(model.get_submodule(p)).get("forward"), FusedLayer) for p in above)
-
-
 def _norm_of(module: nn.Module) -> Norm | None:
     """The RMS norm that a module computes, found by trying; None where it is another."""
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, Tensor) or not isinstance(eps, float):
         return None
-    x = _random(1, _TRIAL_ROWS, weight.shape[0], like=weight)
+    x = random_like(1, TRIAL_ROWS, weight.shape[0], like=weight)
     want = module(x)
     found = (Norm(weight.detach(), eps, style) for style in NormStyle)
-    return next((norm for norm in found if _agree(norm(x), want)), None)
+    return next((norm for norm in found if agree(norm(x), want)), None)
 
 
 # --- feed-forward blocks ----------------------------------------------------------------------------
@@ -222,11 +166,11 @@ def _exchange_feed_forwards(model: nn.Module, report: Fusion) -> None:
         if gate.weight.shape != up.weight.shape or (gate.bias is None) != (up.bias is None):
             continue
         both = Linear.of(gate, up)
-        x = _random(1, _TRIAL_ROWS, gate.in_features, like=both.weight)
+        x = random_like(1, TRIAL_ROWS, gate.in_features, like=both.weight)
         want = module(x)
         for activation in ACTIVATIONS:
             forward = _feed_forward(both, down, activation)
-            if _agree(forward(x), want):
+            if agree(forward(x), want):
                 module.forward = forward  # type: ignore[method-assign]
                 del module.gate_proj, module.up_proj
                 report.feed_forwards += 1
@@ -294,8 +238,8 @@ def _merge_linears(model: nn.Module, report: Fusion) -> None:
                 continue
             product = SharedProduct(Linear.of(*linears), [one.out_features for one in linears])
             merged = [SharedLinear(one, product, index) for index, one in enumerate(linears)]
-            x = _random(1, _TRIAL_ROWS, linears[0].in_features, like=linears[0].weight)
-            if not all(_agree(new(x), old(x)) for new, old in zip(merged, linears, strict=True)):
+            x = random_like(1, TRIAL_ROWS, linears[0].in_features, like=linears[0].weight)
+            if not all(agree(new(x), old(x)) for new, old in zip(merged, linears, strict=True)):
                 report.left_alone[path] = f"{'/'.join(names)}: the merged product differs"
                 continue
             for name, layer in zip(names, merged, strict=True):
@@ -304,15 +248,6 @@ def _merge_linears(model: nn.Module, report: Fusion) -> None:
 
 
 # --- rotary embedding -------------------------------------------------------------------------------
-
-
-def rotated(x: Tensor, rotary: TokenRotary) -> Tensor:
-    """x (1, heads, tokens, D) as the append kernel rotates it; what a trial compares with."""
-    half = rotary.cos.shape[-1]
-    cos, sin = (t.float()[None, None] for t in (rotary.cos, rotary.sin))
-    first, second = x[..., :half].float(), x[..., half : 2 * half].float()
-    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return torch.cat((turned.to(x.dtype), x[..., 2 * half :]), dim=-1)
 
 
 def _deferred(original: Callable[..., Any], repeats: int) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -339,15 +274,15 @@ def _deferred(original: Callable[..., Any], repeats: int) -> Callable[..., tuple
 def _repeats(original: Callable[..., Any], like: Tensor) -> int | None:
     """How the function wants its angles, found by trying; None where it rotates in another way."""
     for repeats in (2, 1):
-        q, k = _random(1, 4, 5, 32, like=like), _random(1, 2, 5, 32, like=like)
-        angles = _random(1, 5, 16, like=like).repeat(1, 1, repeats)
+        q, k = random_like(1, 4, 5, 32, like=like), random_like(1, 2, 5, 32, like=like)
+        angles = random_like(1, 5, 16, like=like).repeat(1, 1, repeats)
         cos, sin = angles.cos(), angles.sin()
         try:
             want = original(q, k, cos, sin)
         except (RuntimeError, ValueError, TypeError):
             continue
         mark = TokenRotary(cos[0, :, :16], sin[0, :, :16])
-        if all(_agree(rotated(x, mark), y) for x, y in zip((q, k), want, strict=True)):
+        if all(agree(rotated(x, mark), y) for x, y in zip((q, k), want, strict=True)):
             return repeats
     return None
 
@@ -364,7 +299,7 @@ def _defer_rotaries(model: nn.Module, report: Fusion) -> None:
             continue
         if _ROPE not in forward.__code__.co_names or _ROPE not in forward.__globals__:
             continue
-        if _is_taken(path, model):
+        if is_taken(path, model):
             continue
         if kind not in forwards:
             original = forward.__globals__[_ROPE]
@@ -399,31 +334,10 @@ def _with_global(function: types.FunctionType, rope: Callable[..., Any]) -> type
     return copy
 
 
-class _Witness:
-    """A ``headway=`` that writes down what it is given, encoded, and hands values on."""
-
-    def __init__(self) -> None:
-        self.seen: list[Tensor] = []
-        self.options: dict[str, Any] = {}
-
-    def __call__(
-        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
-    ) -> Tensor:
-        rotary: TokenRotary | None = options.get("rotary")
-        self.options = {name: value for name, value in options.items() if name != "rotary"}
-        if rotary is not None and rotary.norms is not None:
-            q, k = normalised(q, k, rotary.norms)
-        for x in (q, k):
-            heads_first = x.transpose(0, 1)[None]
-            self.seen.append(heads_first if rotary is None else rotated(heads_first, rotary))
-        self.seen.append(v)
-        return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
-
-
 def _queries_and_keys(model: nn.Module) -> list[Tensor]:
     """What every attention layer attends with, for a few tokens at positions that differ."""
     device = next(model.parameters()).device
-    witness = _Witness()
+    witness = Witness()
     ids = torch.arange(4, device=device)[None]
     positions = torch.tensor([[0, 1, 5, 11]], device=device)
     model(input_ids=ids, position_ids=positions, use_cache=False, headway=witness)

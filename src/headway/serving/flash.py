@@ -433,6 +433,24 @@ def normalised(q: Tensor, k: Tensor, norms: HeadNorms) -> tuple[Tensor, Tensor]:
     return norm(q, norms.q_weight), norm(k, norms.k_weight)
 
 
+def rotated(x: Tensor, rotary: TokenRotary) -> Tensor:
+    """x (1, heads, tokens, D) rotated, pairs half a rotary_dim apart, in plain torch."""
+    half = rotary.cos.shape[-1]
+    cos, sin = (t.float()[None, None] for t in (rotary.cos, rotary.sin))
+    first, second = x[..., :half].float(), x[..., half : 2 * half].float()
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return torch.cat((turned.to(x.dtype), x[..., 2 * half :]), dim=-1)
+
+
+def encoded(q: Tensor, k: Tensor, rotary: TokenRotary) -> tuple[Tensor, Tensor]:
+    """q and k (tokens, heads, D) as the backend attends to them, in plain torch."""
+    if rotary.norms is not None:
+        q, k = normalised(q, k, rotary.norms)
+    turned = (rotated(x.transpose(0, 1)[None], rotary)[0].transpose(0, 1) for x in (q, k))
+    q, k = turned
+    return q, k
+
+
 def _descales(layer: AttentionLayer, batch_size: int) -> Descales:
     k, v = layer.k_descale, layer.v_descale
     if k is None and v is None:

@@ -416,6 +416,36 @@ def row_scale(typingctx, row, count, factor):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def row_square_sum(typingctx, row, count):  # type: ignore[no-untyped-def]
+    """Sum of the squares of ``count`` float32 at ``row``; ``count`` is a multiple of LANES."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        (total,) = _variables(builder, [_constant(0.0)])
+        with cgutils.for_range_slice(builder, _INT64(0), args[1], _INT64(LANES)) as (at, _):
+            x = _load_floats(builder, args[0], at)
+            builder.store(_multiply_add(builder, x, x, builder.load(total)), total)
+        return _reduced(builder, builder.load(total), lambda a, b: builder.fadd(a, b))
+
+    return types.float32(types.int64, types.int64), codegen
+
+
+@intrinsic
+def row_multiply(typingctx, row, count, factors):  # type: ignore[no-untyped-def]
+    """row[i] *= factors[i] in place, both float32; ``count`` is a multiple of LANES."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        row, count, factors = args
+        with cgutils.for_range_slice(builder, _INT64(0), count, _INT64(LANES)) as (at, _):
+            product = builder.fmul(
+                _load_floats(builder, row, at), _load_floats(builder, factors, at)
+            )
+            _store_floats(builder, row, at, product)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
 def row_softcap(typingctx, row, count, cap):  # type: ignore[no-untyped-def]
     """row[i] = cap * tanh(row[i]) in place; ``count`` is a multiple of LANES."""
 

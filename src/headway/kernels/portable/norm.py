@@ -5,24 +5,16 @@ Implementations differ in where they leave float32: :class:`NormStyle` names the
 
 from __future__ import annotations
 
-import enum
-
 import torch
 from torch import Tensor
 
-from headway.kernels._triton import cdiv, jit, next_power_of_2, tl
+from headway.kernels._triton import cdiv, gdc_wait, jit, next_power_of_2, tl
+from headway.kernels.norm_style import NormStyle
 from headway.kernels.portable.numeric import cast
+from headway.kernels.portable.operands import dependent_launch
 
 #: Elements that a program takes at once, at most.
 ELEMENTS = 4096
-
-
-class NormStyle(enum.IntEnum):
-    """What the weight does to a normalised row."""
-
-    ROUNDED = 0  # weight * row.to(dtype): Llama, Qwen, Mistral
-    OFFSET = 1  # ((1 + weight) * row).to(dtype), in float32: Gemma
-    WIDE = 2  # (weight * row).to(dtype), in float32: gpt-oss, OLMo
 
 
 @jit
@@ -39,7 +31,10 @@ def norm_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    if DEPENDENT:
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     cols = tl.arange(0, BLOCK_D)
     inside = (row < rows)[:, None] & (cols < D)[None, :]
@@ -90,6 +85,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, style: NormStyle) -> Tensor:
         BLOCK_D=block_d,
         BLOCK_R=block_r,
         num_warps=max(1, min(8, block_r * block_d // 256)),
+        **dependent_launch(x.device),
     )
     return out
 
