@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from headway.engine.acceleration import MergedLinear, PackedLinear, accelerate
+from headway.engine.acceleration import Acceleration, MergedLinear, PackedLinear, accelerate
 from headway.errors import InvalidInputError
+from tests.engine.conftest import TinyModel, engine
 
 transformers = pytest.importorskip("transformers")
 
@@ -166,3 +169,33 @@ def test_off_does_nothing_and_bad_arguments_are_refused() -> None:
 def test_a_model_elsewhere_is_left_alone() -> None:
     model = nn.Sequential(nn.Linear(4, 4, device="meta")).eval()
     assert accelerate(model).left_alone == {"": "the model is not on a CPU"}
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [("llama", 2), ("qwen3", 2), ("mistral", 2), ("gemma3", 0), ("gpt_oss", 0)],
+)
+def test_plain_layers_of_an_engine_are_exchanged_whole(
+    name: str, layers: int, tiny: Callable[[str], TinyModel]
+) -> None:
+    """That they compute the same is shown by every test that compares an engine with transformers."""
+    pytest.importorskip("numba")
+    report = engine(tiny(name)).acceleration
+    assert isinstance(report, Acceleration)
+    assert report.layers == layers
+    assert f"{layers} layers exchanged whole" in str(report)
+
+
+def test_a_plain_layer_that_computes_something_else_is_kept(
+    llama: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A residual that is doubled, say, is seen by no name and no shape: only by trying."""
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    original = LlamaDecoderLayer.forward
+    monkeypatch.setattr(
+        LlamaDecoderLayer, "forward", lambda self, x, *a, **k: original(self, 2 * x, *a, **k)
+    )
+    report = engine(llama).acceleration
+    assert isinstance(report, Acceleration)
+    assert report.layers == 0
