@@ -1,4 +1,4 @@
-"""The command line: ``headway serve | generate | bench | explain | providers``.
+"""The command line: ``headway serve | generate | bench | explain | providers | compile``.
 
 Nothing heavy is imported before a command needs it, so that help and mistakes are answered at once.
 """
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     from headway.engine.llm import LLM
     from headway.engine.request import SamplingParams
+    from headway.kernels.compile import Case
+    from headway.precompile import Precompiled
 
 app = typer.Typer(
     name="headway",
@@ -384,6 +386,65 @@ def _provider_row(provider: Any, device: torch.device) -> tuple[str, str, str]:
 def _short(dtype: torch.dtype, names: dict[str, str]) -> str:
     full = str(dtype).removeprefix("torch.")
     return names.get(full, full)
+
+
+# --- compile ------------------------------------------------------------------------------------------
+
+
+@app.command(name="compile")
+def compile_kernels(
+    model: Annotated[
+        str | None,
+        typer.Option(help="What this model needs: folder, GGUF file or hub name. Default: all."),
+    ] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="sm80, sm90, sm100, sm120, gfx942, gfx950, gfx1100; may be repeated. Default: the GPU "
+            "here, or all of them where there is none."
+        ),
+    ] = None,
+    every: Annotated[
+        bool, typer.Option("--every", help="Every width, dtype and mask, not only every tile.")
+    ] = False,
+    page_size: Annotated[int, typer.Option(min=1, help="Of the model's KV cache.")] = 16,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Processes; default: CPUs.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Also write the table to this file.")] = None,
+) -> None:
+    """Compile kernels ahead of time, for any GPU, without one; exits with 1 if one fails."""
+    from rich.console import Console
+
+    from headway import precompile
+
+    targets = precompile.check_targets(target or [])
+    if model is not None:
+        cases = precompile.model_cases(EngineConfig(model=model, page_size=page_size))
+    else:
+        cases = precompile.default_cases(every=every)
+    done = _compile(cases, targets, jobs or os.cpu_count() or 1)
+    Console(width=None if sys.stdout.isatty() else 140).print(precompile.table(done))
+    if json is not None:
+        done.save(json)
+    print(f"{len(done.reports)} kernels in {done.seconds:.0f} s, {len(done.failures)} failed")
+    if done.failures:
+        print("\n".join(done.failures), file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def _compile(cases: tuple[Case, ...], targets: tuple[str, ...], jobs: int) -> Precompiled:
+    """Compile with a progress bar, on terminals."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from headway import precompile
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("compiling")
+
+        def show(done: int, total: int, label: str) -> None:
+            bar.update(task, completed=done, total=total, description=label or "compiling")
+
+        return precompile.compile_all(cases, targets, jobs, show)
 
 
 # --- bench --------------------------------------------------------------------------------------------

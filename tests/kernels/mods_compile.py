@@ -6,11 +6,9 @@ import sys
 from typing import Any
 
 import torch
-from triton.compiler import ASTSource
-from triton.experimental.gluon._runtime import GluonASTSource
 
-from headway.kernels._triton import GPUTarget, gl, gluon, jit, tl, triton
-from headway.kernels.compile import TARGETS, specialised
+from headway.kernels._triton import gl, gluon, jit, tl
+from headway.kernels.compile import stand_in
 from headway.kernels.mods import Language, trace_mods
 
 
@@ -66,22 +64,19 @@ def compile_pair(
     language: Language, target: str, score_mod: Any, mask_mod: Any, pack: bool
 ) -> None:
     aux = (
-        torch.rand(8),
-        torch.ones(9, 9, dtype=torch.bool),
-        torch.ones(3, dtype=torch.int64),
-        torch.tensor(0.5, dtype=torch.bfloat16),
+        torch.empty(8, device="meta"),
+        torch.empty(9, 9, dtype=torch.bool, device="meta"),
+        torch.empty(3, dtype=torch.int64, device="meta"),
+        torch.empty((), dtype=torch.bfloat16, device="meta"),
     )
-    mods = trace_mods(score_mod, mask_mod, aux, torch.device("cpu"), language)
-    kind, inner, hints = specialised(mods.aux, (1,))
-    names = ("score_mod", "mask_mod", "PACK")
-    signature = {"out": "*fp32", "aux": kind} | dict.fromkeys(names, "constexpr")
-    constants = {"score_mod": mods.score_mod, "mask_mod": mods.mask_mod, "PACK": pack} | inner
-    source, kernel = {
-        "triton": (ASTSource, triton_kernel),
-        "gluon": (GluonASTSource, gluon_kernel),
-    }[language]
-    built = source(kernel, signature, constexprs=constants, attrs=hints)
-    triton.compile(built, target=GPUTarget(*TARGETS[target]))
+    mods = trace_mods(score_mod, mask_mod, aux, torch.device("meta"), language)
+    kernel = {"triton": triton_kernel, "gluon": gluon_kernel}[language]
+    with stand_in(target) as launches:
+        out = torch.empty(64, 128, device="meta")
+        kernel[(8, 2)](out, mods.aux, mods.score_mod, mods.mask_mod, PACK=pack)
+    for launch in launches:
+        if launch.error is not None:
+            raise launch.error
 
 
 def main() -> None:

@@ -1,13 +1,12 @@
-"""Ahead-of-time compilation: what a launch would compile, for any target, without a device.
+"""Ahead-of-time compilation: what a launch compiles, for any target, without a device.
 
-Launchers run on meta tensors while :func:`record_launches` keeps their kernel calls; each call is then
-compiled for a target as the launch would, specialisation of integers and pointers included.
+Launchers run on meta tensors while :func:`stand_in` takes the place of a device of the target: kernels
+are specialised, compiled and cached by Triton as their launch would have it, and none is started.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import multiprocessing
 import os
@@ -16,47 +15,44 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-#: Target names, and what Triton calls them: (backend, architecture, threads per warp).
-TARGETS: dict[str, tuple[str, int | str, int]] = {
-    "sm80": ("cuda", 80, 32),
-    "sm90": ("cuda", 90, 32),
-    "sm100": ("cuda", 100, 32),
-    "sm120": ("cuda", 120, 32),
-    "gfx942": ("hip", "gfx942", 64),
-    "gfx950": ("hip", "gfx950", 64),
-    "gfx1100": ("hip", "gfx1100", 32),
-}
+from headway.errors import HeadwayError
 
-_ELEMENTS = {
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float32: "fp32",
-    torch.float64: "fp64",
-    torch.float8_e4m3fn: "fp8e4nv",
-    torch.float8_e4m3fnuz: "fp8e4b8",
-    torch.float8_e5m2: "fp8e5",
-    torch.uint8: "u8",
-    torch.int8: "i8",
-    torch.int32: "i32",
-    torch.int64: "i64",
-    torch.bool: "i1",
-}
+#: The environment variable that names the target which meta tensors stand for.
+TARGET_VARIABLE = "HEADWAY_TARGET"
 
 
 @dataclass(frozen=True)
-class Launch:
-    """One kernel call, as a launcher made it."""
+class Target:
+    """A GPU as Triton's compiler knows it, and the shared memory that one program may have."""
 
-    kernel: Any  # the jit function
-    arguments: dict[str, Any]
-    options: dict[str, Any]
+    backend: str
+    arch: int | str
+    warp_size: int
+    shared_bytes: int
+
+    @property
+    def is_nvidia(self) -> bool:
+        return self.backend == "cuda"
+
+
+TARGETS: dict[str, Target] = {
+    "sm80": Target("cuda", 80, 32, 163 << 10),
+    "sm90": Target("cuda", 90, 32, 227 << 10),
+    "sm100": Target("cuda", 100, 32, 227 << 10),
+    "sm120": Target("cuda", 120, 32, 99 << 10),
+    "gfx942": Target("hip", "gfx942", 64, 64 << 10),
+    "gfx950": Target("hip", "gfx950", 64, 160 << 10),
+    "gfx1100": Target("hip", "gfx1100", 32, 64 << 10),
+}
 
 
 @dataclass(frozen=True)
@@ -66,86 +62,183 @@ class Report:
     label: str
     kernel: str
     target: str
-    registers: int
-    spill_bytes: int
-    shared_bytes: int
-    seconds: float
+    registers: int = 0
+    spill_bytes: int = 0
+    shared_bytes: int = 0
+    seconds: float = 0.0
+    tile: str = ""  # for kernels that have one: rows x keys, warps, stages
     error: str = ""
+
+    @property
+    def failure(self) -> str | None:
+        """Why this kernel will not run on its target; None: it will."""
+        if self.error:
+            return self.error
+        limit = TARGETS[self.target].shared_bytes
+        if self.shared_bytes > limit:
+            return f"{self.shared_bytes} bytes of shared memory; {self.target} has {limit}"
+        return None
+
+
+@dataclass(frozen=True)
+class Case:
+    """Something to compile: ``launch`` runs launchers on meta tensors. Picklable."""
+
+    label: str
+    launch: Callable[[], None]
+    targets: frozenset[str] = frozenset(TARGETS)
+
+
+# --- in the place of a device -----------------------------------------------------------------------
+
+
+@dataclass
+class Compiled:
+    """One kernel launch, with the kernel or what its compilation raised."""
+
+    name: str
+    kernel: Any
+    arguments: dict[str, Any]
+    seconds: float
+    error: BaseException | None = None
+
+
+class _Launcher:
+    """Starts nothing. Has the parts of Triton's own launcher that are looked at."""
+
+    launch_cooperative_grid = False
+    launch_pdl = False
+
+    def __init__(self, source: object, metadata: object) -> None:
+        pass
+
+    def __call__(self, *arguments: object) -> None:
+        pass
+
+    launch = __call__
+
+
+class _Utilities:
+    """Loads nothing and encodes no tensor maps."""
+
+    @staticmethod
+    def get_device_properties(device: object) -> dict[str, int]:
+        return {"max_shared_mem": 1 << 30}
+
+    @staticmethod
+    def load_binary(name: str, *rest: object) -> tuple[object, object, int, int, int]:
+        return name, name, 0, 0, 1 << 20
+
+    @staticmethod
+    def fill_tma_descriptor(*arguments: object) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class _StandIn:
+    """Triton's driver, as far as compilation needs one. Kernels are kept per device: it is the target."""
+
+    target: str
+    launcher_cls: Any = _Launcher
+    utils: Any = field(default_factory=_Utilities)
+
+    def get_current_target(self) -> Any:
+        from headway.kernels._triton import GPUTarget
+
+        target = TARGETS[self.target]
+        return GPUTarget(target.backend, target.arch, target.warp_size)
+
+    def get_current_device(self) -> str:
+        return self.target
+
+    def get_current_stream(self, device: object) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
 
 
 @contextlib.contextmanager
-def record_launches() -> Iterator[list[Launch]]:
-    """Inside this context kernels are not run: their calls are kept, in order."""
-    from headway.kernels._triton import triton
+def stand_in(target: str) -> Iterator[list[Compiled]]:
+    """Inside this context launches on meta tensors compile for ``target`` and start nothing.
 
-    launches: list[Launch] = []
-    original = triton.runtime.jit.JITFunction.run
+    Yields:
+        The launches so far. One whose compilation fails is kept with the error, and the next goes on.
+    """
+    from headway.kernels import _triton
+    from headway.kernels.portable.operands import TARGETS as FACTS
 
-    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+    if _triton.INTERPRETED.value:
+        raise HeadwayError(
+            "kernels of this process are interpreted: start it with TRITON_INTERPRET=0"
+        )
+    launches: list[Compiled] = []
+    jit_function = _triton.triton.runtime.jit.JITFunction
+    original = jit_function.run
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         given = dict(zip(self.arg_names, args, strict=False)) | kwargs
-        arguments = {name: given.pop(name) for name in self.arg_names if name in given}
-        launches.append(Launch(self, arguments, given))
+        start, kernel, error = time.perf_counter(), None, None
+        try:
+            kernel = original(self, *args, grid=grid, warmup=True, **kwargs)
+        except Exception as raised:
+            error = raised
+        seconds = time.perf_counter() - start
+        launches.append(Compiled(self.__name__, kernel, given, seconds, error))
+        if kernel is None and warmup:  # this caller works with the kernel
+            raise _NothingToStart
+        return kernel
 
-    triton.runtime.jit.JITFunction.run = run
+    driver = _triton.triton.runtime.driver
+    before = driver._active
+    driver.set_active(_StandIn(target))
+    properties = SimpleNamespace(multi_processor_count=FACTS[target].multiprocessors)
     try:
-        yield launches
+        with (
+            _environment(TARGET_VARIABLE, target),
+            _replaced(jit_function, "run", run),
+            _replaced(torch.cuda, "get_device_properties", lambda device: properties),
+            _replaced(torch._C, "_cuda_getCurrentRawStream", lambda device: 0),
+            contextlib.suppress(_NothingToStart),
+        ):
+            yield launches
     finally:
-        triton.runtime.jit.JITFunction.run = original
+        driver.set_active(before)
 
 
-def specialised(value: Any, path: tuple[int, ...]) -> tuple[Any, dict[Any, Any], dict[Any, Any]]:
-    """(type, constants, attributes) of a run-time argument, as Triton specialises it at launch."""
-    if isinstance(value, torch.Tensor):
-        return f"*{_ELEMENTS[value.dtype]}", {}, {path: [["tt.divisibility", 16]]}
-    if isinstance(value, tuple):
-        types: list[Any] = []
-        constants: dict[Any, Any] = {}
-        attributes: dict[Any, Any] = {}
-        for i, item in enumerate(value):
-            kind, inner, hints = specialised(item, (*path, i))
-            types.append(kind)
-            constants |= inner
-            attributes |= hints
-        return tuple(types), constants, attributes
-    if value is None or isinstance(value, bool) or (isinstance(value, int) and value == 1):
-        return "constexpr", {path: value}, {}
-    if isinstance(value, int):
-        kind = "i32" if -(1 << 31) <= value < 1 << 31 else "i64"
-        return kind, {}, {path: [["tt.divisibility", 16]]} if value % 16 == 0 else {}
-    if isinstance(value, float):
-        return "fp32", {}, {}
-    raise TypeError(f"a kernel argument of type {type(value).__name__}")
+class _NothingToStart(Exception):
+    """Ends a launcher that would go on with a kernel which did not compile."""
 
 
-def source_of(launch: Launch) -> Any:
-    """The launch as Triton's compiler takes it."""
-    from triton.compiler import ASTSource
-
-    signature: dict[str, Any] = {}
-    constants: dict[Any, Any] = {}
-    attributes: dict[Any, Any] = {}
-    for i, parameter in enumerate(launch.kernel.params):
-        value = launch.arguments.get(parameter.name, parameter.default)
-        if parameter.is_constexpr:
-            signature[parameter.name], constants[(i,)] = "constexpr", value
-            continue
-        kind, inner, hints = specialised(value, (i,))
-        signature[parameter.name] = kind
-        constants |= inner
-        attributes |= hints
-    return ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
+@contextlib.contextmanager
+def _replaced(holder: Any, name: str, value: object) -> Iterator[None]:
+    """An attribute, for a while another one; absent again afterwards if it was before."""
+    absent = object()
+    before = getattr(holder, name, absent)
+    setattr(holder, name, value)
+    try:
+        yield
+    finally:
+        if before is absent:
+            delattr(holder, name)
+        else:
+            setattr(holder, name, before)
 
 
-def compile_launch(launch: Launch, target: str) -> Any:
-    """The compiled kernel of a launch; its ``asm`` and ``metadata`` need no device."""
-    from headway.kernels._triton import GPUTarget, triton
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
-    return triton.compile(
-        source_of(launch), target=GPUTarget(*TARGETS[target]), options=launch.options
-    )
 
-
-# --- what came out --------------------------------------------------------------------------------------
+# --- what came out ----------------------------------------------------------------------------------
 
 
 def resources(compiled: Any) -> tuple[int, int]:
@@ -184,46 +277,45 @@ def _cuobjdump() -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
 
 
-# --- many at once ---------------------------------------------------------------------------------------
+def _report(case: Case, target: str, launch: Compiled) -> Report:
+    given = launch.arguments
+    tile = ""
+    if "BLOCK_M" in given and "BLOCK_N" in given:
+        tile = f"{given['BLOCK_M']}x{given['BLOCK_N']} {given['num_warps']}w"
+        tile += f" {given['num_stages']}s" if "num_stages" in given else ""
+    same: dict[str, Any] = {"seconds": launch.seconds, "tile": tile}
+    if launch.error is not None:
+        error = f"{type(launch.error).__name__}: {launch.error}"
+        return Report(case.label, launch.name, target, error=error, **same)
+    registers, spilled = resources(launch.kernel)
+    shared = launch.kernel.metadata.shared
+    return Report(case.label, launch.name, target, registers, spilled, shared, **same)
 
 
-@dataclass(frozen=True)
-class Case:
-    """Something to compile: ``launch`` runs launchers on meta tensors."""
-
-    label: str
-    launch: Callable[[], None]
+# --- many at once -----------------------------------------------------------------------------------
 
 
 def compile_case(case: Case, target: str) -> list[Report]:
     """Compile every kernel that a case launches; an error becomes a report that carries it."""
-    os.environ["HEADWAY_TARGET"] = target
-    with record_launches() as launches:
-        case.launch()
-    reports = []
-    for launch in launches:
-        name, begin = launch.kernel.__name__, time.perf_counter()
-        report = Report(case.label, name, target, 0, 0, 0, 0.0)
+    error: Exception | None = None
+    with stand_in(target) as launches:
         try:
-            compiled = compile_launch(launch, target)
-        except Exception as error:
-            reports.append(dataclasses.replace(report, error=f"{type(error).__name__}: {error}"))
-            continue
-        registers, spill = resources(compiled)
-        reports.append(
-            dataclasses.replace(
-                report,
-                registers=registers,
-                spill_bytes=spill,
-                shared_bytes=compiled.metadata.shared,
-                seconds=time.perf_counter() - begin,
-            )
-        )
+            case.launch()
+        except Exception as raised:
+            if isinstance(raised, _NothingToStart):
+                raise
+            error = raised
+    reports = [_report(case, target, launch) for launch in launches]
+    if error is not None:
+        text = f"{type(error).__name__}: {error}"
+        reports.append(Report(case.label, "(launcher)", target, error=text))
+    elif not reports:
+        reports.append(Report(case.label, "(launcher)", target, error="launched no kernel"))
     return reports
 
 
 def compile_cases(
-    cases: Iterable[tuple[Case, str]], processes: int | None = None
+    pairs: Iterable[tuple[Case, str]], processes: int | None = None
 ) -> Iterator[list[Report]]:
     """Reports of (case, target) pairs as they finish, from parallel processes.
 
@@ -231,7 +323,17 @@ def compile_cases(
     only repeat work.
     """
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        futures = [pool.submit(compile_case, case, target) for case, target in cases]
-        for future in futures:
-            yield future.result()
+    with (
+        _environment("TRITON_INTERPRET", "0"),
+        ProcessPoolExecutor(processes, mp_context=context) as pool,
+    ):
+        waiting = {
+            pool.submit(compile_case, case, target): (case, target) for case, target in pairs
+        }
+        for future in as_completed(waiting):
+            case, target = waiting[future]
+            try:
+                yield future.result()
+            except BrokenProcessPool:
+                lost = "the compiler's process died, of too little memory perhaps: fewer --jobs"
+                yield [Report(case.label, "(process)", target, error=lost)]

@@ -1,9 +1,10 @@
-"""The calls that ahead-of-time compilation covers by default: every kernel, width and kind of mask."""
+"""The calls that ahead-of-time compilation covers: by default, or every width and kind of mask."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+import itertools
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,14 @@ from torch import Tensor
 from headway.kernels.compile import Case
 from headway.mla import plan_prefill
 from headway.persistent import DeviceWork
+from headway.problem import Mask
+from headway.serving.base import AttentionLayer
+
+if TYPE_CHECKING:
+    from headway.kernels.portable.gated import Activation
+
+#: Caches of more than 2 GiB, as servers have them: AMD's compiler looks at that.
+_PAGES = 1 << 24
 
 _BF16, _FLOAT8 = torch.bfloat16, torch.float8_e4m3fn
 
@@ -30,16 +39,23 @@ def _run(function: str, arguments: dict[str, Any]) -> None:
     getattr(headway, function)(**arguments, backend="portable", return_lse=True)
 
 
-def prefill(d: int, dv: int | None = None, dtype: torch.dtype = _BF16, **more: Any) -> None:
+def prefill_arguments(
+    d: int, dv: int | None = None, dtype: torch.dtype = _BF16, **more: Any
+) -> dict[str, Any]:
     """Ragged prefill of a batch, 8 query heads on 2 KV heads."""
     q, k, v = (_meta(4096, h, w, dtype=dtype) for h, w in ((8, d), (2, d), (2, dv or d)))
     cu = _int32(5)
     arguments: dict[str, Any] = {"q": q, "k": k, "v": v, "cu_seqlens_q": cu, "cu_seqlens_k": cu}
     arguments |= {"max_seqlen_q": 2048, "max_seqlen_k": 2048, "causal": True}
-    _run("flash_attn_varlen_func", arguments | more)
+    return arguments | more
 
 
-def decode(
+def prefill(*args: Any, **kwargs: Any) -> None:
+    """A call with :func:`prefill_arguments`."""
+    _run("flash_attn_varlen_func", prefill_arguments(*args, **kwargs))
+
+
+def decode_arguments(
     d: int,
     dv: int | None = None,
     dtype: torch.dtype = _BF16,
@@ -49,14 +65,19 @@ def decode(
     seqlen_q: int = 1,
     latent: bool = False,
     **more: Any,
-) -> None:
+) -> dict[str, Any]:
     """A step against paged caches; ``latent``: v is the first columns of k."""
-    k = _meta(256, page_size, heads[1], d, dtype=kv_dtype or dtype)
-    v = k[..., :dv] if latent else _meta(256, page_size, heads[1], dv or d, dtype=k.dtype)
+    k = _meta(_PAGES, page_size, heads[1], d, dtype=kv_dtype or dtype)
+    v = k[..., :dv] if latent else _meta(_PAGES, page_size, heads[1], dv or d, dtype=k.dtype)
     q = _meta(64, seqlen_q, heads[0], d, dtype=dtype)
     arguments: dict[str, Any] = {"q": q, "k_cache": k, "v_cache": v}
     arguments |= {"page_table": _int32(64, 512), "cache_seqlens": _int32(64), "causal": True}
-    _run("flash_attn_with_kvcache", arguments | more)
+    return arguments | more
+
+
+def decode(*args: Any, **kwargs: Any) -> None:
+    """A call with :func:`decode_arguments`."""
+    _run("flash_attn_with_kvcache", decode_arguments(*args, **kwargs))
 
 
 def append(dtype: torch.dtype, kv_dtype: torch.dtype, interleaved: bool) -> None:
@@ -108,6 +129,98 @@ def quantised_prefill() -> None:
     mla.prefill(q, k, v, cu, cu, fp8=True, plan=_work(16), return_lse=True)
 
 
+def merged(dv: int, dtype: torch.dtype) -> None:
+    """The merge of partial results that the caller made."""
+    from headway.kernels.portable.combine import merge
+
+    merge(_meta(4, 512, 8, dv, dtype=dtype), _meta(4, 512, 8, dtype=torch.float32), _BF16)
+
+
+def step(
+    layer: AttentionLayer,
+    *,
+    batch_size: int,
+    new_tokens: int,
+    page_size: int = 16,
+    dtype: torch.dtype = _BF16,
+    rotary_dim: int = 0,
+    max_seqlen_k: int = 8192,
+) -> None:
+    """A layer in a step of the engine: slots, the write of new tokens, and attention."""
+    from headway.serving.base import ForwardBatch, TokenRotary
+    from headway.serving.flash import FlashAttentionBackend
+
+    tokens, pages = batch_size * new_tokens, -(-max_seqlen_k // page_size)
+    lengths, table = _int32(batch_size), _int32(batch_size, pages)
+    batch = ForwardBatch(_int32(batch_size + 1), lengths, table, new_tokens, max_seqlen_k)
+    angle = _meta(tokens, rotary_dim // 2, dtype=dtype)
+    backend = FlashAttentionBackend("portable")
+    backend.init_forward_metadata(batch)
+    backend.forward(
+        *_tokens(layer, tokens, dtype),
+        _caches(layer, page_size, dtype),
+        layer,
+        TokenRotary(angle, angle) if rotary_dim else None,
+    )
+
+
+def writes(
+    layer: AttentionLayer,
+    *,
+    page_size: int = 16,
+    dtype: torch.dtype = _BF16,
+    rotary_dim: int = 0,
+) -> None:
+    """The write of new tokens whose queries and keys have norms, in every style, for few and for many."""
+    from headway.kernels.portable.norm import NormStyle
+    from headway.kernels.portable.store import store_tokens
+
+    weight = _meta(layer.head_dim, dtype=dtype)
+    for tokens, style in itertools.product((8, 4096), NormStyle):
+        angle = _meta(tokens, rotary_dim // 2, dtype=dtype) if rotary_dim else None
+        store_tokens(
+            *_tokens(layer, tokens, dtype),
+            *_caches(layer, page_size, dtype),
+            _meta(tokens, dtype=torch.int64),
+            cos=angle,
+            sin=angle,
+            q_weight=weight,
+            k_weight=weight,
+            eps=1e-6,
+            style=style,
+        )
+
+
+def _tokens(
+    layer: AttentionLayer, tokens: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v of new tokens."""
+    keys, values = layer.head_dim, layer.head_dim_v
+    shapes = ((layer.num_q_heads, keys), (layer.num_kv_heads, keys), (layer.num_kv_heads, values))
+    q, k, v = (_meta(tokens, *shape, dtype=dtype) for shape in shapes)
+    return q, k, v
+
+
+def _caches(layer: AttentionLayer, page_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    shape = _PAGES, page_size, layer.num_kv_heads
+    return _meta(*shape, layer.head_dim, dtype=dtype), _meta(*shape, layer.head_dim_v, dtype=dtype)
+
+
+def norms(hidden: int, dtype: torch.dtype) -> None:
+    """Norms of hidden states, in every style, for few tokens and for many."""
+    from headway.kernels.portable.norm import NormStyle, rms_norm
+
+    for tokens, style in itertools.product((8, 4096), NormStyle):
+        rms_norm(_meta(1, tokens, hidden, dtype=dtype), _meta(hidden, dtype=dtype), 1e-6, style)
+
+
+def gates(inner: int, activation: Activation, dtype: torch.dtype) -> None:
+    """The gated activation of a feed-forward block."""
+    from headway.kernels.portable.gated import gated
+
+    gated(_meta(1, 8, 2 * inner, dtype=dtype), activation)
+
+
 def _work(num_heads: int) -> DeviceWork:
     cu_q, cu_k = torch.tensor([0, 1000, 3000]), torch.tensor([0, 2000, 5000])
     device = torch.device("meta")
@@ -128,44 +241,82 @@ def _mods() -> dict[str, Any]:
     return {"score_mod": _alibi, "mask_mod": _same_document, "aux_tensors": aux}
 
 
-def _cases() -> tuple[Case, ...]:
-    def case(label: str, function: Any, *args: Any, **kwargs: Any) -> Case:
-        return Case(label, functools.partial(function, *args, **kwargs))
+def _layer(head_dim: int, window: int | None = None) -> AttentionLayer:
+    mask = Mask(causal=True, window_left=window, window_right=0, attention_chunk=0)
+    return AttentionLayer(0, 32, 8, head_dim, head_dim, head_dim**-0.5, mask)
 
-    rows = [case(f"prefill {d}", prefill, d) for d in (32, 40, 64, 80, 96, 112, 128, 192, 256)]
+
+def _case(label: str, function: Any, *args: Any, **kwargs: Any) -> Case:
+    return Case(label, functools.partial(function, *args, **kwargs))
+
+
+def _sinks(heads: int) -> Tensor:
+    return _meta(heads)
+
+
+def _default() -> tuple[Case, ...]:
+    """Every kernel, every tile of every target, and features beside tiles that leave them little room."""
+    latent: dict[str, Any] = {"page_size": 64, "latent": True}
+    return (
+        _case("prefill 64 window sinks", prefill, 64, window_size=(127, 0), sinks=_sinks(8)),
+        _case("prefill 96", prefill, 96),
+        _case("prefill 128", prefill, 128),
+        _case("prefill 128 float8", prefill, 128, dtype=_FLOAT8),
+        _case("prefill 128 chunk softcap", prefill, 128, attention_chunk=1024, softcap=30.0),
+        _case("prefill 128 mods", prefill, 128, **_mods()),
+        _case("prefill 192/128", prefill, 192, 128),
+        _case("prefill 256", prefill, 256),
+        _case("decode 64", decode, 64),
+        _case("decode 128 page 24 mods", decode, 128, page_size=24, **_mods()),
+        _case("decode 128 8 queries", decode, 128, seqlen_q=8),
+        _case("decode 128 16 queries", decode, 128, seqlen_q=16),
+        _case("decode 256 softcap", decode, 256, softcap=50.0, window_size=(4095, 0)),
+        _case("decode 256 8 queries", decode, 256, seqlen_q=8),
+        _case("decode 256 16 queries", decode, 256, seqlen_q=16),
+        _case("mla 16 heads", decode, 576, 512, heads=(16, 1), **latent),
+        _case("mla 32 heads", decode, 576, 512, heads=(32, 1), **latent),
+        _case("mla 128 heads", decode, 576, 512, heads=(128, 1), **latent),
+        _case("append", append, _BF16, _BF16, True),
+        _case("append float8 cache", append, _BF16, _FLOAT8, False),
+        _case("step 128", step, _layer(128), batch_size=32, new_tokens=1, rotary_dim=128),
+        _case("writes 128", writes, _layer(128), rotary_dim=128),
+        _case("norms", norms, 4096, _BF16),
+        _case("gates", gates, 14336, "silu", _BF16),
+        _case("merge 128", merged, 128, torch.float32),
+        _case("work list", persistent_prefill, _BF16, False),
+        _case("mla prefill float8", quantised_prefill),
+    )
+
+
+def _more() -> tuple[Case, ...]:
+    """What the default leaves out: other widths, dtypes, page sizes and masks on the same tiles."""
+    latent: dict[str, Any] = {"heads": (128, 1), "page_size": 64}
+    rows = [_case(f"prefill {d}", prefill, d) for d in (32, 40, 64, 80, 112, 192)]
+    rows += [_case(f"prefill {d} mods", prefill, d, **_mods()) for d in (64, 256)]
     rows += [
-        case("prefill 192/128", prefill, 192, 128),
-        case("prefill 128 float8", prefill, 128, dtype=_FLOAT8),
-        case("prefill 256 float8", prefill, 256, dtype=_FLOAT8),
-        case("prefill 128 float16", prefill, 128, dtype=torch.float16),
-        case("prefill 128 window", prefill, 128, window_size=(1023, 0)),
-        case("prefill 128 chunk softcap", prefill, 128, attention_chunk=1024, softcap=30.0),
-        case("prefill 128 full", prefill, 128, causal=False),
-        case("prefill 64 window sinks", prefill, 64, window_size=(127, 0), sinks=_meta(8)),
+        _case("prefill 256 float8", prefill, 256, dtype=_FLOAT8),
+        _case("prefill 128 float16", prefill, 128, dtype=torch.float16),
+        _case("prefill 128 window", prefill, 128, window_size=(1023, 0)),
+        _case("prefill 128 full", prefill, 128, causal=False),
+        _case("prefill 128 sinks", prefill, 128, sinks=_sinks(8)),
+        _case("prefill 128 softcap", prefill, 128, softcap=30.0),
+        _case("prefill 256 softcap", prefill, 256, softcap=30.0),
     ]
-    rows += [case(f"decode {d}", decode, d) for d in (64, 80, 96, 128, 192, 256)]
-    rows += [case(f"decode 128 page {n}", decode, 128, page_size=n) for n in (1, 24, 64, 128)]
+    rows += [_case(f"decode {d}", decode, d) for d in (80, 96, 128, 192, 256)]
+    rows += [_case(f"decode 128 page {n}", decode, 128, page_size=n) for n in (1, 24, 64, 128)]
     rows += [
-        case("decode 64 window sinks", decode, 64, window_size=(127, 0), sinks=_meta(32)),
-        case("decode 256 softcap", decode, 256, softcap=50.0, window_size=(4095, 0)),
-        case("decode 128 float8 cache", decode, 128, kv_dtype=_FLOAT8),
-        case("decode 256 float8 cache", decode, 256, kv_dtype=_FLOAT8),
-        case("decode 128 float8", decode, 128, dtype=_FLOAT8),
-        case("decode 128 8 queries", decode, 128, seqlen_q=8),
-        case("decode 128 16 queries", decode, 128, seqlen_q=16),
-        case("mla 16 heads", decode, 576, 512, heads=(16, 1), page_size=64, latent=True),
-        case("mla 32 heads", decode, 576, 512, heads=(32, 1), page_size=64, latent=True),
-        case("mla 128 heads", decode, 576, 512, heads=(128, 1), page_size=64, latent=True),
-        case("mla qv", decode, 64, 512, heads=(128, 1), page_size=64, qv=_meta(64, 1, 128, 512)),
-        case("append", append, _BF16, _BF16, True),
-        case("append float8 cache", append, _BF16, _FLOAT8, False),
-        case("prefill 128 mods", prefill, 128, **_mods()),
-        case("decode 128 mods", decode, 128, **_mods()),
-        case("work list", persistent_prefill, _BF16, False),
-        case("work list float8", persistent_prefill, _FLOAT8, True),
-        case("mla prefill float8", quantised_prefill),
+        _case("decode 64 window sinks", decode, 64, window_size=(127, 0), sinks=_sinks(32)),
+        _case("decode 128 float8 cache", decode, 128, kv_dtype=_FLOAT8),
+        _case("decode 256 float8 cache", decode, 256, kv_dtype=_FLOAT8),
+        _case("decode 128 float8", decode, 128, dtype=_FLOAT8),
+        _case("decode 128 mods", decode, 128, **_mods()),
+        _case("mla qv", decode, 64, 512, qv=_meta(64, 1, 128, 512), **latent),
+        _case("work list float8", persistent_prefill, _FLOAT8, True),
+        _case("merge 64", merged, 64, _BF16),
+        _case("gates gelu", gates, 9216, "gelu_tanh", _BF16),
     ]
     return tuple(rows)
 
 
-CASES = _cases()
+DEFAULT = _default()
+EVERY = DEFAULT + _more()

@@ -52,8 +52,8 @@ TILES = {
     ("gfx942", False): PrefillTile(128, 32, 8, 2),
     ("gfx950", True): PrefillTile(128, 64, 8, 2),
     ("gfx950", False): PrefillTile(128, 32, 8, 2),
-    ("gfx1100", True): PrefillTile(128, 32, 8, 2),
-    ("gfx1100", False): PrefillTile(128, 32, 8, 2),
+    ("gfx1100", True): PrefillTile(64, 32, 8, 1),
+    ("gfx1100", False): PrefillTile(64, 32, 8, 1),
     ("interpreter", True): PrefillTile(32, 32, 4, 1),
     ("interpreter", False): PrefillTile(32, 32, 4, 1),
 }

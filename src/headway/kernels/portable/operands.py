@@ -39,7 +39,8 @@ class Device:
     multiplies_float8: bool
 
 
-#: What ahead-of-time compilation assumes of each target.
+#: What ahead-of-time compilation assumes of each target. RDNA3 has no instruction for float8: what Triton
+#: makes of its conversions there takes minutes to compile.
 TARGETS = {
     "sm80": Device("sm80", 108, False, False),
     "sm90": Device("sm90", 132, True, True),
@@ -47,7 +48,7 @@ TARGETS = {
     "sm120": Device("sm120", 188, True, True),
     "gfx942": Device("gfx942", 304, True, False),
     "gfx950": Device("gfx950", 256, True, True),
-    "gfx1100": Device("gfx1100", 96, True, False),
+    "gfx1100": Device("gfx1100", 96, False, False),
 }
 
 
@@ -70,9 +71,16 @@ def _facts(device: torch.device) -> Device:
     count = properties.multi_processor_count
     if torch.version.hip is not None:
         arch = properties.gcnArchName.split(":")[0]
-        return Device(arch, count, True, arch in ("gfx950", "gfx1200", "gfx1201"))
+        return Device(arch, count, arch[:5] != "gfx11", arch in ("gfx950", "gfx1200", "gfx1201"))
     capability = properties.major * 10 + properties.minor
     return Device(f"sm{capability}", count, capability >= 89, capability >= 89)
+
+
+def dependent_launch(device: torch.device) -> dict[str, bool]:
+    """Arguments for a short kernel that may start while the one before it ends (it calls gdc_wait before
+    it reads anything): a microsecond less between two kernels."""
+    dependent = device_of(device).arch in ("sm90", "sm100", "sm103", "sm120")
+    return {"DEPENDENT": True, "launch_pdl": True} if dependent else {"DEPENDENT": False}
 
 
 @dataclass(frozen=True)

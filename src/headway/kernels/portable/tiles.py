@@ -51,10 +51,11 @@ TABLE: tuple[Row, ...] = (
     Row("decode", ("interpreter",), 512, ANY_ROWS, Tile(32, 16, 4, 1)),
     Row("mla", ("interpreter",), 1024, ANY_ROWS, Tile(16, 16, 4, 1)),
     # Hopper and data-centre Blackwell: 227 KiB of shared memory; Blackwell's compiler keeps more there.
+    Row("forward", ("sm10",), 64, ANY_ROWS, Tile(128, 64, 8, 4, hoist=False)),
     Row("forward", ("sm10",), 128, ANY_ROWS, Tile(128, 64, 8, 3)),
     Row("mla", ("sm10",), 1024, ANY_ROWS, Tile(16, 32, 4, 2, 1)),
     Row("forward", _SM9_10, 64, ANY_ROWS, Tile(128, 64, 8, 4), H200),
-    Row("forward", _SM9_10, 128, ANY_ROWS, Tile(128, 128, 8, 3), H200),
+    Row("forward", _SM9_10, 128, ANY_ROWS, Tile(128, 128, 8, 3, hoist=False), H200),
     Row("forward", _SM9_10, 256, ANY_ROWS, Tile(128, 32, 8, 3), H200),
     Row("decode", _SM9_10, 64, 16, Tile(16, 128, 4, 3, 1), H200, max_key_bytes=2),
     Row("decode", _SM9_10, 128, 16, Tile(16, 16, 1, 4, 8), H200, max_key_bytes=1),
@@ -86,12 +87,17 @@ TABLE: tuple[Row, ...] = (
     Row("forward", ("gfx9",), 64, ANY_ROWS, Tile(128, 64, 4, 1)),
     Row("forward", ("gfx9",), 128, ANY_ROWS, Tile(128, 32, 4, 1)),
     Row("forward", ("gfx9",), 256, ANY_ROWS, Tile(64, 32, 4, 1)),
-    Row("forward", ("gfx",), 128, ANY_ROWS, Tile(64, 32, 4, 1)),
-    Row("forward", ("gfx",), 256, ANY_ROWS, Tile(32, 32, 4, 1)),
-    Row("decode", ("gfx",), 128, 16, Tile(16, 64, 4, 1)),
-    Row("decode", ("gfx",), 128, ANY_ROWS, Tile(32, 32, 4, 1)),
-    Row("decode", ("gfx",), 256, ANY_ROWS, Tile(16, 32, 4, 1)),
-    Row("mla", ("gfx",), 1024, ANY_ROWS, Tile(16, 16, 4, 1)),
+    Row("decode", ("gfx9",), 128, 16, Tile(16, 64, 4, 1)),
+    Row("decode", ("gfx9",), 128, ANY_ROWS, Tile(32, 32, 4, 1)),
+    Row("decode", ("gfx9",), 256, ANY_ROWS, Tile(16, 32, 4, 1)),
+    Row("mla", ("gfx9",), 1024, ANY_ROWS, Tile(16, 16, 4, 1)),
+    # RDNA's matrix instructions want queries and keys twice in registers: small tiles, many warps.
+    Row("forward", ("gfx",), 128, ANY_ROWS, Tile(64, 32, 8, 1)),
+    Row("forward", ("gfx",), 256, ANY_ROWS, Tile(64, 16, 8, 1)),
+    Row("decode", ("gfx",), 128, 16, Tile(16, 32, 8, 1)),
+    Row("decode", ("gfx",), 128, ANY_ROWS, Tile(32, 16, 4, 1)),
+    Row("decode", ("gfx",), 256, ANY_ROWS, Tile(16, 16, 8, 1)),
+    Row("mla", ("gfx",), 1024, ANY_ROWS, Tile(16, 16, 8, 1)),
 )
 
 
