@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import tempfile
 import time
@@ -114,7 +115,10 @@ _VLLM_MEMORY_SHARE = 0.3  # of the device's, CPU included: the other engines liv
 
 
 class VllmPeer(Peer):
-    """vLLM, in a process of the Python environment where it is installed."""
+    """vLLM, in processes of the Python environment where it is installed.
+
+    They are stopped while others have their turn: vLLM's loops would take processor time from them.
+    """
 
     name = "vllm"
 
@@ -132,16 +136,23 @@ class VllmPeer(Peer):
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 -- closed with the peer
         self._process = subprocess.Popen(
             words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
-            env=environment,
+            env=environment, start_new_session=True,
         )  # fmt: skip
         self.version = str(self._read()["version"])
+        self._signal(signal.SIGSTOP)
+
+    def _signal(self, which: signal.Signals) -> None:
+        """To vLLM's processes, which are a group of their own."""
+        os.killpg(self._process.pid, which)
 
     def generate(self, prompts: Sequence[Sequence[int]], output_len: int) -> Run:
         asked = {"prompts": [list(prompt) for prompt in prompts], "output_len": output_len}
         assert self._process.stdin is not None
+        self._signal(signal.SIGCONT)
         self._process.stdin.write(json.dumps(asked) + "\n")
         self._process.stdin.flush()
         answer = self._read()
+        self._signal(signal.SIGSTOP)
         if answer["tokens"] != [output_len] * len(prompts):
             raise HeadwayError(f"vLLM gave {answer['tokens']} tokens; want {output_len} each")
         return Run((), answer["total_s"])
@@ -158,6 +169,8 @@ class VllmPeer(Peer):
         raise HeadwayError(f"vLLM ended with exit code {code}; the last it said:\n{said}")
 
     def close(self) -> None:
+        if self._process.poll() is None:
+            self._signal(signal.SIGCONT)
         if self._process.stdin is not None:
             self._process.stdin.close()
         try:
