@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import psutil
@@ -16,6 +18,7 @@ from torch import Tensor
 from headway.engine import kv_cache, loader, sampler
 from headway.engine.acceleration import Acceleration, accelerate
 from headway.engine.attention import PagedAttention, probe_layers
+from headway.engine.calibration import kv_scales
 from headway.engine.config import EngineConfig
 from headway.engine.detokenizer import Decode, Detokenizer
 from headway.engine.graphs import CudaRecorder, DecodeGraphs, batch_sizes
@@ -32,8 +35,10 @@ from headway.engine.request import (
 from headway.engine.runner import ModelRunner
 from headway.engine.scheduler import PENDING, Chunk, Scheduler
 from headway.engine.scheduler import Sequence as TokenSequence
+from headway.engine.speculation import NgramIndex, accepted
+from headway.engine.transfer import upload
 from headway.errors import InvalidInputError
-from headway.serving.base import GraphLimits
+from headway.serving.base import AttentionLayer, GraphLimits
 from headway.serving.flash import FlashAttentionBackend
 
 if TYPE_CHECKING:
@@ -51,14 +56,34 @@ class Request:
     seed: int
     detokenizer: Detokenizer | None
     stop_token_ids: frozenset[int]
+    guesses: NgramIndex | None = None
+    prompt_scores: dict[int, TokenLogprob] = field(default_factory=dict)  # by place in the prompt
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A request that draws in a step: one token, and one more for every guess that turns out right."""
+
+    request: Request
+    drafts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """A stretch of a request's prompt, from ``first`` on, whose tokens' probabilities are wanted."""
+
+    request: Request
+    first: int
+    scores: sampler.PromptScores
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step that is launched: the requests it draws tokens for, and the tokens, once they are known."""
+    """A step that is launched: who draws in it, and the tokens, once they are known."""
 
-    requests: list[Request]
+    drawings: list[Drawing]
     drawn: Draws
+    scorings: list[Scoring]
 
 
 class Draws(Protocol):
@@ -109,9 +134,14 @@ class LLM:
         self.backend = FlashAttentionBackend(config.attention_backend, config.flash_attn_version)
         probe = probe_layers(self.model, loaded.config)
         (self.dtype,) = probe.dtypes
+        layers = probe.layers
+        if config.kv_cache_dtype == "fp8_e4m3":
+            layers = self._in_float8(layers)
         num_pages, self.max_model_len = self._cache_size(probe.shapes(), loaded.max_model_len)
         # One page more than are given out: what rows of padding write goes there.
-        self._kv = KVCache(probe.shapes(), num_pages + 1, config.page_size, self.dtype, self.device)
+        self._kv = KVCache(
+            probe.shapes(), num_pages + 1, config.page_size, self.kv_dtype, self.device
+        )
         self._prefix_cache = PrefixCache(
             PagePool(num_pages), enabled=not config.disable_prefix_cache
         )
@@ -121,8 +151,9 @@ class LLM:
             max_model_len=self.max_model_len,
             chunked_prefill_size=config.chunked_prefill_size,
             max_running_requests=config.max_running_requests,
+            propose=self._propose if config.speculative == "ngram" else lambda sequence: (),
         )
-        self._attention = PagedAttention(self.backend, probe.layers, self._kv)
+        self._attention = PagedAttention(self.backend, layers, self._kv)
         self._runner = ModelRunner(
             self.model,
             self._attention,
@@ -144,6 +175,22 @@ class LLM:
 
             return fuse(self.model)
         return accelerate(self.model, level=self.config.acceleration)
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """Of the KV cache."""
+        return torch.float8_e4m3fn if self.config.kv_cache_dtype == "fp8_e4m3" else self.dtype
+
+    def _in_float8(self, layers: Mapping[int, AttentionLayer]) -> dict[int, AttentionLayer]:
+        """The layers with the scales of their float8 caches."""
+        folder, size = Path(self.config.model), self.model_config.vocab_size
+        scales = kv_scales(self.model, layers, folder, size)
+        return {
+            index: dataclasses.replace(
+                layer, k_descale=scales[index][0], v_descale=scales[index][1]
+            )
+            for index, layer in layers.items()
+        }
 
     # --- text and tokens --------------------------------------------------------------------------
 
@@ -204,14 +251,26 @@ class LLM:
                 prompt,
                 len(prompt),
                 limit=min(len(prompt) + params.max_tokens, self.max_model_len),
+                reads_prompt=params.prompt_logprobs is not None,
             ),
             params=params,
             seed=self._seeds.getrandbits(64) if params.seed is None else params.seed,
             detokenizer=detokenizer,
             stop_token_ids=eos | frozenset(params.stop_token_ids),
+            guesses=NgramIndex() if self._speculates(params) else None,
         )
         self._scheduler.add(self._requests[request_id].sequence)
         self._prompt_tokens += len(prompt)
+
+    def _speculates(self, params: SamplingParams) -> bool:
+        return self.config.speculative == "ngram" and params.temperature == 0
+
+    def _propose(self, sequence: TokenSequence) -> tuple[int, ...]:
+        """Guesses at what a sequence says next."""
+        request = self._requests[sequence.request_id]
+        if request.guesses is None:
+            return ()
+        return request.guesses.propose(sequence.tokens, self.config.num_draft_tokens)
 
     def _check_prompt(self, prompt: list[int]) -> None:
         if not prompt:
@@ -266,23 +325,53 @@ class LLM:
     def _launch(self, chunks: Sequence[Chunk]) -> Step:
         """Start a step; its sequences go on as if its tokens were known."""
         logits = self._runner.run(chunks)
-        sampling = [chunk for chunk in chunks if chunk.samples]
-        requests = [self._requests[chunk.sequence.request_id] for chunk in sampling]
-        drawn = self._draw(requests, logits)
-        self._runner.drew([request.sequence for request in requests], drawn.tokens)
+        rows: list[int] = []
+        drawings: list[Drawing] = []
+        scorings: list[Scoring] = []
+        first = 0
+        for chunk in chunks:
+            request = self._requests[chunk.sequence.request_id]
+            last = first + chunk.num_rows
+            if chunk.samples:
+                rows += range(last - 1 - len(chunk.drafts), last)
+                drawings.append(Drawing(request, chunk.drafts))
+            if chunk.sequence.reads_prompt:
+                scorings += self._score(request, logits[first:last])
+            first = last
+        drawn = self._draw(drawings, self._rows_of(logits, rows))
+        if self.config.overlap:
+            self._runner.drew([one.request.sequence for one in drawings], drawn.tokens)
         for chunk in chunks:
             self._scheduler.advance(chunk)
-        for request in requests:
-            request.sequence.tokens.append(PENDING)
-            request.sequence.num_pending += 1
-        return Step(requests, drawn)
+        for one in drawings:
+            one.request.sequence.tokens.append(PENDING)
+            one.request.sequence.num_pending += 1
+        return Step(drawings, drawn, scorings)
 
-    def _draw(self, requests: Sequence[Request], logits: Tensor) -> Draws:
-        """One token for each of the requests."""
-        rows = [
-            sampler.Row(r.params, r.seed, len(r.sequence.tokens) - r.sequence.num_prompt_tokens)
-            for r in requests
-        ]
+    def _rows_of(self, logits: Tensor, rows: list[int]) -> Tensor:
+        """Some rows of the logits; usually they are all."""
+        if rows == list(range(logits.shape[0])):
+            return logits
+        return logits[upload(rows, torch.int64, self.device)]
+
+    def _score(self, request: Request, logits: Tensor) -> Iterator[Scoring]:
+        """The probabilities of the prompt's tokens behind those of a chunk that is running."""
+        sequence, start = request.sequence, request.sequence.num_computed
+        tokens = sequence.tokens[start + 1 : start + 1 + logits.shape[0]]
+        tokens = tokens[: max(0, sequence.num_prompt_tokens - start - 1)]
+        if tokens:
+            most = request.params.prompt_logprobs or 0
+            scores = sampler.PromptScores(logits[: len(tokens)], tokens, most)
+            yield Scoring(request, start + 1, scores)
+
+    def _draw(self, drawings: Sequence[Drawing], logits: Tensor) -> Draws:
+        """One token for each row of logits."""
+        rows = []
+        for one in drawings:
+            sequence = one.request.sequence
+            drawn = len(sequence.tokens) - sequence.num_prompt_tokens
+            for index in range(drawn, drawn + 1 + len(one.drafts)):
+                rows.append(sampler.Row(one.request.params, one.request.seed, index))
         try:
             return sampler.draw(logits, rows)
         except Exception:
@@ -291,16 +380,35 @@ class LLM:
 
     def _collect(self, step: Step) -> list[RequestOutput]:
         """Wait for a step's tokens and hand them to the requests that are still there."""
+        for scoring in step.scorings:
+            entries = scoring.scores.collect()
+            scoring.request.prompt_scores.update(enumerate(entries, scoring.first))
         outputs = []
-        for request, sampled in zip(step.requests, step.drawn.collect(), strict=True):
-            name = request.sequence.request_id
-            if self._requests.get(name) is not request:
+        sampled = iter(step.drawn.collect())
+        for one in step.drawings:
+            mine = [next(sampled) for _ in range(1 + len(one.drafts))]
+            name = one.request.sequence.request_id
+            if self._requests.get(name) is not one.request:
                 continue  # aborted, or ended by the step before
             try:
-                outputs.append(self._take(request, sampled))
+                outputs.append(self._take_all(one, mine))
             except Exception as error:
                 outputs.append(self._fail(name, error))
         return outputs
+
+    def _take_all(self, drawing: Drawing, sampled: Sequence[sampler.Sampled]) -> RequestOutput:
+        """Let a request have its token, and those that its guesses were right about."""
+        request, sequence = drawing.request, drawing.request.sequence
+        right = accepted(drawing.drafts, [one.token_id for one in sampled])
+        outputs = [self._take(request, sampled[0])]
+        for one in sampled[1 : 1 + right]:
+            if outputs[-1].finish_reason is not None:
+                break
+            sequence.num_computed += 1  # the guess before this token was right: it is in the cache
+            sequence.tokens.append(PENDING)
+            sequence.num_pending += 1
+            outputs.append(self._take(request, one))
+        return outputs[0] if len(outputs) == 1 else _joined(outputs)
 
     def _take(self, request: Request, sampled: sampler.Sampled) -> RequestOutput:
         """Let a request have its oldest pending token, now that it is known."""
@@ -370,7 +478,14 @@ class LLM:
             prompt_tokens=sequence.num_prompt_tokens,
             output_tokens=sequence.num_output_tokens,
             cached_tokens=sequence.cached_tokens or 0,
+            prompt_logprobs=self._prompt_logprobs(request) if tokens else (),
         )
+
+    def _prompt_logprobs(self, request: Request) -> tuple[TokenLogprob, ...]:
+        """The prompt's entries, once."""
+        if request.params.prompt_logprobs is None or request.sequence.num_output_tokens > 1:
+            return ()
+        return tuple(entry for _, entry in sorted(request.prompt_scores.items()))
 
     # --- whole completions ------------------------------------------------------------------------
 
@@ -468,7 +583,7 @@ class LLM:
         else:
             free = _free_bytes(self.device)
             budget = config.kv_cache_memory_bytes or int(free * (config.mem_fraction or 1))
-            pages = budget // (size * kv_cache.bytes_per_token(shapes, self.dtype))
+            pages = budget // (size * kv_cache.bytes_per_token(shapes, self.kv_dtype))
             if config.kv_cache_memory_bytes is None:
                 # No more than everything that could run at once would fill.
                 most = config.max_running_requests or 1
@@ -510,6 +625,17 @@ def _sample_alone(logits: Tensor, row: sampler.Row) -> sampler.Sampled:
         return sampler.Sampled(error=f"{type(error).__name__}: {error}")
 
 
+def _joined(outputs: Sequence[RequestOutput]) -> RequestOutput:
+    """What one step added to a request, token by token, as one output."""
+    return dataclasses.replace(
+        outputs[-1],
+        new_text="".join(one.new_text for one in outputs),
+        new_token_ids=tuple(token for one in outputs for token in one.new_token_ids),
+        new_logprobs=tuple(entry for one in outputs for entry in one.new_logprobs),
+        prompt_logprobs=outputs[0].prompt_logprobs,
+    )
+
+
 def _completion(prompt: Sequence[int], pieces: Sequence[RequestOutput]) -> Completion:
     """The pieces of a finished request, joined."""
     last = pieces[-1]
@@ -522,6 +648,7 @@ def _completion(prompt: Sequence[int], pieces: Sequence[RequestOutput]) -> Compl
         finish_reason=last.finish_reason,
         logprobs=tuple(one for piece in pieces for one in piece.new_logprobs),
         cached_tokens=last.cached_tokens,
+        prompt_logprobs=tuple(one for piece in pieces for one in piece.prompt_logprobs),
     )
 
 

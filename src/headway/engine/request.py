@@ -32,6 +32,7 @@ class SamplingParams:
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     logprobs: int | None = None  # None: none; n: the chosen token's and the n most likely ones'
+    prompt_logprobs: int | None = None  # the same for the tokens of the prompt, from the second on
 
     def __post_init__(self) -> None:
         limits: tuple[tuple[str, bool, str], ...] = (
@@ -41,6 +42,11 @@ class SamplingParams:
             ("top_p", 0 < self.top_p <= 1, "more than 0, at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
             ("logprobs", self.logprobs is None or 0 <= self.logprobs <= 20, "between 0 and 20"),
+            (
+                "prompt_logprobs",
+                self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= 20,
+                "between 0 and 20",
+            ),
             ("stop", all(self.stop), "strings of at least one character"),
         )
         for name, holds, wanted in limits:
@@ -70,6 +76,8 @@ class RequestOutput:
     prompt_tokens: int = 0
     output_tokens: int = 0  # so far, this step's included
     cached_tokens: int = 0  # prompt tokens whose KV came from the prefix cache
+    #: with the first token, where asked for: an entry for each token of the prompt but the first
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,7 @@ class Completion:
     finish_reason: FinishReason
     logprobs: tuple[TokenLogprob, ...] = ()
     cached_tokens: int = 0
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)

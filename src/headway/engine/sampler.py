@@ -240,6 +240,36 @@ def _logprobs(
     return chosen, values, ids
 
 
+class PromptScores:
+    """Log-probabilities of given tokens under rows of logits, on their way to the host.
+
+    Args:
+        logits: (rows, vocabulary); tokens: one for each row; most: how many of the likeliest beside it.
+    """
+
+    #: Rows that are normalised at a time: a long prompt's float32 logits would fill the memory.
+    ROWS = 512
+
+    def __init__(self, logits: Tensor, tokens: Sequence[int], most: int) -> None:
+        self._tokens = tokens
+        there = upload(tokens, torch.int64, logits.device)
+        parts = []
+        for first in range(0, len(tokens), self.ROWS):
+            rows = slice(first, first + self.ROWS)
+            logprobs = torch.log_softmax(logits[rows].float(), dim=-1)
+            chosen = logprobs.gather(-1, there[rows, None])[:, 0]
+            parts.append((chosen, *logprobs.topk(min(most, logprobs.shape[-1]), dim=-1)))
+        self._download = Download([torch.cat(column) for column in zip(*parts, strict=True)])
+
+    def collect(self) -> list[TokenLogprob]:
+        """One entry per token."""
+        chosen, values, ids = (t.tolist() for t in self._download.wait())
+        return [
+            TokenLogprob(token, chosen[i], tuple(zip(ids[i], values[i], strict=True)))
+            for i, token in enumerate(self._tokens)
+        ]
+
+
 def _indices(places: Sequence[int], like: Tensor) -> Tensor:
     return upload(places, torch.int64, like.device)
 

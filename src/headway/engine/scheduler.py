@@ -10,6 +10,7 @@ engine never stalls as long as one sequence of full length fits, which ``Schedul
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from headway.engine.kv_cache import pages_for
@@ -18,6 +19,10 @@ from headway.errors import InvalidInputError
 
 #: In the place of a token that the device has drawn and not told yet.
 PENDING = -1
+
+
+#: Guesses at the tokens that follow a sequence.
+Propose = Callable[["Sequence"], "tuple[int, ...]"]
 
 
 @dataclass(eq=False)
@@ -105,6 +110,7 @@ class Scheduler:
 
     Args:
         max_model_len: longest sequence, in tokens, that will ever be asked for; must fit the pool.
+        propose: guesses at what follows a decoding sequence, computed along with its last token.
     """
 
     def __init__(
@@ -115,6 +121,7 @@ class Scheduler:
         max_model_len: int,
         chunked_prefill_size: int,
         max_running_requests: int,
+        propose: Propose = lambda sequence: (),
     ) -> None:
         if pages_for(max_model_len, page_size) > cache.pool.num_pages:
             raise InvalidInputError(
@@ -126,6 +133,7 @@ class Scheduler:
         self.page_size = page_size
         self.chunked_prefill_size = chunked_prefill_size
         self.max_running_requests = max_running_requests
+        self._propose = propose
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
@@ -163,7 +171,7 @@ class Scheduler:
     def advance(self, chunk: Chunk) -> None:
         """Record that a chunk is computed, or that the device is about to: what is launched later finds
         its keys and values in place. Call it before the next token is appended."""
-        chunk.sequence.num_computed += chunk.num_tokens
+        chunk.sequence.num_computed += chunk.num_tokens - len(chunk.drafts)
         self.remember(chunk.sequence)
 
     def remember(self, sequence: Sequence) -> None:
@@ -186,9 +194,23 @@ class Scheduler:
             sequence = self.running[index]
             ready = sequence.num_remaining == 1 and not sequence.is_ending
             if ready and self._grow(sequence):
-                chunks.append(Chunk(sequence, 1))
+                drafts = self._drafts(sequence)
+                chunks.append(Chunk(sequence, 1 + len(drafts), drafts))
             index += 1
         return chunks
+
+    def _drafts(self, sequence: Sequence) -> tuple[int, ...]:
+        """Guesses that the sequence has room for, with the pages they need; no one gives way to them."""
+        drafts = tuple(self._propose(sequence))
+        if sequence.limit is not None:
+            drafts = drafts[: max(0, sequence.limit - len(sequence.tokens) - 1)]
+        wanted = pages_for(len(sequence.tokens) + len(drafts), self.page_size)
+        missing = wanted - len(sequence.pages)
+        if not drafts or missing + len(self.running) > self.cache.num_available:
+            return ()
+        if missing > 0:
+            sequence.pages += self.cache.allocate(missing)
+        return drafts
 
     def _grow(self, sequence: Sequence) -> bool:
         """Get the page for the sequence's next token; false if the sequence itself had to go."""
