@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from headway import persistent, quant
+from headway import devices, persistent, quant
 from headway.errors import InvalidInputError
 from headway.interface import flash_attn_varlen_func
-from headway.persistent import DeviceWork, Granularity
+from headway.persistent import DeviceWork, Granularity, Staging
 from headway.problem import FLOAT8_DTYPES
 
 __all__ = ["get_ps_metadata_info_v1", "get_ps_metadata_v1", "plan_prefill", "prefill"]
@@ -165,6 +165,8 @@ def plan_prefill(
     causal: bool = True,
     device: torch.device | None = None,
     num_cu: int | None = None,
+    with_lse: bool = True,
+    staging: Staging | None = None,
 ) -> DeviceWork:
     """The schedule of one step's :func:`prefill`, for all of its layers.
 
@@ -174,11 +176,14 @@ def plan_prefill(
         num_heads_k: KV heads, after the up-projection as many as query heads.
         device: where the layers run; default: that of cu_seqlens_q.
         num_cu: programs that share the work, default the multiprocessors of the device.
+        with_lse: whether layers ask for the LSE. Where they do not, aiter's kernels save a pass.
+        staging: what the plans of one backend are copied through, for backends that keep one.
 
     Raises:
         InvalidInputError: lengths that do not fit together; causal with more query tokens than keys.
     """
     device = cu_seqlens_q.device if device is None else device
+    on_aiter = _aiter_has(device, num_heads_k)
     qo, kv = (t.cpu().numpy() for t in (cu_seqlens_q, cu_seqlens_k))
     return persistent.plan_on_device(
         qo,
@@ -187,9 +192,31 @@ def plan_prefill(
         device,
         num_heads_k=num_heads_k,
         num_cu=_compute_units(device) if num_cu is None else num_cu,
-        granularity=TILE,
+        granularity=_tile(device, num_heads_k),
         is_causal=causal,
+        with_lse=with_lse and on_aiter,
+        staging=staging,
     )
+
+
+def _aiter_has(device: torch.device, num_heads: int) -> bool:
+    """Whether aiter's float8 prefill runs on a device, for this number of heads without tiling them."""
+    what = devices.of(device)
+    if what.vendor != "amd":
+        return False
+    from headway.providers import aiter
+
+    usable = aiter.PROVIDER.unavailable(device) is None
+    return usable and aiter.has_float8_prefill(what.kind) and num_heads in aiter.PREFILL_HEADS
+
+
+def _tile(device: torch.device, num_heads: int) -> Granularity:
+    """How finely plans are cut: as aiter wants it where it has a kernel. Headway's runs any plan."""
+    if not _aiter_has(device, num_heads):
+        return TILE
+    from headway.providers import aiter
+
+    return aiter.TILE
 
 
 def prefill(
@@ -221,7 +248,8 @@ def prefill(
         q: (total_q, Hq, D), k: (total_k, Hkv, D), v: (total_k, Hkv, Dv); bfloat16 or float16, or float8.
         cu_seqlens_q, cu_seqlens_k: (B + 1) int32. Causal: the last query sees the last key.
         softmax_scale: default 1 / sqrt(D).
-        fp8: multiply in float8; default: if inputs are float8, or HEADWAY_FP8_PREFILL=1 is set.
+        fp8: multiply in float8; default: if inputs are float8, or as HEADWAY_FP8_PREFILL says, which is 1
+            where aiter has kernels for it (gfx950) and 0 elsewhere.
         q_scale, k_scale, v_scale: float32, one element or one per KV head: the number that a stored 1
             means.
         plan: from :func:`plan_prefill`, made once per step; without, made here, which reads cu_seqlens.
@@ -233,7 +261,7 @@ def prefill(
     Raises:
         InvalidInputError: shapes, dtypes, scales or a plan that do not fit the call.
     """
-    fp8 = _wants_float8(q, fp8)
+    fp8 = _wants_float8(q, k.shape[-2], fp8)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     if not fp8:
         if any(s is not None for s in (q_scale, k_scale, v_scale)):
@@ -254,7 +282,12 @@ def prefill(
     _check_prefill(q, k, v, plan, causal)
     if plan is None:
         plan = plan_prefill(
-            cu_seqlens_q, cu_seqlens_k, num_heads_k=k.shape[1], causal=causal, device=q.device
+            cu_seqlens_q,
+            cu_seqlens_k,
+            num_heads_k=k.shape[1],
+            causal=causal,
+            device=q.device,
+            with_lse=return_lse,
         )
     if plan.total_q != q.shape[0] or plan.total_k != k.shape[0]:
         given = f"a plan for {plan.total_q} query tokens and {plan.total_k} keys"
@@ -265,6 +298,8 @@ def prefill(
     lse = torch.empty(q.shape[1], q.shape[0], device=q.device) if return_lse else None
     scales = (q_scale, k_scale, v_scale)
     run = _float8_on_cpu if q.device.type == "cpu" else _float8_on_kernels
+    if _runs_on_aiter(plan, (q, k, v), scales, return_lse):
+        run = _float8_on_aiter
     run(plan, (q, k, v), scales, scale, out, lse)
     return out if lse is None else (out, lse)
 
@@ -273,20 +308,27 @@ Inputs: TypeAlias = "tuple[Tensor, Tensor, Tensor]"
 InputScales: TypeAlias = "tuple[Tensor | None, Tensor | None, Tensor | None]"
 
 
-def multiplies_float8(fp8: bool | None) -> bool:
-    """Whether prefill of 16-bit inputs multiplies in float8: as ``fp8`` says, or HEADWAY_FP8_PREFILL."""
+def multiplies_float8(
+    fp8: bool | None, device: torch.device | None = None, num_heads: int = 0
+) -> bool:
+    """Whether prefill of 16-bit inputs multiplies in float8: as ``fp8`` says, or HEADWAY_FP8_PREFILL.
+
+    Without either, where aiter has kernels for it on ``device``, with so many heads.
+    """
     if fp8 is not None:
         return fp8
-    switch = os.environ.get("HEADWAY_FP8_PREFILL", "0").lower()
+    switch = os.environ.get("HEADWAY_FP8_PREFILL", "").lower()
+    if not switch:
+        return device is not None and _aiter_has(device, num_heads)
     if switch not in ("0", "1", "false", "true", "off", "on"):
         raise InvalidInputError("HEADWAY_FP8_PREFILL", repr(switch), "0 or 1")
     return switch in ("1", "true", "on")
 
 
-def _wants_float8(q: Tensor, fp8: bool | None) -> bool:
+def _wants_float8(q: Tensor, num_heads_k: int, fp8: bool | None) -> bool:
     stored = q.dtype in FLOAT8_DTYPES
     if fp8 is None:
-        return stored or multiplies_float8(None)
+        return stored or multiplies_float8(None, q.device, num_heads_k)
     if stored and not fp8:
         raise InvalidInputError("fp8", "False with float8 inputs", "True, or inputs in bfloat16")
     return fp8
@@ -305,7 +347,7 @@ def _check_prefill(q: Tensor, k: Tensor, v: Tensor, plan: DeviceWork | None, cau
     if plan is None:
         return
     made_for = (plan.num_heads_k, plan.is_causal, plan.granularity, plan.block_size)
-    if made_for != (k.shape[1], causal, TILE, 1):
+    if made_for != (k.shape[1], causal, _tile(q.device, k.shape[1]), 1):
         given = f"one for {plan.num_heads_k} KV heads, causal={plan.is_causal}"
         wanted = f"one from plan_prefill for {k.shape[1]} KV heads, causal={causal}"
         raise InvalidInputError("plan", given, wanted)
@@ -318,6 +360,40 @@ def _quantised(x: Tensor, scale: Tensor | None, dtype: torch.dtype, group: int) 
     scale = scale.reshape(-1).float()
     for_heads = scale.repeat_interleave(group) if scale.numel() > 1 else scale
     return quant.Quantised(quant.quantise(x, dtype, scale=for_heads).values, scale)
+
+
+def _runs_on_aiter(plan: DeviceWork, inputs: Inputs, scales: InputScales, return_lse: bool) -> bool:
+    """Whether aiter's kernels run a call; Headway's run the same plan where they do not."""
+    q, k, v = inputs
+    if not _aiter_has(q.device, plan.num_heads_k) or (return_lse and not plan.with_lse):
+        return False
+    plain = q.shape[1] == k.shape[1] and (q.shape[2], v.shape[2]) == (192, 128)
+    return plain and all(scale is None or scale.numel() == 1 for scale in scales)
+
+
+def _float8_on_aiter(
+    plan: DeviceWork,
+    inputs: Inputs,
+    scales: InputScales,
+    softmax_scale: float,
+    out: Tensor,
+    lse: Tensor | None,
+) -> None:
+    from headway.providers import aiter
+
+    stored, factors = [], []
+    for x, scale in zip(inputs, scales, strict=True):
+        if x.dtype not in FLOAT8_DTYPES:
+            x, scale = _quantised(x, scale, quant.native_float8(x.device), 1)
+        stored.append(x.contiguous())
+        factors.append(None if scale is None else scale.reshape(-1).float())
+    in_place = out.dtype == torch.bfloat16 and out.is_contiguous()
+    to = out if in_place else torch.empty(out.shape, dtype=torch.bfloat16, device=out.device)
+    lse_rows = None if lse is None else lse.T
+    q, k, v = stored
+    aiter.prefill(plan, q, k, v, to, softmax_scale, tuple(factors), lse_rows)
+    if to is not out:
+        out.copy_(to)
 
 
 def _float8_on_kernels(

@@ -13,15 +13,16 @@ This file holds the planner and, in plain torch, what the lists mean. Kernels th
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from functools import cached_property
+from typing import NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from headway import reference
+from headway import devices, reference
 from headway.errors import InvalidInputError
 
 Ints: TypeAlias = "np.ndarray"
@@ -92,6 +93,7 @@ def plan(
     granularity: Granularity,
     block_size: int = 1,
     is_causal: bool = True,
+    with_lse: bool = False,
 ) -> WorkList:
     """Deal the work of a batch out to ``num_cu`` compute units.
 
@@ -99,6 +101,8 @@ def plan(
         qo_indptr: (B + 1) first query token of each request, and the total.
         kv_indptr: (B + 1) first entry of each request in kv_page_indices, pages of ``block_size`` keys.
         context_lens: (B) keys of each request, those of the query tokens included.
+        with_lse: every tile goes through the partial buffers, whole ones too: for kernels that write an
+            LSE there alone, so that :func:`reduce` knows the LSE of every row.
 
     Raises:
         InvalidInputError: lengths that do not fit together, or a causal request with more query tokens
@@ -111,7 +115,7 @@ def plan(
     tiles = _tiles(qo, lens, granularity, is_causal)
     num_clusters, per_cluster = clusters(num_heads_k, num_cu)
     parts = _deal(tiles, per_cluster)
-    base = _items(parts, tiles, kv, lens, granularity, block_size)
+    base = _items(parts, tiles, kv, lens, granularity, block_size, with_lse)
     info, indptr = _for_all_heads(
         base, parts.worker, num_heads_k, num_clusters, per_cluster, granularity.qhead
     )
@@ -197,7 +201,13 @@ def _deal(tiles: _Tiles, workers: int) -> _Parts:
 
 
 def _items(
-    parts: _Parts, tiles: _Tiles, kv: Ints, lens: Ints, granularity: Granularity, block_size: int
+    parts: _Parts,
+    tiles: _Tiles,
+    kv: Ints,
+    lens: Ints,
+    granularity: Granularity,
+    block_size: int,
+    with_lse: bool,
 ) -> Ints:
     """Items of one KV head, (parts, 7): all fields but the heads."""
     blocks_per_unit = granularity.kvlen // block_size
@@ -206,7 +216,7 @@ def _items(
     kv_end = np.minimum(kv[request] + parts.end * blocks_per_unit, kv[request + 1])
     goes_on = parts.end < tiles.units[parts.tile]
     behind = lens[request] - (kv_end - kv[request]) * block_size
-    is_part = goes_on | (parts.begin > 0)
+    is_part = goes_on | (parts.begin > 0) | with_lse
     partial_row = np.where(is_part, (np.cumsum(is_part) - 1) * granularity.qlen, -1)
     fields = (
         request,
@@ -257,6 +267,8 @@ def _reduce_lists(base: Ints) -> tuple[Ints, Ints, Ints]:
 class DeviceWork:
     """A plan where kernels can read it: int32 tensors that share one allocation, and what launches need.
 
+    ``with_lse``: as for :func:`plan`.
+
     ``value_indptr`` (B + 1) says where each request's keys start when they are padded to whole units.
     """
 
@@ -278,6 +290,13 @@ class DeviceWork:
     total_k: int
     max_seqlen_k: int
     padded_keys: int
+    max_seqlen_q: int
+    with_lse: bool = False
+
+    @cached_property
+    def kv_page_indices(self) -> Tensor:
+        """(total_k,) int32: keys in order, each a page of one token. For kernels that want such a list."""
+        return torch.arange(self.total_k, dtype=torch.int32, device=self.work_info.device)
 
     @property
     def num_cu(self) -> int:
@@ -294,6 +313,60 @@ class DeviceWork:
         return out, torch.empty(rows, num_heads, dtype=torch.float32, device=device)
 
 
+class Event(Protocol):
+    """A point in a stream, as ``torch.cuda.Event`` is."""
+
+    def record(self) -> None: ...
+    def synchronize(self) -> None: ...
+
+
+class Staging:
+    """Two slots of pinned memory that the plans of one backend pass through by turns.
+
+    A copy to the device reads its slot when the stream gets there, which may be long after it was asked
+    for. So a slot is written again only when the event behind its copy has passed: two steps later, when
+    waiting for it costs nothing. Planners that write a device's memory from the host, as aiter's does,
+    overwrite the plan that the step before is still reading.
+    """
+
+    def __init__(self, device: torch.device, event: Callable[[], Event] | None = None) -> None:
+        self.device = device
+        self._make_event = event or (torch.cuda.Event if device.type == "cuda" else None)
+        self._slots: list[tuple[Tensor, Event | None]] = []
+        self._next = 0
+
+    def copied(self, lists: Sequence[Ints]) -> list[Tensor]:
+        """Arrays as int32 tensors on the device, in memory of their own, in order with its stream."""
+        sizes = [values.size for values in lists]
+        host, event = self._slot(sum(sizes))
+        arrays = host.numpy()[: sum(sizes)]
+        np.concatenate([values.ravel() for values in lists], out=arrays, casting="unsafe")
+        # A copy even where host and device share memory: the slot is written again.
+        there = host[: sum(sizes)].to(self.device, non_blocking=True, copy=True)
+        if event is not None:
+            with devices.use(self.device):  # on the stream of the copy, not of another device
+                event.record()
+        pieces = there.split(sizes)
+        return [piece.view(values.shape) for piece, values in zip(pieces, lists, strict=True)]
+
+    def _slot(self, size: int) -> tuple[Tensor, Event | None]:
+        """The slot whose turn it is, free to be written and large enough."""
+        at, self._next = self._next, 1 - self._next
+        if at == len(self._slots):
+            self._slots.append(self._new_slot(size))
+        host, event = self._slots[at]
+        if event is not None:
+            event.synchronize()
+        if host.numel() < size:
+            self._slots[at] = self._new_slot(size)
+        return self._slots[at]
+
+    def _new_slot(self, size: int) -> tuple[Tensor, Event | None]:
+        room = 1 << max(size - 1, 0).bit_length()
+        host = torch.empty(room, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        return host, None if self._make_event is None else self._make_event()
+
+
 def plan_on_device(
     qo_indptr: Sequence[int] | Ints,
     kv_indptr: Sequence[int] | Ints,
@@ -305,8 +378,13 @@ def plan_on_device(
     granularity: Granularity,
     block_size: int = 1,
     is_causal: bool = True,
+    with_lse: bool = False,
+    staging: Staging | None = None,
 ) -> DeviceWork:
-    """:func:`plan`, copied to a device in one piece, on its current stream and without waiting for it."""
+    """:func:`plan`, copied to a device in one piece, on its current stream and without waiting for it.
+
+    ``staging``: what the steps of one backend are copied through; default: memory of this call's own.
+    """
     work = plan(
         qo_indptr,
         kv_indptr,
@@ -316,6 +394,7 @@ def plan_on_device(
         granularity=granularity,
         block_size=block_size,
         is_causal=is_causal,
+        with_lse=with_lse,
     )
     lens = np.asarray(context_lens, np.int64)
     values = np.concatenate(([0], np.cumsum(-(-lens // granularity.kvlen) * granularity.kvlen)))
@@ -330,8 +409,9 @@ def plan_on_device(
         lens,
         values,
     )
-    info, indptr, reduce_indptr, final_map, partial_map, qo, kv, context, padded = _copied(
-        lists, device
+    staging = Staging(device) if staging is None else staging
+    info, indptr, reduce_indptr, final_map, partial_map, qo, kv, context, padded = staging.copied(
+        lists
     )
     return DeviceWork(
         indptr,
@@ -352,16 +432,9 @@ def plan_on_device(
         int(kv_indptr[-1]) * block_size,
         int(lens.max(initial=0)),
         int(values[-1]),
+        int(np.diff(qo_indptr).max(initial=0)),
+        with_lse,
     )
-
-
-def _copied(lists: Sequence[Ints], device: torch.device) -> list[Tensor]:
-    """Arrays as int32 tensors on a device, through one pinned buffer that torch keeps until read."""
-    sizes = [values.size for values in lists]
-    host = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=device.type == "cuda")
-    np.concatenate([values.ravel() for values in lists], out=host.numpy(), casting="unsafe")
-    pieces = host.to(device, non_blocking=True).split(sizes)
-    return [piece.view(values.shape) for piece, values in zip(pieces, lists, strict=True)]
 
 
 # --- what the lists mean --------------------------------------------------------------------------------

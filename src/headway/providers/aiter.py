@@ -17,7 +17,7 @@ from torch import Tensor
 
 from headway import devices, persistent
 from headway.errors import UnsupportedError
-from headway.persistent import DeviceWork, Granularity
+from headway.persistent import DeviceWork, Granularity, Staging
 from headway.plan import PlanKey
 from headway.problem import FLOAT8_DTYPES, KVLayout, Problem
 from headway.providers._packages import Package, addresses, delivered, given, remembered, window
@@ -238,10 +238,10 @@ def _common(p: Problem) -> dict[str, Any]:
 
 @dataclass
 class _Work:
-    """A step's work list on the device, and the slots of its keys, in order."""
+    """A step's work list on the device, and what the lists of all steps pass through."""
 
+    staging: Staging
     work: DeviceWork
-    slots: Tensor
     lengths: tuple[int, ...]
     is_current: bool = True
 
@@ -256,24 +256,22 @@ def _run_prefill(p: Problem) -> Tensor:
         out = torch.empty(p.out_shape, dtype=torch.bfloat16, device=p.device)
     d = p.descales
     scales = tuple(None if t is None else t.flatten()[:1] for t in (d.q, d.k, d.v))
-    prefill(
-        part.work, p.q, p.k, p.v, out, part.slots, p.scores.softmax_scale, scales, p.max_seqlen_q
-    )
+    prefill(part.work, p.q, p.k, p.v, out, p.scores.softmax_scale, scales)
     return delivered(p, out)
 
 
 def _prefill_work(p: Problem) -> _Work:
     if p.plan is None:
-        return _planned(p)
-    part = p.plan.part("aiter", PlanKey.of(p), lambda: _planned(p))
+        return _planned(p, Staging(p.device))
+    part = p.plan.part("aiter", PlanKey.of(p), lambda: _planned(p, Staging(p.device)))
     if not part.is_current or part.lengths != addresses(p.cu_seqlens_q, p.cu_seqlens_k):
-        fresh = _planned(p)
-        part.work, part.slots, part.lengths = fresh.work, fresh.slots, fresh.lengths
+        fresh = _planned(p, part.staging)
+        part.work, part.lengths = fresh.work, fresh.lengths
         part.is_current = True
     return part
 
 
-def _planned(p: Problem) -> _Work:
+def _planned(p: Problem, staging: Staging) -> _Work:
     """The work list, from lengths read on the host: once per step where the call has a plan."""
     assert p.cu_seqlens_q is not None
     assert p.cu_seqlens_k is not None
@@ -287,13 +285,9 @@ def _planned(p: Problem) -> _Work:
         num_cu=_compute_units(p.device),
         granularity=TILE,
         is_causal=p.mask.causal,
+        staging=staging,
     )
-    return _Work(work, slots_of(p.k), addresses(p.cu_seqlens_q, p.cu_seqlens_k))
-
-
-def slots_of(k: Tensor) -> Tensor:
-    """kv_page_indices of keys that lie one behind another: pages of one token, in order."""
-    return torch.arange(k.shape[0], dtype=torch.int32, device=k.device)
+    return _Work(staging, work, addresses(p.cu_seqlens_q, p.cu_seqlens_k))
 
 
 def _compute_units(device: torch.device) -> int:
@@ -323,32 +317,36 @@ def prefill(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    slots: Tensor,
     softmax_scale: float,
     scales: tuple[Tensor | None, ...],
-    max_seqlen_q: int,
+    lse: Tensor | None = None,
 ) -> None:
     """Execute a work list of granularity :data:`TILE` with aiter's kernels; ``out`` is filled.
 
     Args:
-        work: planned for the padded head count.
+        work: planned for the padded head count; with_lse where an LSE is asked for.
         q, k, v: float8 (tokens, H, 192 / 192 / 128), as many heads each.
         out: bfloat16 (total_q, H, 128), contiguous.
         scales: float32 of one element each, or None: what a stored 1 of q, k and v means.
+        lse: float32 (total_q, H) to be filled. Headway's kernel merges then: aiter's passes over tiles
+            of one part, and writes +inf for rows that see no key.
     """
+    assert lse is None or (work.with_lse and lse.shape[1] == work.num_heads_k)
     aiter, heads = PACKAGE.load(), work.num_heads_k
     whole = out if heads == out.shape[1] else out.new_empty(out.shape[0], heads, out.shape[2])
     partial_out, partial_lse = work.partial_buffers(heads, out.shape[2])
+    if work.with_lse:
+        partial_lse.fill_(float("-inf"))  # whatever the kernel does for requests without keys
     aiter.mla_prefill_ps_asm_fwd(
         _tiled(q, heads),
         _tiled(k, heads),
         _tiled(v, heads),
         work.qo_indptr,
         work.kv_indptr,
-        slots,
+        work.kv_page_indices,
         work.work_indptr,
         work.work_info,
-        max_seqlen_q,
+        work.max_seqlen_q,
         softmax_scale,  # always said: without it, aiter divides by the root of the wrong width
         work.is_causal,
         partial_out,
@@ -356,22 +354,32 @@ def prefill(
         whole,
         *scales,
     )
-    if work.num_groups:
-        arguments: dict[str, Any] = {}
-        if "num_kv_splits" in _OPS.parameters("mla_reduce_v1"):
-            arguments["num_kv_splits"] = 0
-        aiter.mla_reduce_v1(
-            partial_output=partial_out,
-            partial_lse=partial_lse,
-            reduce_indptr=work.reduce_indptr,
-            reduce_final_map=work.reduce_final_map,
-            reduce_partial_map=work.reduce_partial_map,
-            max_seqlen_q=TILE.qlen,
-            final_output=whole,
-            **arguments,
-        )
+    if work.num_groups and work.with_lse:
+        from headway.kernels.portable.mla_prefill import mla_reduce
+
+        mla_reduce(work, partial_out, partial_lse, whole, lse)
+    elif work.num_groups:
+        _reduce(aiter, work, partial_out, partial_lse, whole)
     if whole is not out:
         out.copy_(whole[:, : out.shape[1]])
+
+
+def _reduce(
+    aiter: Any, work: DeviceWork, partial_out: Tensor, partial_lse: Tensor, out: Tensor
+) -> None:
+    arguments: dict[str, Any] = {}
+    if "num_kv_splits" in _OPS.parameters("mla_reduce_v1"):
+        arguments["num_kv_splits"] = 0
+    aiter.mla_reduce_v1(
+        partial_output=partial_out,
+        partial_lse=partial_lse,
+        reduce_indptr=work.reduce_indptr,
+        reduce_final_map=work.reduce_final_map,
+        reduce_partial_map=work.reduce_partial_map,
+        max_seqlen_q=TILE.qlen,
+        final_output=out,
+        **arguments,
+    )
 
 
 # --- absorbed MLA decode ----------------------------------------------------------------------------------

@@ -208,14 +208,15 @@ class MLABackend(AttentionBackend):
         self, step: _Prefill, keys: np.ndarray, layer: MLALayer, *, causal: bool
     ) -> DeviceWork | None:
         """The schedule of one pass over ``keys`` (B + 1,) cumulated lengths; None where it needs none."""
-        if not mla.multiplies_float8(self._fp8):
+        device = step.batch.seqlens_k.device
+        if not mla.multiplies_float8(self._fp8, device, layer.num_q_heads):
             return None
         return mla.plan_prefill(
             torch.from_numpy(step.ends),
             torch.from_numpy(keys),
             num_heads_k=layer.num_q_heads,
             causal=causal,
-            device=step.batch.seqlens_k.device,
+            device=device,
         )
 
     def _chunks(self, step: _Prefill, page_size: int, layer: MLALayer) -> list[_Chunk]:
