@@ -7,8 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from headway.kernels._triton import cdiv, jit, tl
+from headway.kernels._triton import cdiv, gdc_wait, jit, tl
 from headway.kernels.portable.numeric import cast
+from headway.kernels.portable.operands import dependent_launch
 
 Activation = Literal["silu", "gelu_tanh", "gelu"]
 ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu_tanh", "gelu")
@@ -25,7 +26,10 @@ def gated_kernel(
     WIDTH: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    if DEPENDENT:
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = cols < WIDTH
@@ -65,5 +69,6 @@ def gated(x: Tensor, activation: Activation) -> Tensor:
             ACTIVATION=ACTIVATIONS.index(activation),
             BLOCK=BLOCK,
             num_warps=4,
+            **dependent_launch(x.device),
         )
     return out

@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headway.kernels._triton import cdiv, jit, tl
+from headway.kernels._triton import cdiv, gdc_launch_dependents, gdc_wait, jit, tl
 from headway.kernels.portable.append import stored
 from headway.kernels.portable.norm import NormStyle
 from headway.kernels.portable.numeric import cast
-from headway.kernels.portable.operands import bits, block_width
+from headway.kernels.portable.operands import bits, block_width, dependent_launch
 
 #: Tokens per program: few tokens are spread, many are put together.
 FEW, MANY = 4, 16
@@ -176,7 +176,11 @@ def store_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
     h = tl.program_id(1)
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     inside = tokens < num_tokens
@@ -318,5 +322,6 @@ def store_tokens(
         BLOCK_DV=block_width(v.shape[2]),
         BLOCK_T=block_t,
         num_warps=1 if block_t == FEW else 4,
+        **dependent_launch(q.device),
     )
     return q_out
