@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 def choose_tile(problem: Problem) -> Tile:
     """The tile of a prefill call, from the table."""
-    dim = block_width(max(problem.head_dim, problem.head_dim_v))
+    s = segments_of(problem)
+    width = block_width(s.d1) + (block_width(s.d2) if s.d2 else 0)
+    dim = max(width, block_width(problem.head_dim_v))
     rows = problem.max_seqlen_q * (problem.num_q_heads // problem.num_kv_heads)
     arch = device_of(problem.device).arch
     tile = tile_for("forward", arch, dim, rows, problem.k.element_size())

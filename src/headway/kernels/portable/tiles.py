@@ -28,7 +28,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Row:
-    """Applies to calls of ``op`` up to ``max_dim`` (of head_dim and head_dim_v, padded) on ``archs``."""
+    """Applies to calls of ``op`` up to ``max_dim`` (of head_dim and head_dim_v, as padded) on ``archs``."""
 
     op: Op
     archs: tuple[str, ...]  # architecture names, or prefixes of them
@@ -56,6 +56,7 @@ TABLE: tuple[Row, ...] = (
     Row("mla", ("sm10",), 1024, ANY_ROWS, Tile(16, 32, 4, 2, 1)),
     Row("forward", _SM9_10, 64, ANY_ROWS, Tile(128, 64, 8, 4), H200),
     Row("forward", _SM9_10, 128, ANY_ROWS, Tile(128, 128, 8, 3, hoist=False), H200),
+    Row("forward", ("sm90",), 192, ANY_ROWS, Tile(128, 64, 8, 3), H200),
     Row("forward", _SM9_10, 256, ANY_ROWS, Tile(128, 32, 8, 3), H200),
     Row("decode", _SM9_10, 64, 16, Tile(16, 128, 4, 3, 1), H200, max_key_bytes=2),
     Row("decode", _SM9_10, 128, 16, Tile(16, 16, 1, 4, 8), H200, max_key_bytes=1),
@@ -66,7 +67,7 @@ TABLE: tuple[Row, ...] = (
     Row("decode", _SM9_10, 256, 32, Tile(32, 32, 4, 3, 2)),
     Row("decode", _SM9_10, 256, ANY_ROWS, Tile(64, 32, 8, 3, 1)),
     Row("mla", _SM9_10, 1024, 16, Tile(16, 32, 4, 3, 2), H200),
-    Row("mla", _SM9_10, 1024, 32, Tile(32, 64, 8, 2, 1)),
+    Row("mla", _SM9_10, 1024, 32, Tile(32, 32, 4, 3, 2), H200),
     Row("mla", _SM9_10, 1024, ANY_ROWS, Tile(64, 64, 8, 2, 1, hoist=False), H200),
     # A100: 163 KiB. Other Ampere, Ada and consumer Blackwell: 99 KiB.
     Row("forward", ("sm80",), 64, ANY_ROWS, Tile(128, 64, 8, 3)),
