@@ -6,13 +6,14 @@ treats all alike.
 
 from __future__ import annotations
 
+import gc
 import random
 import statistics
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,14 +30,19 @@ if TYPE_CHECKING:
     from headway.engine.llm import LLM
 
 
+#: Output tokens of the round that warms up.
+WARM_UP_TOKENS = 8
+
+
 class Headway(Peer):
     """The built-in engine."""
 
     name = "headway"
     version = __version__
 
-    def __init__(self, llm: LLM) -> None:
+    def __init__(self, llm: LLM, name: str = "headway") -> None:
         self._llm = llm
+        self.name = name
 
     def generate(self, prompts: Sequence[Sequence[int]], output_len: int) -> Run:
         params = SamplingParams(max_tokens=output_len, temperature=0.0, ignore_eos=True)
@@ -71,7 +77,8 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One row per engine: ``repeats`` runs on fresh random prompts, after one that warms up.
 
-    Engines take turns, on the same prompts, each in another place of the order every time.
+    Engines take turns, on the same prompts, each in another place of the order every time. The first
+    round generates a few tokens only: everything is compiled then.
     """
     draw = random.Random(seed)
     tokens = range(vocab_size // 10, vocab_size - vocab_size // 10)
@@ -80,9 +87,10 @@ def measure(
         prompts = [draw.choices(tokens, k=shape.input_len) for _ in range(shape.batch_size)]
         turn = round_number % len(engines)
         for engine in (*engines[turn:], *engines[:turn]):
-            run = engine.generate(prompts, shape.output_len)
-            if round_number > 0:
-                runs[engine.name].append(run)
+            if round_number == 0:
+                engine.generate(prompts, min(shape.output_len, WARM_UP_TOKENS))
+            else:
+                runs[engine.name].append(engine.generate(prompts, shape.output_len))
     return [as_row(engine, shape, runs[engine.name]) for engine in engines]
 
 
@@ -103,6 +111,8 @@ def as_row(engine: Peer, shape: Shape, runs: Sequence[Run]) -> dict[str, Any]:
         **asdict(shape),
         "total_s": statistics.median(totals),
         "output_throughput": output / statistics.median(totals),
+        "total_throughput": (output + shape.batch_size * shape.input_len)
+        / statistics.median(totals),
         "best_output_throughput": output / min(totals),
         "decode_throughput": later / statistics.median(decode) if decode and later else None,
         "ttft_ms": 1e3 * statistics.median(firsts) if firsts else None,
@@ -117,6 +127,7 @@ COLUMNS = (
     report.Column("output_len", "out", "d"),
     report.Column("output_throughput", "tok/s", ".1f"),
     report.Column("best_output_throughput", "best tok/s", ".1f"),
+    report.Column("total_throughput", "in + out tok/s", ".1f"),
     report.Column("decode_throughput", "decode tok/s", ".1f"),
     report.Column("ttft_ms", "TTFT (ms)", ".1f"),
 )
@@ -134,6 +145,13 @@ def command(
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads of torch; default: its own choice.")
     ] = None,
+    shapes: Annotated[
+        str,
+        typer.Option(help="Instead: a list of SEQUENCESxINxOUT, like 256x1000x1000,256x8000x1."),
+    ] = "",
+    backends: Annotated[
+        str, typer.Option(help="Attention backends to run one after the other, like auto,portable.")
+    ] = "",
     peers: Annotated[
         str, typer.Option(help="Engines to run beside: transformers, vllm, or both with a comma.")
     ] = "",
@@ -145,25 +163,58 @@ def command(
     ] = None,
 ) -> None:
     """Measure a model in this process: greedy generation for batches of random prompts."""
-    shapes = [Shape(size, input_len, output_len) for size in _sizes(batch_sizes)]
+    wanted_shapes = [Shape(size, input_len, output_len) for size in _sizes(batch_sizes)]
+    if shapes:
+        wanted_shapes = [_shape(text) for text in shapes.split(",")]
+    names = [name for name in backends.split(",") if name]
+    if names and peers:
+        raise InvalidInputError("backends", repr(backends), "none with --peers, which take turns")
     wanted = _peer_names(peers, vllm_python)
     from rich.console import Console
 
     console = Console()
     import torch
 
-    from headway.engine.llm import LLM
-
     if threads is not None:
         torch.set_num_threads(threads)
+    rows: list[dict[str, Any]] = []
+    facts: dict[str, Any] = {}
+    for backend in names or [config.attention_backend]:
+        one = replace(config, attention_backend=backend)
+        label = f"headway {backend}" if names else "headway"
+        found, facts = _run(one, label, wanted_shapes, repeats, wanted, vllm_python)
+        rows += found
+        gc.collect()  # captured graphs and their engine refer to each other
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    title = f"{Path(config.model).stem}, {facts['dtype']}, {facts['device']}"
+    console.print(report.table(rows, COLUMNS, title))
+    if output is not None:
+        settings = asdict(config) | facts | {"model": Path(config.model).name, "repeats": repeats}
+        settings |= {"threads": torch.get_num_threads(), "backends": names}
+        report.Reading("generate", settings, rows).save(output)
+        console.print(f"wrote {output}", markup=False)
+
+
+def _run(
+    config: EngineConfig,
+    label: str,
+    shapes: Sequence[Shape],
+    repeats: int,
+    peers: Sequence[str],
+    vllm_python: Path | None,
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The rows of one engine and its peers, and the engine's dtype and device."""
+    from headway.engine.llm import LLM
+
     llm = LLM(config, progress=True)
     dtype = str(llm.dtype).removeprefix("torch.")
     with ExitStack() as stack:
-        engines: list[Peer] = [Headway(llm)]
-        if wanted:
+        engines: list[Peer] = [Headway(llm, label)]
+        if peers:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             model = export(config.model, dtype, folder)
-            for name in wanted:
+            for name in peers:
                 peer = _start(name, model, dtype, str(llm.device), vllm_python, llm.max_model_len)
                 stack.callback(peer.close)
                 engines.append(peer)
@@ -173,17 +224,7 @@ def command(
             for shape in shapes
             for row in measure(engines, shape, repeats, vocab_size, config.seed)
         ]
-    console.print(report.table(rows, COLUMNS, f"{Path(config.model).stem}, {dtype}, {llm.device}"))
-    if output is not None:
-        settings = asdict(config) | {
-            "model": Path(config.model).name,
-            "dtype": dtype,
-            "device": str(llm.device),
-            "threads": torch.get_num_threads(),
-            "repeats": repeats,
-        }
-        report.Reading("generate", settings, rows).save(output)
-        console.print(f"wrote {output}", markup=False)
+    return rows, {"dtype": dtype, "device": str(llm.device)}
 
 
 def _start(
@@ -209,6 +250,13 @@ def _peer_names(text: str, vllm_python: Path | None) -> list[str]:
             "vllm_python", None, "the python of an environment with vLLM, for --peers vllm"
         )
     return names
+
+
+def _shape(text: str) -> Shape:
+    words = text.split("x")
+    if len(words) == 3 and all(word.isdigit() and int(word) > 0 for word in words):
+        return Shape(*map(int, words))
+    raise InvalidInputError("shapes", repr(text), "SEQUENCESxINxOUT, like 256x1000x1000")
 
 
 def _sizes(text: str) -> Iterable[int]:
