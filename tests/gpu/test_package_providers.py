@@ -1,7 +1,7 @@
 """Every provider that is installed, on a real device: what it claims is shown, the rest is refused.
 
 The calls are those of tests/providers/test_features.py, which shows the same on stand-ins. Packages that
-compile on first use take a while: script/gpu-test says how these tests are spread over processes.
+compile on first use take minutes: pytest -n 14 spreads them over processes, -k fa4 picks a provider.
 """
 
 from __future__ import annotations
