@@ -13,14 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, from_dtype, njit, types
+from numba import carray, from_dtype, types
 from torch import Tensor
 
 from headway.kernels.cpu import simd
 from headway.kernels.cpu.compile import compile_entry, source_fingerprint
 from headway.kernels.cpu.parallel import run_on_threads, thread_count
-
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+from headway.kernels.cpu.rows import DTYPE_CODES, element_bytes, inline, narrow, widen
 
 ELEMENTS_PER_THREAD = 1 << 15
 """Elements that are worth another thread: moving them takes about as long as waking it."""
@@ -49,48 +48,15 @@ _COUNTERS = struct.Struct("2q")
 
 _TOKENS_PER_TASK = 16
 
-_inline = njit(error_model="numpy")
 
-_WIDEN_FLOAT32 = simd.make_widen("float32")
-_WIDEN_BFLOAT16 = simd.make_widen("bfloat16")
-_WIDEN_FLOAT16 = simd.make_widen("float16")
-_NARROW_FLOAT32 = simd.make_narrow("float32")
-_NARROW_BFLOAT16 = simd.make_narrow("bfloat16")
-_NARROW_FLOAT16 = simd.make_narrow("float16")
-
-
-@_inline
-def _bytes(dtype):  # type: ignore[no-untyped-def]
-    return 4 if dtype == 0 else 2
-
-
-@_inline
+@inline
 def _convert_row(source, source_dtype, target, target_dtype, count, scratch):  # type: ignore[no-untyped-def]
     one = np.float32(1)
-    if source_dtype == 0:
-        _WIDEN_FLOAT32(source, scratch, count, one)
-    elif source_dtype == 1:
-        _WIDEN_BFLOAT16(source, scratch, count, one)
-    else:
-        _WIDEN_FLOAT16(source, scratch, count, one)
-    _store_row(scratch, target, target_dtype, count)
+    widen(source_dtype, source, scratch, count, one)
+    narrow(target_dtype, scratch, target, count, one)
 
 
-@_inline
-def _store_row(row, target, dtype, count):  # type: ignore[no-untyped-def]
-    one = np.float32(1)
-    if dtype == 0:
-        for i in range(count):
-            _NARROW_FLOAT32(row, target, i, one)
-    elif dtype == 1:
-        for i in range(count):
-            _NARROW_BFLOAT16(row, target, i, one)
-    else:
-        for i in range(count):
-            _NARROW_FLOAT16(row, target, i, one)
-
-
-@_inline
+@inline
 def _rotate_row(a, row, position):  # type: ignore[no-untyped-def]
     """Rotary embedding of one float32 row, in place."""
     cos, sin = a.cos + position * a.cos_row * 4, a.sin + position * a.sin_row * 4
@@ -103,7 +69,7 @@ def _rotate_row(a, row, position):  # type: ignore[no-untyped-def]
         simd.store_float32(row, i * step + distance, x * s + y * c)
 
 
-@_inline
+@inline
 def _move_row(a, source, source_dtype, target, target_dtype, position, scratch):  # type: ignore[no-untyped-def]
     """Convert a row of head_dim elements, rotated to ``position`` if that is not negative."""
     if position < 0:
@@ -111,10 +77,10 @@ def _move_row(a, source, source_dtype, target, target_dtype, position, scratch):
         return
     _convert_row(source, source_dtype, scratch, 0, a.head_dim, scratch)
     _rotate_row(a, scratch, position)
-    _store_row(scratch, target, target_dtype, a.head_dim)
+    narrow(target_dtype, scratch, target, a.head_dim, np.float32(1))
 
 
-@_inline
+@inline
 def _length(cu_seqlens, used, uniform, b):  # type: ignore[no-untyped-def]
     if used != 0:
         return np.int64(simd.load_int32(used, b))
@@ -124,7 +90,7 @@ def _length(cu_seqlens, used, uniform, b):  # type: ignore[no-untyped-def]
     return uniform
 
 
-@_inline
+@inline
 def _origin(cu_seqlens, b, token, batch):  # type: ignore[no-untyped-def]
     """Offset in elements of a sequence's first token in a ragged or dense tensor."""
     if cu_seqlens != 0:
@@ -132,7 +98,7 @@ def _origin(cu_seqlens, b, token, batch):  # type: ignore[no-untyped-def]
     return b * batch
 
 
-@_inline
+@inline
 def _append_token(a, b, i, scratch):  # type: ignore[no-untyped-def]
     length = np.int64(simd.load_int32(a.seqlens_k, b))
     row = b
@@ -147,7 +113,7 @@ def _append_token(a, b, i, scratch):  # type: ignore[no-untyped-def]
         position = length + i
         if a.rotary_seqlens != 0:
             position = np.int64(simd.load_int32(a.rotary_seqlens, b)) + i
-    new, size = _bytes(a.new_dtype), _bytes(a.cache_dtype)
+    new, size = element_bytes(a.new_dtype), element_bytes(a.cache_dtype)
     k_new = _origin(a.cu_seqlens_new, b, a.k_new_token, a.k_new_batch) + i * a.k_new_token
     v_new = _origin(a.cu_seqlens_new, b, a.v_new_token, a.v_new_batch) + i * a.v_new_token
     for h in range(a.num_kv_heads):
@@ -159,13 +125,13 @@ def _append_token(a, b, i, scratch):  # type: ignore[no-untyped-def]
         _convert_row(source, a.new_dtype, target, a.cache_dtype, a.head_dim_v, scratch)
 
 
-@_inline
+@inline
 def _rotate_query(a, b, i, scratch):  # type: ignore[no-untyped-def]
     lengths = a.rotary_seqlens if a.rotary_seqlens != 0 else a.seqlens_k
     position = np.int64(simd.load_int32(lengths, b))
     if a.q_at_own != 0:
         position += i
-    size = _bytes(a.q_dtype)
+    size = element_bytes(a.q_dtype)
     q = _origin(a.cu_seqlens_q, b, a.q_token, a.q_batch) + i * a.q_token
     q_out = _origin(a.cu_seqlens_q, b, a.q_out_token, a.q_out_batch) + i * a.q_out_token
     for h in range(a.num_q_heads):
@@ -174,7 +140,7 @@ def _rotate_query(a, b, i, scratch):  # type: ignore[no-untyped-def]
         _move_row(a, source, a.q_dtype, target, a.q_dtype, position, scratch)
 
 
-@_inline
+@inline
 def _drive(arguments):  # type: ignore[no-untyped-def]
     """What each thread does: take the next few tokens until none is left."""
     a = carray(arguments, (1,))[0]

@@ -21,12 +21,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, from_dtype, njit, types
+from numba import carray, from_dtype, types
 from torch import Tensor
 
 from headway.kernels.cpu import simd
 from headway.kernels.cpu.compile import compile_entry, source_fingerprint
 from headway.kernels.cpu.parallel import run_on_threads, thread_count
+from headway.kernels.cpu.rows import DTYPE_CODES, element_bytes, inline, narrow, widen
 from headway.kernels.cpu.simd import LANES
 
 BLOCK_KEYS = 64
@@ -41,7 +42,6 @@ STAGE_ROWS = 16
 CHUNKS_PER_THREAD = 4
 """Chunks of a large call, so that a thread that is held up leaves work to the others."""
 
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 FLOAT8_CODE = 3
 FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz)
 
@@ -93,8 +93,6 @@ _NEXT_CHUNK = int(_ARGUMENTS.fields["next_chunk"][1])  # type: ignore[index]
 _CHUNKS_DONE = int(_ARGUMENTS.fields["chunks_done"][1])  # type: ignore[index]
 _SINKS = int(_ARGUMENTS.fields["sinks"][1])  # type: ignore[index]
 
-_inline = njit(error_model="numpy")
-
 
 def _specialised(dtype: str) -> Any:
     """Compile a function made once per dtype, under a name of its own.
@@ -105,17 +103,17 @@ def _specialised(dtype: str) -> Any:
 
     def compile_under_own_name(function: Any) -> Any:
         function.__qualname__ = function.__name__ = f"{function.__name__}_{dtype}"
-        return _inline(function)
+        return inline(function)
 
     return compile_under_own_name
 
 
-@_inline
+@inline
 def _padded(count, multiple):  # type: ignore[no-untyped-def]
     return (count + multiple - 1) // multiple * multiple
 
 
-@_inline
+@inline
 def _lengths(a, b):  # type: ignore[no-untyped-def]
     """Queries and visible-at-most keys of sequence b."""
     if a.seqused_q != 0:
@@ -137,7 +135,7 @@ def _lengths(a, b):  # type: ignore[no-untyped-def]
     return seqlen_q, max(seqlen_k, 0)
 
 
-@_inline
+@inline
 def _visible(a, first, last, seqlen_k):  # type: ignore[no-untyped-def]
     """Keys [start, stop) outside of which no query at positions first..last sees anything."""
     start = max(first - a.window_left, 0)
@@ -148,13 +146,13 @@ def _visible(a, first, last, seqlen_k):  # type: ignore[no-untyped-def]
     return start, max(stop, start)
 
 
-@_inline
+@inline
 def _tile_blocks(a, start, stop):  # type: ignore[no-untyped-def]
     """Units of work in a tile. One that sees no key still has its zeros to write."""
     return max((stop - start + BLOCK_KEYS - 1) // BLOCK_KEYS, 1)
 
 
-@_inline
+@inline
 def _total_blocks(a):  # type: ignore[no-untyped-def]
     total = 0
     for b in range(a.batch_size):
@@ -167,7 +165,7 @@ def _total_blocks(a):  # type: ignore[no-untyped-def]
     return total
 
 
-@_inline
+@inline
 def _num_chunks(a, total):  # type: ignore[no-untyped-def]
     wanted = a.num_threads
     if total >= 16 * CHUNKS_PER_THREAD * a.num_threads:
@@ -175,50 +173,38 @@ def _num_chunks(a, total):  # type: ignore[no-untyped-def]
     return min(total, wanted)
 
 
-@_inline
+@inline
 def _float8_row(a, source, target, count):  # type: ignore[no-untyped-def]
     for i in range(count):
         code = np.int64(simd.load_uint8(source, i))
         simd.store_float32(target, i, simd.load_float32(a.float8_table, code))
 
 
-_WIDEN_FLOAT32 = simd.make_widen("float32")
-_WIDEN_BFLOAT16 = simd.make_widen("bfloat16")
-_WIDEN_FLOAT16 = simd.make_widen("float16")
-_NARROW_FLOAT32 = simd.make_narrow("float32")
-_NARROW_BFLOAT16 = simd.make_narrow("bfloat16")
-_NARROW_FLOAT16 = simd.make_narrow("float16")
-
-
-@_inline
+@inline
 def _widen_row(a, dtype, source, target, count, factor):  # type: ignore[no-untyped-def]
     """A row of ``count`` elements as float32 times ``factor``, zero-padded to a multiple of LANES."""
-    if dtype == 0:
-        _WIDEN_FLOAT32(source, target, count, factor)
-    elif dtype == 1:
-        _WIDEN_BFLOAT16(source, target, count, factor)
-    elif dtype == 2:
-        _WIDEN_FLOAT16(source, target, count, factor)
-    else:
+    if dtype == FLOAT8_CODE:
         _float8_row(a, source, target, count)
-        _WIDEN_FLOAT32(target, target, count, factor)
+        widen(0, target, target, count, factor)
+    else:
+        widen(dtype, source, target, count, factor)
     for i in range(count, _padded(count, LANES)):
         simd.store_float32(target, i, np.float32(0))
 
 
-@_inline
-def _element_bytes(dtype):  # type: ignore[no-untyped-def]
-    return 4 if dtype == 0 else (1 if dtype == 3 else 2)
+@inline
+def _stored_bytes(dtype):  # type: ignore[no-untyped-def]
+    return 1 if dtype == FLOAT8_CODE else element_bytes(dtype)
 
 
-@_inline
+@inline
 def _descale(address, row, head, b, h):  # type: ignore[no-untyped-def]
     if address == 0:
         return np.float32(1)
     return simd.load_float32(address, b * row + h * head)
 
 
-@_inline
+@inline
 def _load_queries(a, b, h, first, count, rows, target):  # type: ignore[no-untyped-def]
     """The tile's queries as float32 rows, scaled for the softmax, padded with rows of zeros."""
     factor = a.softmax_scale * _descale(a.q_descale, a.q_descale_row, a.q_descale_head, b, h)
@@ -228,7 +214,7 @@ def _load_queries(a, b, h, first, count, rows, target):  # type: ignore[no-untyp
     token = b * a.q_batch + first * a.q_token
     if a.cu_seqlens_q != 0:
         token += np.int64(simd.load_int32(a.cu_seqlens_q, b)) * a.q_token
-    size = _element_bytes(a.q_dtype)
+    size = _stored_bytes(a.q_dtype)
     for row in range(count * a.group):
         i, head = row // a.group, h * a.group + row % a.group
         source = a.q + (token + i * a.q_token + head * a.q_head) * size
@@ -237,7 +223,7 @@ def _load_queries(a, b, h, first, count, rows, target):  # type: ignore[no-untyp
         simd.store_float32(target, i, np.float32(0))
 
 
-@_inline
+@inline
 def _fill_addresses(a, b, h, key, count, size, keys, values):  # type: ignore[no-untyped-def]
     """Addresses of the rows of keys and values [key, key + count) of sequence b."""
     row = b
@@ -272,7 +258,7 @@ def _fill_addresses(a, b, h, key, count, size, keys, values):  # type: ignore[no
         simd.store_int64(keys, i, simd.load_int64(keys, count - 1))
 
 
-@_inline
+@inline
 def _stage(a, dtype, addresses, count, head_dim, target):  # type: ignore[no-untyped-def]
     """Convert the rows at ``addresses`` to float32 rows at ``target`` and point the addresses there."""
     padded = _padded(head_dim, LANES)
@@ -284,7 +270,7 @@ def _stage(a, dtype, addresses, count, head_dim, target):  # type: ignore[no-unt
         simd.store_int64(addresses, i, simd.load_int64(addresses, count - 1))
 
 
-@_inline
+@inline
 def _mask_scores(a, scores, first, rows, shift, key, count, seqlen_k):  # type: ignore[no-untyped-def]
     """-inf where a row does not see a key, and in the padding behind the last key."""
     padded = _padded(count, LANES)
@@ -298,7 +284,7 @@ def _mask_scores(a, scores, first, rows, shift, key, count, seqlen_k):  # type: 
             simd.store_float32(line, i, _NEGATIVE_INFINITY)
 
 
-@_inline
+@inline
 def _update_softmax(a, scores, rows, count, best, total, sums):  # type: ignore[no-untyped-def]
     """Turn a block of scores into probabilities, and rescale what came before to the new maximum."""
     padded = _padded(count, LANES)
@@ -319,7 +305,7 @@ def _update_softmax(a, scores, rows, count, best, total, sums):  # type: ignore[
         simd.store_float32(total, row, simd.load_float32(total, row) * kept + added)
 
 
-@_inline
+@inline
 def _write_rows(a, b, h, first, count, best, total, sums):  # type: ignore[no-untyped-def]
     """Normalise a finished tile into out and lse, with the sinks in the denominator."""
     width = _padded(a.head_dim_v, LANES)
@@ -341,7 +327,7 @@ def _write_rows(a, b, h, first, count, best, total, sums):  # type: ignore[no-un
         factor = np.float32(0) if weight == 0 else np.float32(kept * descale / weight)
         source = sums + row * width * 4
         at = b * a.out_batch + i * a.out_token + head * a.out_head
-        _narrow_row(a.out_dtype, source, a.out, at, a.head_dim_v, factor)
+        narrow(a.out_dtype, source, a.out + at * element_bytes(a.out_dtype), a.head_dim_v, factor)
         if a.lse != 0:
             lse = _NEGATIVE_INFINITY
             if weight != 0:
@@ -349,21 +335,7 @@ def _write_rows(a, b, h, first, count, best, total, sums):  # type: ignore[no-un
             simd.store_float32(a.lse, b * a.lse_batch + head * a.lse_head + i, lse)
 
 
-@_inline
-def _narrow_row(dtype, source, target, at, count, factor):  # type: ignore[no-untyped-def]
-    base = target + at * _element_bytes(dtype)
-    if dtype == 0:
-        for i in range(count):
-            _NARROW_FLOAT32(source, base, i, factor)
-    elif dtype == 1:
-        for i in range(count):
-            _NARROW_BFLOAT16(source, base, i, factor)
-    else:
-        for i in range(count):
-            _NARROW_FLOAT16(source, base, i, factor)
-
-
-@_inline
+@inline
 def _merge_slot(a, slot, rows, best, total, sums):  # type: ignore[no-untyped-def]
     """Add a partial result to the one in (best, total, sums)."""
     width = _padded(a.head_dim_v, LANES)
@@ -385,7 +357,7 @@ def _merge_slot(a, slot, rows, best, total, sums):  # type: ignore[no-untyped-de
             simd.store_float32(target, i, np.float32(value))
 
 
-@_inline
+@inline
 def _clear(best, total, sums, rows, width):  # type: ignore[no-untyped-def]
     for row in range(rows):
         simd.store_float32(best, row, _NEGATIVE_INFINITY)
@@ -394,12 +366,12 @@ def _clear(best, total, sums, rows, width):  # type: ignore[no-untyped-def]
         simd.store_float32(sums, i, np.float32(0))
 
 
-@_inline
+@inline
 def _slot(a, chunk, which):  # type: ignore[no-untyped-def]
     return a.scratch + a.num_threads * a.thread_bytes + (2 * chunk + which) * a.slot_floats * 4
 
 
-@_inline
+@inline
 def _save_slot(a, slot, rows, best, total, sums):  # type: ignore[no-untyped-def]
     width = _padded(a.head_dim_v, LANES)
     for row in range(rows):
@@ -409,7 +381,7 @@ def _save_slot(a, slot, rows, best, total, sums):  # type: ignore[no-untyped-def
         simd.store_float32(slot + 2 * a.tile_rows * 4, i, simd.load_float32(sums, i))
 
 
-@_inline
+@inline
 def _finish_split_tiles(a, total, chunks):  # type: ignore[no-untyped-def]
     """Merge and write every tile that more than one chunk worked on."""
     at = 0

@@ -10,15 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, from_dtype, njit, types
+from numba import carray, from_dtype, types
 from torch import Tensor
 
 from headway.kernels.cpu import simd
 from headway.kernels.cpu.compile import compile_entry, source_fingerprint
 from headway.kernels.cpu.parallel import run_on_threads, thread_count
+from headway.kernels.cpu.rows import DTYPE_CODES, element_bytes, inline, narrow, widen
 from headway.kernels.norm_style import NormStyle
-
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 ELEMENTS_PER_THREAD = 1 << 15
 """Elements that are worth another thread: normalising them takes about as long as waking it."""
@@ -34,46 +33,13 @@ _NEXT_TASK = int(_ARGUMENTS.fields["next_task"][1])  # type: ignore[index]
 
 _ROWS_PER_TASK = 16
 
-_inline = njit(error_model="numpy")
 
-_WIDEN_FLOAT32 = simd.make_widen("float32")
-_WIDEN_BFLOAT16 = simd.make_widen("bfloat16")
-_WIDEN_FLOAT16 = simd.make_widen("float16")
-_NARROW_FLOAT32 = simd.make_narrow("float32")
-_NARROW_BFLOAT16 = simd.make_narrow("bfloat16")
-_NARROW_FLOAT16 = simd.make_narrow("float16")
-
-
-@_inline
-def _widen(dtype, source, target, count, factor):  # type: ignore[no-untyped-def]
-    if dtype == 0:
-        _WIDEN_FLOAT32(source, target, count, factor)
-    elif dtype == 1:
-        _WIDEN_BFLOAT16(source, target, count, factor)
-    else:
-        _WIDEN_FLOAT16(source, target, count, factor)
-
-
-@_inline
-def _narrow(dtype, source, target, count):  # type: ignore[no-untyped-def]
-    one = np.float32(1)
-    if dtype == 0:
-        for i in range(count):
-            _NARROW_FLOAT32(source, target, i, one)
-    elif dtype == 1:
-        for i in range(count):
-            _NARROW_BFLOAT16(source, target, i, one)
-    else:
-        for i in range(count):
-            _NARROW_FLOAT16(source, target, i, one)
-
-
-@_inline
+@inline
 def _drive(arguments):  # type: ignore[no-untyped-def]
     a = carray(arguments, (1,))[0]
     line = a.scratch + simd.atomic_increment(a.arguments + _NEXT_THREAD) * a.thread_bytes
     padded = (a.width + simd.LANES - 1) // simd.LANES * simd.LANES
-    size = 4 if a.dtype == 0 else 2
+    size = element_bytes(a.dtype)
     for i in range(a.width, padded):
         simd.store_float32(line, i, np.float32(0))
     while True:
@@ -83,14 +49,14 @@ def _drive(arguments):  # type: ignore[no-untyped-def]
         for row in range(first, min(first + _ROWS_PER_TASK, a.rows)):
             at = row // a.inner * a.outer_stride + row % a.inner * a.inner_stride
             out = a.out + row * a.width * size
-            _widen(a.dtype, a.x + at * size, line, a.width, np.float32(1))
+            widen(a.dtype, a.x + at * size, line, a.width, np.float32(1))
             mean = simd.row_square_sum(line, padded) / a.width
             simd.row_scale(line, padded, np.float32(1 / math.sqrt(mean + a.eps)))
             if a.style == 0 and a.dtype != 0:
-                _narrow(a.dtype, line, out, a.width)
-                _widen(a.dtype, out, line, a.width, np.float32(1))
+                narrow(a.dtype, line, out, a.width, np.float32(1))
+                widen(a.dtype, out, line, a.width, np.float32(1))
             simd.row_multiply(line, padded, a.weight)
-            _narrow(a.dtype, line, out, a.width)
+            narrow(a.dtype, line, out, a.width, np.float32(1))
 
 
 def _entry(fingerprint: int) -> Any:

@@ -13,14 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, from_dtype, njit, types
+from numba import carray, from_dtype, types
 from torch import Tensor
 
 from headway.kernels.cpu import simd
 from headway.kernels.cpu.compile import compile_entry, source_fingerprint
 from headway.kernels.cpu.parallel import run_on_threads, thread_count
-
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+from headway.kernels.cpu.rows import DTYPE_CODES, element_bytes, inline, narrow, widen
 
 ELEMENTS_PER_THREAD = 1 << 15
 """Elements that are worth another thread: turning them takes about as long as waking it."""
@@ -37,62 +36,34 @@ _NEXT_TASK = int(_ARGUMENTS.fields["next_task"][1])  # type: ignore[index]
 
 _TOKENS_PER_TASK = 16
 
-_inline = njit(error_model="numpy")
 
-_WIDEN_FLOAT32 = simd.make_widen("float32")
-_WIDEN_BFLOAT16 = simd.make_widen("bfloat16")
-_WIDEN_FLOAT16 = simd.make_widen("float16")
-_NARROW_FLOAT32 = simd.make_narrow("float32")
-_NARROW_BFLOAT16 = simd.make_narrow("bfloat16")
-_NARROW_FLOAT16 = simd.make_narrow("float16")
-
-
-@_inline
-def _widen(dtype, source, target, count):  # type: ignore[no-untyped-def]
-    one = np.float32(1)
-    if dtype == 0:
-        _WIDEN_FLOAT32(source, target, count, one)
-    elif dtype == 1:
-        _WIDEN_BFLOAT16(source, target, count, one)
-    else:
-        _WIDEN_FLOAT16(source, target, count, one)
-
-
-@_inline
+@inline
 def _rotate_head(dtype, source, target, cos, sin, half, row):  # type: ignore[no-untyped-def]
-    _widen(dtype, source, row, 2 * half)
     one = np.float32(1)
+    widen(dtype, source, row, 2 * half, one)
     for i in range(half):
         c, s = simd.load_float32(cos, i), simd.load_float32(sin, i)
         x, y = simd.load_float32(row, i), simd.load_float32(row, i + half)
         simd.store_float32(row, i, x * c - y * s)
         simd.store_float32(row, i + half, y * c + x * s)
-    if dtype == 0:
-        for i in range(2 * half):
-            _NARROW_FLOAT32(row, target, i, one)
-    elif dtype == 1:
-        for i in range(2 * half):
-            _NARROW_BFLOAT16(row, target, i, one)
-    else:
-        for i in range(2 * half):
-            _NARROW_FLOAT16(row, target, i, one)
+    narrow(dtype, row, target, 2 * half, one)
 
 
-@_inline
+@inline
 def _drive(arguments):  # type: ignore[no-untyped-def]
     a = carray(arguments, (1,))[0]
     cos = a.scratch + simd.atomic_increment(a.arguments + _NEXT_THREAD) * a.thread_bytes
     sin = cos + a.half * 4
     row = sin + a.half * 4
-    size = 4 if a.dtype == 0 else 2
+    size = element_bytes(a.dtype)
     dim = 2 * a.half
     while True:
         first = simd.atomic_increment(a.arguments + _NEXT_TASK) * _TOKENS_PER_TASK
         if first >= a.tokens:
             return
         for t in range(first, min(first + _TOKENS_PER_TASK, a.tokens)):
-            _widen(a.dtype, a.cos + t * a.cos_token * size, cos, a.half)
-            _widen(a.dtype, a.sin + t * a.sin_token * size, sin, a.half)
+            widen(a.dtype, a.cos + t * a.cos_token * size, cos, a.half, np.float32(1))
+            widen(a.dtype, a.sin + t * a.sin_token * size, sin, a.half, np.float32(1))
             for h in range(a.q_heads):
                 source = a.q + (t * a.q_token + h * a.q_head) * size
                 target = a.q_out + (t * a.q_heads + h) * dim * size
