@@ -103,7 +103,7 @@ def test_an_import_that_fails_is_a_reason_and_the_next_one_runs(
         text += "\ndef flash_attn_varlen_func(q, k, v, seqused_q=None):\n    pass\n"
         (tmp_path / "flash_attn_interface.py").write_text(text + "raise OSError('libcudart')\n")
         monkeypatch.syspath_prepend(tmp_path)
-        providers.forget()
+        dispatch.forget()
         assert dispatch.choose(problem()).name == "fa2"
         rows = {row.provider: row for row in dispatch.explain(problem()).rows}
         assert "fails to import: OSError: libcudart" in rows["fa3"].reasons[0]

@@ -6,8 +6,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from headway.devices import is_fa3_supported, supported_versions
-    from headway.dispatch import Explanation
+    from headway.dispatch import Explanation, is_fa3_supported, supported_versions
     from headway.errors import HeadwayError, HeadwayWarning, InvalidInputError, UnsupportedError
     from headway.interface import (
         explain,
@@ -52,8 +51,8 @@ _HOMES = {
     "Plan": "plan",
     "UnsupportedError": "errors",
     "debug_checks": "problem",
-    "is_fa3_supported": "devices",
-    "supported_versions": "devices",
+    "is_fa3_supported": "dispatch",
+    "supported_versions": "dispatch",
 }
 
 

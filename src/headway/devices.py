@@ -1,4 +1,4 @@
-"""What a device is, as far as the choice of a provider depends on it; and which calls run there."""
+"""What a device is, as far as the choice of a provider depends on it."""
 
 from __future__ import annotations
 
@@ -67,36 +67,8 @@ def toolkit_version() -> tuple[int, ...] | None:
     return tuple(int(number) for number in re.findall(r"\d+", text)[:2])
 
 
-def supported_versions(device: int | str | torch.device | None = None) -> tuple[int, ...]:
-    """The interface generations (``ver=``) whose calls run on a device, whoever runs them.
-
-    Args:
-        device: a torch device, its name, or an index of an accelerator; None: the current accelerator,
-            or the CPU where there is none.
-
-    Returns:
-        A tuple of 3 and 4, in order; empty where no provider runs at all.
-    """
-    from headway import providers
-
-    where = _resolved(device)
-    able = [providers.get(name) for name in providers.NAMES if name not in providers.PINNED_ONLY]
-    able = [provider for provider in able if provider.unavailable(where) is None]
-    return tuple(
-        version for version in (3, 4) if any(provider.answers_to(version) for provider in able)
-    )
-
-
-def is_fa3_supported(device: int | str | torch.device | None = None) -> bool:
-    """Whether calls with ``ver=3`` run on a device (default: the current accelerator, or the CPU).
-
-    Unlike sgl_kernel's function of this name it answers on every build of torch, and for each device of
-    a machine separately. Which provider runs the calls is what :func:`headway.explain` says.
-    """
-    return 3 in supported_versions(device)
-
-
-def _resolved(device: int | str | torch.device | None) -> torch.device:
+def resolved(device: int | str | torch.device | None = None) -> torch.device:
+    """A device by name or by index among accelerators; None: the current accelerator, else the CPU."""
     if device is not None and not isinstance(device, int):
         return torch.device(device)
     kind = next((kind for kind in ("cuda", "musa") if _has(kind)), "cpu")

@@ -105,9 +105,10 @@ def choose(problem: Problem) -> Provider:
 
 
 def forget() -> None:
-    """Choose anew from now on."""
+    """Choose anew from now on, among what is installed by now."""
     _CHOSEN.clear()
     recall.forget()
+    providers.forget()
 
 
 def _choose(problem: Problem) -> Provider:
@@ -249,3 +250,30 @@ def _why(problem: Problem, version: int | None, chosen: str, rows: tuple[Row, ..
     return f"ver={version} runs on Headway's own kernels, which cover it" + (
         f" ({refused})" if refused else ""
     )
+
+
+def supported_versions(device: int | str | torch.device | None = None) -> tuple[int, ...]:
+    """The interface generations (``ver=``) whose calls run on a device, whoever runs them.
+
+    Args:
+        device: a torch device, its name, or an index of an accelerator; None: the current accelerator,
+            or the CPU where there is none.
+
+    Returns:
+        A tuple of 3 and 4, in order; empty where no provider runs at all.
+    """
+    where = devices.resolved(device)
+    able = [providers.get(name) for name in providers.NAMES if name not in providers.PINNED_ONLY]
+    able = [provider for provider in able if provider.unavailable(where) is None]
+    return tuple(
+        version for version in (3, 4) if any(provider.answers_to(version) for provider in able)
+    )
+
+
+def is_fa3_supported(device: int | str | torch.device | None = None) -> bool:
+    """Whether calls with ``ver=3`` run on a device (default: the current accelerator, or the CPU).
+
+    Unlike sgl_kernel's function of this name it answers on every build of torch, and for each device of
+    a machine separately. Which provider runs the calls is what :func:`headway.explain` says.
+    """
+    return 3 in supported_versions(device)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 
 import headway
-from headway import UnsupportedError, providers
+from headway import UnsupportedError, dispatch, providers
 from headway.providers import fa3
 from headway.providers.base import Feature
 from tests.calls import Call, assert_matches
@@ -186,7 +186,7 @@ def test_a_package_that_does_not_import_is_passed_over(
     call = cached()
     with installed("sm90"):
         monkeypatch.syspath_prepend(str(tmp_path))
-        providers.forget()
+        dispatch.forget()
         with pytest.raises(UnsupportedError, match=r"fails to import: OSError: libcudart.so.99"):
             call.run("fa3")
         explanation = headway.explain(headway.flash_attn_with_kvcache, **call.kwargs, ver=3)

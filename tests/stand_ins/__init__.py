@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from headway import devices, providers
+from headway import devices, dispatch
 from headway.devices import Device
 
 HERE = Path(__file__).parent
@@ -71,4 +71,4 @@ def _unload() -> None:
     for name in list(sys.modules):
         if name.partition(".")[0] in _MODULES:
             del sys.modules[name]
-    providers.forget()
+    dispatch.forget()

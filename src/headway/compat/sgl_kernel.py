@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from headway import interface
-from headway.devices import is_fa3_supported
+from headway.dispatch import is_fa3_supported
 from headway.plan import Plan
 from headway.problem import ScoreMod
 

@@ -35,10 +35,8 @@ def get(name: str) -> Provider:
 
 
 def forget() -> None:
-    """Look for packages anew, in a process that has installed some since it first asked for them."""
-    from headway import dispatch
+    """Look for packages anew. What was chosen stays chosen: see :func:`headway.dispatch.forget`."""
     from headway.providers import _packages
 
     _packages.forget()
     get.cache_clear()
-    dispatch.forget()
