@@ -21,6 +21,7 @@ from headway.engine.config import EngineConfig
 from headway.errors import InvalidInputError
 from tests.server.live import serving
 from tests.server.stand_in import EchoEngine
+from tests.stand_ins import installed
 
 HEAVY = ("torch", "transformers", "fastapi", "triton", "numba", "matplotlib")
 
@@ -151,6 +152,18 @@ def test_providers_are_listed() -> None:
     assert result.exit_code == 0, result.output
     assert all(name in result.output for name in providers.NAMES)
     assert "cpu: yes" in result.output
+
+
+def test_providers_say_what_is_installed_and_why_it_cannot_run() -> None:
+    with installed("sm90", "fa2", "fa3_fwd"):
+        result = CliRunner().invoke(cli.app, ["providers"], env={"COLUMNS": "250"})
+    rows = {line.split("│")[1].strip(): line for line in result.output.splitlines() if "│" in line}
+    assert "fa3-fwd" in rows["fa3"]
+    assert "cpu: yes" in rows["fa3"]  # where the stand-ins say that every device is such a GPU
+    assert "attention_chunk" in rows["fa3"]
+    assert "flash-attn" in rows["fa2"]
+    assert "package flash-attn-4 is not installed" in rows["fa4"]
+    assert "this is sm90" in rows["mate"]
 
 
 def test_bench_serve_prints_its_table_and_writes_its_reading(tmp_path: Path) -> None:

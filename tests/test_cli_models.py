@@ -189,3 +189,52 @@ def test_explain_a_model_shows_each_kind_of_layer(
         f"{kind}, float32, decode" for kind in kinds
     ]
     assert said.count("-> ") == len(kinds)
+
+
+def test_explain_a_model_in_the_step_and_the_cache_that_are_asked_for(tmp_path: Path) -> None:
+    """From its configuration alone: there is no weight file here."""
+    model = save_tiny("gpt_oss", tmp_path / "whole")
+    config = tmp_path / "config.json"
+    config.write_text((model.path / "config.json").read_text())
+    words = [
+        "explain",
+        "--model",
+        str(config),
+        "--device",
+        "cpu",
+        "--batch",
+        "3",
+        "--kv-dtype",
+        "fp8",
+    ]
+    said = run(*words, "--dtype", "bf16", "--seqlen-q", "20", "--seqlen-k", "900")
+    titles = [line for line in said.splitlines() if "layers" in line]
+    assert len(titles) == 2
+    for title in titles:
+        assert title.endswith("bfloat16 over float8, 20 new tokens, 3 sequences of 900")
+    assert said.count("-> cpu ") == 2
+    fa3 = next(line for line in said.splitlines() if "fa3" in line)
+    assert "this is cpu" in fa3
+
+
+def test_explain_a_model_with_a_pinned_provider_says_why_not(llama: TinyModel) -> None:
+    said = run("explain", "--model", str(llama.path), "--device", "cpu", "--backend", "fa4")
+    assert "pinned by backend=fa4" in said
+    assert "-> " not in said
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--kv-dtype fp16", "--kv-dtype: got fp16; want fp8 with --model"),
+        ("--dtype fp8", "--dtype: got fp8; want bf16, fp16, fp32 with --model"),
+        ("--seqlen-q 9 --seqlen-k 4", "--seqlen-q: got 9 new tokens of 4"),
+    ],
+)
+def test_explain_a_model_refuses_what_the_engine_has_not(
+    words: str, message: str, llama: TinyModel
+) -> None:
+    command = [sys.executable, "-m", "headway", "explain", "--model", str(llama.path)]
+    done = subprocess.run([*command, *words.split()], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert message in done.stderr

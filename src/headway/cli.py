@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from headway.engine.request import SamplingParams
     from headway.kernels.compile import Case
     from headway.precompile import Precompiled
+    from headway.providers.base import Capabilities
 
 app = typer.Typer(
     name="headway",
@@ -233,20 +234,29 @@ _DTYPES = {
 }
 DtypeName = Literal["bf16", "fp16", "fp32", "fp8", "fp8_e5m2"]
 
+#: What the engine computes in and caches in, by the names above; None: as the model says.
+_MODEL_DTYPES = {None: "auto", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+_CACHE_DTYPES = {None: "auto", "fp8": "fp8_e4m3"}
+
 
 @app.command()
 def explain(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Explain this model's own calls; of the rest, --device and --backend count."
+            help="Explain this model's calls: folder, config.json, GGUF file or hub name. Heads, dims "
+            "and masks are the model's own; no weights are read."
         ),
     ] = None,
     heads: Annotated[str, typer.Option(help="Query heads / key-value heads.")] = "32/8",
     head_dim: Annotated[str, typer.Option(help="Of q and k, or q and k / v.")] = "128",
-    dtype: Annotated[DtypeName, typer.Option(help="Of q.")] = "bf16",
+    dtype: Annotated[
+        DtypeName | None, typer.Option(help="Of q; default: the model's, or bf16.")
+    ] = None,
     kv_dtype: Annotated[DtypeName | None, typer.Option(help="Of k and v; default: q's.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences.")] = 1,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", "--batch", min=1, help="Sequences.")
+    ] = 1,
     seqlen_q: Annotated[int, typer.Option(min=1, help="Query tokens of each.")] = 1,
     seqlen_k: Annotated[int, typer.Option(min=1, help="Key tokens of each.")] = 1024,
     page_size: Annotated[int, typer.Option(min=0, help="Of the KV cache; 0: not paged.")] = 16,
@@ -264,13 +274,18 @@ def explain(
 ) -> None:
     """Which provider would run an attention call, and why the others would not."""
     if model is not None:
-        _explain_model(
-            EngineConfig(
-                model=model, device=device, attention_backend=backend, flash_attn_version=ver,
-                page_size=page_size or EngineConfig.page_size,
-            )
-        )  # fmt: skip
+        config = EngineConfig(
+            model=model,
+            device=device,
+            dtype=_choice("dtype", dtype, _MODEL_DTYPES),
+            kv_cache_dtype=_choice("kv_dtype", kv_dtype, _CACHE_DTYPES),
+            attention_backend=backend,
+            flash_attn_version=ver,
+            page_size=page_size or EngineConfig.page_size,
+        )
+        _explain_model(config, batch_size, seqlen_q, seqlen_k)
         return
+    dtype = dtype or "bf16"
     import torch
 
     from headway.engine.loader import choose_device
@@ -339,48 +354,59 @@ def _window(text: str) -> tuple[int, int]:
     return (left, right) if "," in text else (left, -1)
 
 
-def _explain_model(config: EngineConfig) -> None:
+def _choice(argument: str, name: str | None, choices: dict[str | None, str]) -> Any:
+    if name in choices:
+        return choices[name]
+    named = ", ".join(choice for choice in choices if choice is not None)
+    raise InvalidInputError(argument, name, f"{named} with --model, or none for the model's own")
+
+
+def _explain_model(config: EngineConfig, batch_size: int, seqlen_q: int, seqlen_k: int) -> None:
     from headway.engine import describe
 
+    step = describe.Step(batch_size, seqlen_q, seqlen_k)
     probe, dtype = describe.probe_without_weights(config)
-    for kind, explanation in describe.explain(config, probe, dtype):
-        print(f"{_display_name(config.model)}: {kind}, {str(dtype).removeprefix('torch.')}, decode")
+    cache = "" if config.kv_cache_dtype == "auto" else " over float8"
+    computed = f"{str(dtype).removeprefix('torch.')}{cache}"
+    for kind, explanation in describe.explain(config, probe, dtype, step):
+        print(f"{_display_name(config.model)}: {kind}, {computed}, {step}")
         print(explanation)
 
 
 @app.command(name="providers")
 def list_providers() -> None:
-    """The attention providers, and what each can do on this machine."""
+    """The attention providers: what is installed, what it can do here, and why not."""
     import torch
     from rich.console import Console
     from rich.table import Table
 
-    from headway import providers
+    from headway.providers.table import status
 
-    devices = [torch.device("cpu")]
-    if torch.cuda.is_available():
-        devices.append(torch.device("cuda"))
-    table = Table("provider", "here", "dtypes (q, k/v)", "not supported")
-    for name in providers.NAMES:
-        provider = providers.get(name)
-        for device in devices:
-            table.add_row(name, *_provider_row(provider, device))
-    Console().print(table)
+    kinds = ["cpu", *(kind for kind in ("cuda", "musa") if _has(kind))]
+    table = Table("provider", "package", "here", "dtypes (q, k/v)", "not supported")
+    for kind in kinds:
+        for row in status(torch.device(kind)):
+            here = f"{kind}: no: {row.reason}" if row.reason else f"{kind}: yes"
+            table.add_row(row.provider, row.package or "-", here, *_abilities(row.capabilities))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
-def _provider_row(provider: Any, device: torch.device) -> tuple[str, str, str]:
-    absent = provider.unavailable(device)
-    if absent is not None:
-        return f"{device.type}: no: {absent}", "", ""
-    can = provider.capabilities(device)
-    if device.type not in can.device_types:
-        return f"{device.type}: no: runs on {', '.join(sorted(can.device_types))}", "", ""
+def _has(kind: str) -> bool:
+    import torch
+
+    namespace = getattr(torch, kind, None)
+    return namespace is not None and namespace.is_available()
+
+
+def _abilities(can: Capabilities | None) -> tuple[str, str]:
+    if can is None:
+        return "", ""
     from headway.providers.base import ALL_FEATURES
 
     short = {full: name for name, full in _DTYPES.items()}
     same = sorted({_short(q, short) for q, k in can.dtypes if q == k})
     missing = sorted(feature.value for feature in ALL_FEATURES - can.features)
-    return f"{device.type}: yes", " ".join(same), ", ".join(missing) or "-"
+    return " ".join(same), ", ".join(missing) or "-"
 
 
 def _short(dtype: torch.dtype, names: dict[str, str]) -> str:

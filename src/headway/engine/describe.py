@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from headway import dispatch
 from headway.engine import loader
 from headway.engine.attention import LayerProbe, probe_layers
 from headway.engine.config import EngineConfig
+from headway.errors import InvalidInputError
 from headway.problem import Problem, check
 from headway.serving.base import AttentionLayer, ForwardBatch
 from headway.serving.flash import FlashAttentionBackend
@@ -53,61 +55,99 @@ def kinds(probe: LayerProbe) -> list[LayerKind]:
 
 
 def probe_without_weights(config: EngineConfig) -> tuple[LayerProbe, torch.dtype]:
-    """The attention layers of a model, of whose checkpoint only the configuration is read; its dtype."""
+    """The attention layers of a model, of whose checkpoint only the configuration is read; its dtype.
+
+    ``config.model`` may also be the path of a config.json.
+    """
+    path = Path(config.model)
+    if path.name == "config.json" and path.is_file():
+        config = dataclasses.replace(config, model=str(path.parent))
     source = loader.find(config)
-    model_config = loader._load_config(config, source)
-    dtype = loader._dtype(config, source, model_config)
+    model_config = loader.load_config(config, source)
+    dtype = loader.checkpoint_dtype(config, source, model_config)
     # bfloat16, whatever the model's own: torch's grouped matmul has shapes for nothing else.
     bare = dataclasses.replace(config, load_format="dummy", dtype="bfloat16")
     with torch.device("meta"):
-        model = loader._load_model(bare, source, model_config)
+        model = loader.load_model(bare, source, model_config)
     return probe_layers(model, model.config.get_text_config()), dtype
 
 
-def decode_problem(
-    config: EngineConfig,
-    layer: AttentionLayer,
-    dtype: torch.dtype,
-    *,
-    batch_size: int = 1,
-    seqlen_k: int = 1024,
+@dataclass(frozen=True)
+class Step:
+    """Sequences of a step, all alike: ``seqlen_q`` new tokens each, ``seqlen_k`` with them."""
+
+    batch_size: int = 1
+    seqlen_q: int = 1
+    seqlen_k: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.seqlen_q > self.seqlen_k:
+            given = f"{self.seqlen_q} new tokens of {self.seqlen_k}"
+            raise InvalidInputError("seqlen_q", given, "at most seqlen_k, which counts them too")
+
+    def __str__(self) -> str:
+        kind = "decode" if self.seqlen_q == 1 else f"{self.seqlen_q} new tokens"
+        if self == Step(seqlen_q=self.seqlen_q):
+            return kind
+        return f"{kind}, {self.batch_size} sequences of {self.seqlen_k}"
+
+
+def problem_of(
+    config: EngineConfig, layer: AttentionLayer, dtype: torch.dtype, step: Step
 ) -> Problem:
-    """The call such a layer makes in a decode step of ``batch_size`` sequences of ``seqlen_k`` tokens."""
+    """The attention call that a layer makes in a step, on tensors nobody fills.
+
+    On a CPU it appends to the cache, elsewhere the cache has been written before.
+    """
     device = loader.choose_device(config.device)
-    pages = -(-seqlen_k // config.page_size)
+    b, new = step.batch_size, step.seqlen_q
+    pages = -(-step.seqlen_k // config.page_size)
     int32: dict[str, Any] = {"dtype": torch.int32, "device": device}
     batch = ForwardBatch(
-        cu_seqlens_q=torch.arange(batch_size + 1, **int32),
-        seqlens_k=torch.full((batch_size,), seqlen_k - 1, **int32),
-        page_table=torch.arange(batch_size * pages, **int32).view(batch_size, pages),
-        max_seqlen_q=1,
-        max_seqlen_k=seqlen_k,
+        cu_seqlens_q=torch.arange(0, b * new + 1, new, **int32),
+        seqlens_k=torch.full((b,), step.seqlen_k - new, **int32),
+        page_table=torch.arange(b * pages, **int32).view(b, pages),
+        max_seqlen_q=new,
+        max_seqlen_k=step.seqlen_k,
     )
 
-    def empty(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
+    def empty(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=of, device=device)
 
     if layer.sinks is not None:
         layer = dataclasses.replace(layer, sinks=empty(layer.num_q_heads))
-    cache = batch_size * pages, config.page_size, layer.num_kv_heads
+    kv_dtype = dtype
+    if config.kv_cache_dtype == "fp8_e4m3":
+        kv_dtype = torch.float8_e4m3fn
+        ones = torch.ones(layer.num_kv_heads, device=device)
+        layer = dataclasses.replace(layer, k_descale=ones, v_descale=ones)
+    cache = b * pages, config.page_size, layer.num_kv_heads
     backend = FlashAttentionBackend(config.attention_backend, config.flash_attn_version)
     backend.init_forward_metadata(batch)
     problem = backend.problem(
-        empty(batch_size, layer.num_q_heads, layer.head_dim),
-        empty(batch_size, layer.num_kv_heads, layer.head_dim),
-        empty(batch_size, layer.num_kv_heads, layer.head_dim_v),
-        (empty(*cache, layer.head_dim), empty(*cache, layer.head_dim_v)),
+        empty(b * new, layer.num_q_heads, layer.head_dim),
+        empty(b * new, layer.num_kv_heads, layer.head_dim),
+        empty(b * new, layer.num_kv_heads, layer.head_dim_v),
+        (empty(*cache, layer.head_dim, of=kv_dtype), empty(*cache, layer.head_dim_v, of=kv_dtype)),
         layer,
     )
+    if device.type == "cpu":
+        return check(problem)
+    lengths = torch.full_like(batch.seqlens_k, step.seqlen_k)
+    problem = dataclasses.replace(problem, append=None, seqlens_k=lengths)
+    if new == 1:
+        problem = dataclasses.replace(problem, q=problem.q[:, None], cu_seqlens_q=None)
     return check(problem)
 
 
 def explain(
-    config: EngineConfig, probe: LayerProbe, dtype: torch.dtype
+    config: EngineConfig, probe: LayerProbe, dtype: torch.dtype, step: Step | None = None
 ) -> list[tuple[LayerKind, dispatch.Explanation]]:
-    """For each kind of layer, what each provider says of its decode call."""
+    """For each kind of layer, what each provider says of its call in a step (default: decode)."""
+    step = Step() if step is None else step
     return [
-        (kind, dispatch.explain(decode_problem(config, kind.layer, dtype))) for kind in kinds(probe)
+        (kind, dispatch.explain(problem_of(config, kind.layer, dtype, step)))
+        for kind in kinds(probe)
     ]
 
 

@@ -65,9 +65,9 @@ def load(config: EngineConfig, *, progress: bool = False) -> LoadedModel:
     source = find(config)
     device = choose_device(config.device)
     with _progress(f"Loading {Path(config.model).name}", show=progress), _shared_gguf_reader():
-        model_config = _load_config(config, source)
+        model_config = load_config(config, source)
         tokenizer = _load_tokenizer(config, source)
-        model = _load_model(config, source, model_config)
+        model = load_model(config, source, model_config)
     nn.Module.to(model, device).eval().requires_grad_(False)
     text_config = model.config.get_text_config()
     return LoadedModel(
@@ -121,7 +121,8 @@ def find(config: EngineConfig) -> Source:
     return Source(config.model)
 
 
-def _load_config(config: EngineConfig, source: Source) -> PretrainedConfig:
+def load_config(config: EngineConfig, source: Source) -> PretrainedConfig:
+    """The configuration of a checkpoint; nothing else of it is read."""
     with _hub_errors(config):
         return AutoConfig.from_pretrained(
             source.name_or_path,
@@ -131,9 +132,10 @@ def _load_config(config: EngineConfig, source: Source) -> PretrainedConfig:
         )
 
 
-def _load_model(
+def load_model(
     config: EngineConfig, source: Source, model_config: PretrainedConfig
 ) -> transformers.PreTrainedModel:
+    """The model with Headway's attention in it; UnsupportedError where it cannot be exchanged."""
     try:
         model = _build_model(config, source, model_config)
     except KeyError as error:
@@ -152,7 +154,7 @@ def _build_model(
     config: EngineConfig, source: Source, model_config: PretrainedConfig
 ) -> transformers.PreTrainedModel:
     arguments = {
-        "dtype": _dtype(config, source, model_config),
+        "dtype": checkpoint_dtype(config, source, model_config),
         "attn_implementation": ATTENTION_NAME,
         "trust_remote_code": config.trust_remote_code,
     }
@@ -180,7 +182,9 @@ def _unpacked(source: Source) -> dict[str, Any]:
     return {"quantization_config": GgufConfig(gguf_file=source.gguf_file, dequantize=True)}
 
 
-def _dtype(config: EngineConfig, source: Source, model_config: PretrainedConfig) -> torch.dtype:
+def checkpoint_dtype(
+    config: EngineConfig, source: Source, model_config: PretrainedConfig
+) -> torch.dtype:
     """The checkpoint's dtype; bfloat16 for GGUF, whose tensors are quantised and unpacked on loading."""
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
