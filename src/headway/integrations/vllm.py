@@ -619,14 +619,16 @@ class HeadwayMLAImpl(MLACommonImpl[MLACommonMetadata[HeadwayMLADecode]]):
         slot_mapping: Tensor,
         kv_cache_dtype: str,
         k_scale: Tensor,
+        **options: Any,
     ) -> None:
         if kv_cache.device.type != "cpu":
-            super().do_kv_cache_update(
-                kv_c_normed, k_pe, kv_cache, slot_mapping, kv_cache_dtype, k_scale
-            )
+            arguments = (kv_c_normed, k_pe, kv_cache, slot_mapping, kv_cache_dtype, k_scale)
+            super().do_kv_cache_update(*arguments, **options)
         elif kv_cache.numel():
             if kv_cache_dtype in _FLOAT8_CACHES:
                 kv_cache = kv_cache.view(current_platform.fp8_dtype())
+            if options.get("skip_scale"):  # since 0.33: the rows have been divided already
+                k_scale = torch.ones_like(k_scale)
             rows = torch.cat([kv_c_normed, k_pe.flatten(1)], -1).unsqueeze(1)
             _write(rows, kv_cache.unsqueeze(-2), slot_mapping.flatten(), k_scale)
 
