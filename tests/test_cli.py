@@ -162,8 +162,8 @@ def test_providers_say_what_is_installed_and_why_it_cannot_run() -> None:
     assert "cpu: yes" in rows["fa3"]  # where the stand-ins say that every device is such a GPU
     assert "attention_chunk" in rows["fa3"]
     assert "flash-attn" in rows["fa2"]
-    assert "package flash-attn-4 is not installed" in rows["fa4"]
-    assert "this is sm90" in rows["mate"]
+    assert "package flash-attn-4 is not" in rows["fa4"]
+    assert "Moore Threads" in rows["mate"]
 
 
 def test_bench_serve_prints_its_table_and_writes_its_reading(tmp_path: Path) -> None:
