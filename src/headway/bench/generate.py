@@ -178,17 +178,26 @@ def command(
     if threads is not None:
         torch.set_num_threads(threads)
     rows: list[dict[str, Any]] = []
-    facts: dict[str, Any] = {}
+    facts: dict[str, Any] = {}  # of the last one that ran
     for backend in names or [config.attention_backend]:
         one = replace(config, attention_backend=backend)
         label = f"headway {backend}" if names else "headway"
-        found, facts = _run(one, label, wanted_shapes, repeats, wanted, vllm_python)
+        try:
+            found, facts = _run(one, label, wanted_shapes, repeats, wanted, vllm_python)
+        except HeadwayError as error:
+            if not names:
+                raise
+            console.print(f"{label}: {error}", markup=False)
+            found = [{"engine": label, "error": str(error)}]
         rows += found
         gc.collect()  # captured graphs and their engine refer to each other
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+    if not facts:
+        raise HeadwayError("no backend could run the model")
     title = f"{Path(config.model).stem}, {facts['dtype']}, {facts['device']}"
-    console.print(report.table(rows, COLUMNS, title))
+    measured = [row for row in rows if "error" not in row]
+    console.print(report.table(measured, COLUMNS, title))
     if output is not None:
         settings = asdict(config) | facts | {"model": Path(config.model).name, "repeats": repeats}
         settings |= {"threads": torch.get_num_threads(), "backends": names}

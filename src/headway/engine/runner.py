@@ -21,12 +21,17 @@ from headway.engine.scheduler import Chunk, Sequence
 from headway.engine.transfer import upload
 from headway.serving.base import AttentionBackend, ForwardBatch
 
+#: Kernels are compiled for addresses and strides that are multiples of 16 bytes, and for others: rows of
+#: what is sent begin at such addresses, so that one kernel serves every step.
+ALIGNMENT, COLUMNS = 4, 16
+
 
 class PageTable:
     """The step's page table, kept between steps: a row is rewritten only from where it changed."""
 
     def __init__(self, max_rows: int, max_pages: int) -> None:
-        self.table = np.zeros((max_rows, max_pages), dtype=np.int32)
+        columns = -(-max_pages // COLUMNS) * COLUMNS
+        self.table = np.zeros((max_rows, columns), dtype=np.int32)
         self._held: list[tuple[Sequence | None, int, int]] = [(None, 0, 0)] * max_rows
 
     def fill(self, chunks: Seq[Chunk]) -> np.ndarray:
@@ -44,6 +49,11 @@ class PageTable:
                 self.table[row, written:count] = pages[written:]
                 self._held[row] = sequence, sequence.admissions, count
         return self.table[: len(chunks), :longest]
+
+    def padded(self, table: np.ndarray) -> np.ndarray:
+        """The same view with columns up to the next multiple of COLUMNS, of undefined content."""
+        rows, columns = table.shape
+        return self.table[:rows, : -(-columns // COLUMNS) * COLUMNS]
 
 
 class ModelRunner:
@@ -103,6 +113,8 @@ class ModelRunner:
             ends.append(len(ids))
             rows += range(len(ids) - chunk.num_rows, len(ids))
         table = self._pages.fill(chunks)
+        if self.device.type == "cuda":
+            table = self._pages.padded(table)
         pending = any(source >= 0 for source in sources)
         sent = self._send(ids, sources if pending else [], positions, contexts, ends, rows, table)
         ids_there, sources_there, positions_there, contexts_there, ends_there, rows_there = sent[:6]
@@ -156,10 +168,16 @@ class ModelRunner:
     ) -> tuple[Tensor, ...]:
         """All of a step's numbers as int32 tensors on the device, in one copy."""
         parts = [ids, sources, positions, contexts, ends, rows or [0]]
-        flat = np.array([n for part in parts for n in part], dtype=np.int32)
-        packed = np.concatenate((flat, table.reshape(-1)))
+        flat: list[int] = []
+        for part in parts:
+            flat += part
+            flat += [0] * (-len(part) % ALIGNMENT)
+        packed = np.concatenate((np.array(flat, dtype=np.int32), table.reshape(-1)))
         there = upload(packed, torch.int32, self.device)
-        return there.split([*map(len, parts), table.size])
+        sizes = [len(part) + -len(part) % ALIGNMENT for part in parts]
+        *padded, table_there = there.split([*sizes, table.size])
+        sent = (one[: len(part)] for one, part in zip(padded, parts, strict=True))
+        return (*sent, table_there)
 
 
 def _leading_decodes(chunks: Seq[Chunk]) -> int:

@@ -160,7 +160,8 @@ class FlashAttentionBackend(AttentionBackend):
         if part is None or used > batch_size:
             given = f"{used} sequences in a graph for {batch_size}"
             raise InvalidInputError("batch_size", given, f"one of {sorted(self._captured)}")
-        self._table[:used, :columns].copy_(batch.page_table)
+        columns = min(columns, limits.max_pages)  # what is behind them is padding of the table
+        self._table[:used, :columns].copy_(batch.page_table[:, :columns])
         self._seqlens_k[:used].copy_(batch.seqlens_k)
         if used < batch_size:
             self._table[used:batch_size, 0].fill_(limits.padding_page)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headway.kernels._triton import cdiv, gdc_wait, jit, next_power_of_2, tl
+from headway.kernels._triton import cdiv, gdc_wait, next_power_of_2, tl, triton
 from headway.kernels.norm_style import NormStyle
 from headway.kernels.portable.numeric import cast
 from headway.kernels.portable.operands import dependent_launch
@@ -17,7 +17,7 @@ from headway.kernels.portable.operands import dependent_launch
 ELEMENTS = 4096
 
 
-@jit
+@triton.jit(do_not_specialize=["rows"])
 def norm_kernel(
     x_ptr,
     weight_ptr,

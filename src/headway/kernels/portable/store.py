@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headway.kernels._triton import cdiv, gdc_launch_dependents, gdc_wait, jit, tl
+from headway.kernels._triton import cdiv, gdc_launch_dependents, gdc_wait, jit, tl, triton
 from headway.kernels.portable.append import stored
 from headway.kernels.portable.norm import NormStyle
 from headway.kernels.portable.numeric import cast
@@ -132,7 +132,7 @@ def encoded_rows(
     return x
 
 
-@jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def store_kernel(
     q,
     k,
@@ -233,8 +233,8 @@ def store_kernel(
         if k_descale is not None:
             descale = tl.load(k_descale + head)
         places = page * stride_k_cache_page + row * stride_k_cache_row
-        to = k_cache + head * stride_k_cache_head + places[:, None] + cols[None, :]
-        tl.store(to, stored(x, k.dtype.element_ty, k_cache.dtype.element_ty, descale), mask=mask)
+        to_k = k_cache + head * stride_k_cache_head + places[:, None] + cols[None, :]
+        tl.store(to_k, stored(x, k.dtype.element_ty, k_cache.dtype.element_ty, descale), mask=mask)
     else:
         head = h - Q_HEADS - KV_HEADS
         wide = tl.arange(0, BLOCK_DV)
@@ -244,8 +244,10 @@ def store_kernel(
         if v_descale is not None:
             descale = tl.load(v_descale + head)
         places = page * stride_v_cache_page + row * stride_v_cache_row
-        to = v_cache + head * stride_v_cache_head + places[:, None] + wide[None, :]
-        tl.store(to, stored(y, v.dtype.element_ty, v_cache.dtype.element_ty, descale), mask=mask_v)
+        to_v = v_cache + head * stride_v_cache_head + places[:, None] + wide[None, :]
+        tl.store(
+            to_v, stored(y, v.dtype.element_ty, v_cache.dtype.element_ty, descale), mask=mask_v
+        )
 
 
 def store_tokens(
