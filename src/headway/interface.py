@@ -12,6 +12,7 @@ a provider that must run the call.
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -275,9 +276,16 @@ def flash_attn_combine(
         )
     if out is not None and out_dtype not in (None, out.dtype):
         raise InvalidInputError("out_dtype", out_dtype, f"the dtype of out, {out.dtype}, or None")
-    merged, lse = reference.combine(out_partial, lse_partial)
-    result = merged.to(out_dtype or out_partial.dtype) if out is None else out.copy_(merged)
-    return (result, lse.float()) if return_lse else result
+    dtype = out_dtype or out_partial.dtype
+    if _merges_here(out_partial):
+        merged, lse = _merging().combine(
+            out_partial, lse_partial, dtype if out is None else out.dtype
+        )
+    else:
+        merged, lse = reference.combine(out_partial, lse_partial)
+        lse = lse.float()
+    result = merged.to(dtype) if out is None else out.copy_(merged)
+    return (result, lse) if return_lse else result
 
 
 def merge_states(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -290,6 +298,8 @@ def merge_states(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor
     Returns:
         ``(out, lse)`` in the same layouts; where no part saw a key, 0 and -inf.
     """
+    if outs and len(outs) == len(lses) and _merges_here(outs[0]):
+        return _merging().merge_states(outs, lses)
     return reference.merge_states(outs, lses)
 
 
@@ -388,6 +398,10 @@ def _solve(
     build: Callable[[SimpleNamespace], Problem], arguments: dict[str, Any], k: Tensor, v: Tensor
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Run the call; one like an earlier call is neither checked nor chosen for again."""
+    if torch.compiler.is_compiling():
+        from headway import ops
+
+        return ops.call(build.__name__, arguments, k, v)
     key = recall.signature(build.__name__, arguments, k, v)
     known = recall.recall(key)
     if known is not None:
@@ -398,6 +412,23 @@ def _solve(
         recall.remember(key, arguments, problem, provider)
     out, lse = provider.run(problem)
     return out if lse is None else (out, lse)
+
+
+def _merges_here(part: Tensor) -> bool:
+    """Whether partial results are merged by a kernel; elsewhere by the reference, in float64."""
+    kernels = part.device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    return kernels and part.dtype != torch.float64
+
+
+def _merging() -> Any:
+    """What merges on a GPU: the launchers, or, in a compiled region, operators that the graph keeps."""
+    if torch.compiler.is_compiling():
+        from headway import ops
+
+        return ops
+    from headway.kernels.portable import combine
+
+    return combine
 
 
 def _num_workers(device: torch.device) -> int:

@@ -103,12 +103,40 @@ def test_merge_equals_the_reference(count: int, dv: int) -> None:
     lse[-1, 2, :2] = float("nan")
     lse[:, 1, 0] = float("-inf")
     out[~lse.isfinite()] = float("nan")  # what parts that saw nothing hold must not matter
-    from headway.kernels.portable.combine import merge
+    from headway.kernels.portable.combine import combine
 
-    got, got_lse = merge(out.to(DEVICE), lse.to(DEVICE), torch.float32)
+    got, got_lse = combine(out.to(DEVICE), lse.to(DEVICE), torch.float32)
     want, want_lse = reference.combine(out, lse)
     # float32: each weight exp(lse - max) carries the rounding of its lse, and the sum that of its terms.
     largest = lse.masked_fill(~lse.isfinite(), 0).abs().max()
     atol = float(torch.finfo(torch.float32).eps * (largest + count) * want.abs().max())
     torch.testing.assert_close(got.cpu().double(), want, atol=atol, rtol=0)
     torch.testing.assert_close(got_lse.cpu().double(), want_lse, atol=1e-5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 9])
+@pytest.mark.parametrize("shape", [(2, 5, 6), (7, 3)], ids=["dense", "ragged"])
+def test_states_merge_like_the_reference(count: int, shape: tuple[int, ...]) -> None:
+    """Results as attention returns them: LSEs with heads first, empty rows among them."""
+    from headway.kernels.portable.combine import merge_states
+
+    *batch, seqlen, heads = shape
+    generator = torch.Generator().manual_seed(count)
+    outs = [torch.randn(*shape, 80, generator=generator).bfloat16() for _ in range(count)]
+    lses = [5 * torch.randn(*batch, heads, seqlen, generator=generator) for _ in range(count)]
+    lses[0][..., 0, :] = float("-inf")
+    lses[-1][..., 1, 2] = float("nan")
+    outs[0].transpose(-3, -2)[..., 0, :, :] = float("nan")
+    got, got_lse = merge_states([x.to(DEVICE) for x in outs], [x.to(DEVICE) for x in lses])
+    want, want_lse = reference.merge_states(outs, lses)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.cpu(), want)
+    torch.testing.assert_close(got_lse.cpu(), want_lse, atol=1e-5, rtol=1e-6)
+
+
+def test_states_of_different_shapes_are_refused() -> None:
+    from headway.kernels.portable.combine import merge_states
+
+    out, lse = torch.zeros(7, 3, 64, device=DEVICE), torch.zeros(7, 3, device=DEVICE)
+    with pytest.raises(headway.InvalidInputError, match=r"\(3, 7\)"):
+        merge_states([out, out], [lse, lse])

@@ -131,9 +131,11 @@ def quantised_prefill() -> None:
 
 def merged(dv: int, dtype: torch.dtype) -> None:
     """The merge of partial results that the caller made."""
-    from headway.kernels.portable.combine import merge
+    from headway.kernels.portable.combine import combine, merge_states
 
-    merge(_meta(4, 512, 8, dv, dtype=dtype), _meta(4, 512, 8, dtype=torch.float32), _BF16)
+    lse = _meta(4, 512, 8, dtype=torch.float32)
+    combine(_meta(4, 512, 8, dv, dtype=dtype), lse, _BF16)
+    merge_states([_meta(512, 8, dv, dtype=dtype)] * 2, [_meta(8, 512, dtype=torch.float32)] * 2)
 
 
 def step(

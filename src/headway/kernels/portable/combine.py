@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from headway.kernels._triton import jit, next_power_of_2, tl
+from headway.errors import InvalidInputError
+from headway.kernels._triton import cdiv, jit, next_power_of_2, tl
 from headway.kernels.portable.numeric import LN2, LOG2E, cast
 from headway.kernels.portable.spans import query_span
 from headway.plan import Schedule
@@ -150,12 +152,61 @@ def merge_kernel(
     tl.store(lse_ptr + row, lse)
 
 
+@jit
+def states_kernel(
+    outs,
+    lses,
+    out_ptr,
+    lse_ptr,
+    rows,
+    seqlen,
+    HEADS: tl.constexpr,
+    COUNT: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """BLOCK_R rows (token, head) of COUNT results (rows, DV) whose LSEs put heads before tokens."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    inside = row < rows
+    token = row // HEADS
+    lse_at = (token // seqlen * HEADS + row % HEADS) * seqlen + token % seqlen
+    top = tl.full([BLOCK_R], float("-inf"), dtype=tl.float32)
+    for i in tl.static_range(COUNT):
+        top = tl.maximum(top, part_lse_of(lses[i] + lse_at, inside))
+    shift = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.zeros([BLOCK_R], dtype=tl.float32)
+    acc = tl.zeros([BLOCK_R, BLOCK_DV], dtype=tl.float32)
+    cols = tl.arange(0, BLOCK_DV)
+    at = row[:, None] * DV + cols[None, :]
+    for i in tl.static_range(COUNT):
+        weight = tl.exp2(part_lse_of(lses[i] + lse_at, inside) - shift)
+        mask = (weight > 0.0)[:, None] & (cols < DV)[None, :]
+        part = tl.load(outs[i] + at, mask=mask, other=0.0).to(tl.float32)
+        acc += part * weight[:, None]
+        total += weight
+    empty = total == 0.0
+    out = acc * tl.where(empty, 0.0, 1.0 / total)[:, None]
+    mask = inside[:, None] & (cols < DV)[None, :]
+    tl.store(out_ptr + at, cast(out, out_ptr.dtype.element_ty), mask=mask)
+    lse = tl.where(empty, float("-inf"), (top + tl.log2(total)) * LN2)
+    tl.store(lse_ptr + lse_at, lse, mask=inside)
+
+
+@jit
+def part_lse_of(ptr, inside):
+    """LSEs in base 2; -inf where a part saw no key."""
+    lse = tl.load(ptr, mask=inside, other=float("-inf"))
+    saw = (lse == lse) & (tl.abs(lse) < float("inf"))
+    return tl.where(saw, lse * LOG2E, float("-inf"))
+
+
 def block_splits(dv: int) -> int:
     """Parts merged at once: as many as keep a program's registers few."""
     return max(2, 2048 // max(16, next_power_of_2(dv)))
 
 
-def combine(
+def combine_splits(
     arguments: dict[str, Any], schedule: Schedule, part_out: Tensor, part_lse: Tensor, rows: int
 ) -> None:
     """Finish the sequences of a decode step that were cut into several pieces.
@@ -191,7 +242,7 @@ def combine(
     )
 
 
-def merge(
+def combine(
     out_partial: Tensor, lse_partial: Tensor, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """:func:`headway.reference.combine` on a device: (n, ..., Dv) and (n, ...), contiguous.
@@ -216,6 +267,47 @@ def merge(
             DV=dv,
             BLOCK_DV=max(16, next_power_of_2(dv)),
             BLOCK_S=block_splits(dv),
+            num_warps=4,
+        )
+    return out, lse
+
+
+#: Results that one kernel merges from where they lie; more are stacked first.
+MOST_STATES = 8
+
+
+def merge_states(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """:func:`headway.reference.merge_states` on a device.
+
+    Args:
+        outs: each (B, Sq, Hq, Dv) or (total_q, Hq, Dv). lses: each (B, Hq, Sq) or (Hq, total_q), float32.
+    """
+    shapes, lse_shapes = {x.shape for x in outs}, {x.shape for x in lses}
+    *batch, seqlen, heads, dv = outs[0].shape
+    if len(shapes) > 1 or lse_shapes != {torch.Size((*batch, heads, seqlen))}:
+        given = f"of shapes {sorted(map(tuple, lse_shapes))} with outs {sorted(map(tuple, shapes))}"
+        raise InvalidInputError("lses", given, f"{(*batch, heads, seqlen)} each, and outs alike")
+    if len(outs) > MOST_STATES:
+        parts = torch.stack([x.transpose(-1, -2) for x in lses])
+        out, lse = combine(torch.stack(list(outs)), parts, outs[0].dtype)
+        return out, lse.transpose(-1, -2).contiguous()
+    out = torch.empty(outs[0].shape, dtype=outs[0].dtype, device=outs[0].device)
+    lse = torch.empty(lses[0].shape, dtype=torch.float32, device=outs[0].device)
+    rows, block_dv = lse.numel(), max(16, next_power_of_2(dv))
+    block_r = max(1, 2048 // block_dv)
+    if rows:
+        states_kernel[(cdiv(rows, block_r),)](
+            tuple(x.contiguous() for x in outs),
+            tuple(x.contiguous() for x in lses),
+            out,
+            lse,
+            rows,
+            seqlen,
+            HEADS=heads,
+            COUNT=len(outs),
+            DV=dv,
+            BLOCK_DV=block_dv,
+            BLOCK_R=block_r,
             num_warps=4,
         )
     return out, lse

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from headway.kernels._triton import cdiv
 from headway.kernels.portable.attention import attention_kernel
-from headway.kernels.portable.combine import combine
+from headway.kernels.portable.combine import combine_splits
 from headway.kernels.portable.operands import (
     LENGTHS,
     Segments,
@@ -207,4 +207,4 @@ def decode(
         part_out=part_out,
         part_lse=part_lse,
     )
-    combine(arguments, plan, part_out, part_lse, problem.num_kv_heads * shape.rows)
+    combine_splits(arguments, plan, part_out, part_lse, problem.num_kv_heads * shape.rows)
