@@ -481,7 +481,9 @@ _BENCHES = {
     "attention": "headway.bench.attention",
     "cpu": "headway.bench.cpu",
     "generate": "headway.bench.generate",
+    "mla": "headway.bench.mla",
     "overhead": "headway.bench.overhead",
+    "quant": "headway.bench.quant",
     "serve": "headway.bench.serving",
 }
 
