@@ -53,7 +53,10 @@ def compile_decode(cfg: DecodeConfig, *, lse: bool = True, sinks: bool = False) 
     if cfg.gathered:
         types |= dict.fromkeys(["k_ptr", "v_ptr"], f"*{NAMES[cfg.kv_dtype]}")
     else:
-        types |= {"k_desc": descriptor(cfg, cfg.k_width), "v_desc": descriptor(cfg, cfg.v_width)}
+        types |= {
+            "k_desc": descriptor(cfg, cfg.k_width),
+            "v_desc": descriptor(cfg, cfg.v_box_width),
+        }
     if lse:
         types["lse_ptr"] = "*fp32"
     if cfg.narrow:
@@ -149,6 +152,10 @@ CONFIGS = {
     "float8, head_dim 256": config(256, kv_dtype=gl.float8e4nv),
     "64 rows": config(group=64, rows=64, page_size=64),
     "MLA, 16 heads": config(64, 512, group=16, rows=16, page_size=64, latent=True),
+    "MLA, 64 heads": config(64, 512, group=64, rows=64, page_size=64, latent=True),
+    "MLA, 64 heads, page 1, gathered": config(
+        64, 512, group=64, rows=64, page_size=1, gathered=True, latent=True
+    ),
     "head_dim 256": config(256),
     "head_dim 256, page 1, gathered": config(256, page_size=1, gathered=True),
 }

@@ -19,7 +19,7 @@ PROGRAM = Path(__file__).with_name("hopper_decode_compile.py")
 SHARED_LIMIT = {1: 227 * 1024, 2: 228 * 1024 // 2 - 1024}
 
 
-QUICK = ["page 16", "page 1, gathered", "64 rows", "float8, page 16", "plan, every tensor"]
+QUICK = ["page 16", "page 1, gathered", "64 rows", "float8, page 16", "MLA, 64 heads"]
 REST = [
     "dense",
     "four tokens",
@@ -34,7 +34,9 @@ REST = [
     "float8, head_dim 192/128",
     "float8, head_dim 256",
     "MLA, 16 heads",
+    "MLA, 64 heads, page 1, gathered",
     "plan",
+    "plan, every tensor",
 ]
 
 
@@ -55,14 +57,14 @@ def assert_fits(measured: dict[str, dict[str, Any]]) -> None:
     """Shared memory leaves room for every worker, wgmma is never serialised, and registers suffice.
 
     Two workers to a multiprocessor leave float8 blocks just enough, and so do 512 columns of output: what
-    is used once per unit may spill, and a gathering producer of head_dim 256 holds more addresses than
+    is used once per unit may spill, and a gathering producer of wide rows holds more addresses than
     registers.
     """
     for name, kernel in measured.items():
         assert kernel["shared_bytes"] <= SHARED_LIMIT[kernel["workers"]], name
         assert not kernel["warnings"], name
         allowed = 100 if name.startswith(("float8", "MLA", "64 rows")) else 16
-        if name == "head_dim 256, page 1, gathered":
+        if name in ("head_dim 256, page 1, gathered", "MLA, 64 heads, page 1, gathered"):
             allowed = 300
         assert kernel["spilled_bytes"] <= allowed, name
         assert kernel["spills_per_block"] == 0, name

@@ -40,6 +40,7 @@ __all__ = [
     "launch",
     "mbarrier",
     "next_power_of_2",
+    "rows_load",
     "tl",
     "tma",
     "tma_load",
@@ -61,8 +62,13 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 #: coordinates, smem).
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+#: Copies to shared memory by threads: (smem, pointers, mask=None).
+rows_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 #: A barrier over the threads of the calling partition.
 cta_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+# Views of shared memory lost their underscore in 3.9; kernels use the older name.
+if not hasattr(gl.shared_memory_descriptor, "_reinterpret"):
+    gl.shared_memory_descriptor._reinterpret = gl.shared_memory_descriptor.reinterpret
 #: A struct of Gluon values.
 aggregate = getattr(gluon, "aggregate", None) or triton.language.core._aggregate
 
@@ -100,14 +106,20 @@ def descriptor(
 _compiled: dict[Hashable, Any] = {}
 
 
-def launch(kernel: Any, grid: tuple[int, int, int], key: Hashable, args: tuple[Any, ...]) -> None:
-    """Launch a jit kernel on ``args``, all its parameters in order, with 4 warps outside partitions.
+def launch(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    key: Hashable,
+    args: tuple[Any, ...],
+    **options: Any,
+) -> None:
+    """Launch a jit kernel on ``args``, all its parameters in order, of which num_warps is the last.
 
-    ``key`` stands for everything the compiled code depends on, the device and the alignment of
-    pointers included: equal keys skip Triton's own look at the arguments.
+    ``key`` stands for everything the compiled code depends on, the device, the alignment of pointers and
+    the compiler's ``options`` included: equal keys skip Triton's own look at the arguments.
     """
     compiled = _compiled.get(key)
     if compiled is None:
-        _compiled[key] = kernel[grid](*args[:-1], num_warps=args[-1])
+        _compiled[key] = kernel[grid](*args[:-1], num_warps=args[-1], **options)
     else:
         compiled[grid](*args)

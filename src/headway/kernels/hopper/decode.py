@@ -29,6 +29,7 @@ from headway.kernels.hopper.decode_config import DecodeConfig, DecodeTile, tile_
 from headway.kernels.hopper.decode_consumer import Call, Parts, consume
 from headway.kernels.hopper.decode_load import allocate, produce_boxes, produce_gathered
 from headway.kernels.hopper.decode_plan import DecodePlan, empty_plan
+from headway.kernels.hopper.decode_wide import consume_wide
 from headway.kernels.hopper.direct import DirectLaunch, TensorMap, misaligned, tensor_map
 
 _UNSPECIALISED = [
@@ -121,8 +122,8 @@ def decode_kernel(
     cfg: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    """One program per worker of the plan; see :func:`decode`. Keys and values come through descriptors,
-    or through pointers where ``cfg.gathered``."""
+    """One program per worker of the plan and tile of packed rows; see :func:`decode`. Keys and values come
+    through descriptors, or through pointers where ``cfg.gathered``."""
     buffers = allocate(cfg)
     # Up to here the kernel before may still run; the one behind may come up as workers finish.
     gdc_wait()
@@ -158,19 +159,41 @@ def decode_kernel(
     v_strides = stride_v_page, stride_v_row, stride_v_head
     work = buffers, page_table, spans, works, units, stride_table
     # Partitions can only be named where they are started.
-    if cfg.consumers == 1 and cfg.gathered:
+    if cfg.wide and cfg.gathered:
         gl.warp_specialize(
             [
-                (consume, (tensors, buffers, merging, call, 0, cfg)),
+                (consume_wide, (tensors, buffers, merging, call, 0, cfg)),
+                (consume_wide, (tensors, buffers, merging, call, 1, cfg)),
                 (produce_gathered, (k_ptr, v_ptr, k_strides, v_strides, work, cfg)),
             ],
             cfg.worker_warps,
             cfg.worker_registers,
         )
-    elif cfg.consumers == 1:
+    elif cfg.wide:
+        gl.warp_specialize(
+            [
+                (consume_wide, (tensors, buffers, merging, call, 0, cfg)),
+                (consume_wide, (tensors, buffers, merging, call, 1, cfg)),
+                (produce_boxes, (k_desc, v_desc, num_pages, work, cfg)),
+            ],
+            cfg.worker_warps,
+            cfg.worker_registers,
+        )
+    elif cfg.consumers == 2 and cfg.gathered:
         gl.warp_specialize(
             [
                 (consume, (tensors, buffers, merging, call, 0, cfg)),
+                (consume, (tensors, buffers, merging, call, 1, cfg)),
+                (produce_gathered, (k_ptr, v_ptr, k_strides, v_strides, work, cfg)),
+            ],
+            cfg.worker_warps,
+            cfg.worker_registers,
+        )
+    elif cfg.consumers == 2:
+        gl.warp_specialize(
+            [
+                (consume, (tensors, buffers, merging, call, 0, cfg)),
+                (consume, (tensors, buffers, merging, call, 1, cfg)),
                 (produce_boxes, (k_desc, v_desc, num_pages, work, cfg)),
             ],
             cfg.worker_warps,
@@ -180,7 +203,6 @@ def decode_kernel(
         gl.warp_specialize(
             [
                 (consume, (tensors, buffers, merging, call, 0, cfg)),
-                (consume, (tensors, buffers, merging, call, 1, cfg)),
                 (produce_gathered, (k_ptr, v_ptr, k_strides, v_strides, work, cfg)),
             ],
             cfg.worker_warps,
@@ -190,7 +212,6 @@ def decode_kernel(
         gl.warp_specialize(
             [
                 (consume, (tensors, buffers, merging, call, 0, cfg)),
-                (consume, (tensors, buffers, merging, call, 1, cfg)),
                 (produce_boxes, (k_desc, v_desc, num_pages, work, cfg)),
             ],
             cfg.worker_warps,
@@ -230,15 +251,17 @@ def make_plan(
         tile: how workers are built; default: the measured one for these head dims.
     """
     rows = max_seqlen_q * group
+    m_tiles = cdiv(rows, 64)
     tile = tile or tile_for(head_dim, head_dim_v, itemsize, rows, page_size)
     count = torch.cuda.get_device_properties(device).multi_processor_count
     return empty_plan(
         tile=tile,
         batch_size=batch_size,
-        units=num_kv_heads * cdiv(rows, 64),
+        units=num_kv_heads,
+        m_tiles=m_tiles,
         rows=min(rows, 64),
         head_dim_v=head_dim_v,
-        workers=max(count - sm_margin, 1) * tile.per_multiprocessor,
+        workers=max((count - sm_margin) * tile.per_multiprocessor // m_tiles, 1),
         device=device,
     )
 
@@ -394,13 +417,13 @@ class _Launch:
         if self.cfg.gathered:
             keys: tuple[Any, ...] = (None, None)
         else:
-            keys = (*self._map(k, self.cfg.k_width), *self._map(v, self.cfg.v_width))
+            keys = (*self._map(k, self.cfg.k_width), *self._map(v, self.cfg.v_box_width))
         if self._direct is None:
             self._direct = self._compile(
                 (q, qv, k, v, out, lse, sinks, *descales, page_table), plan_tensors, numbers
             )
         self._direct(
-            plan.workers,
+            plan.workers * plan.m_tiles,
             q.device.index,
             *keys,
             q.data_ptr(),
@@ -443,7 +466,7 @@ class _Launch:
         if not cfg.gathered:
             descriptors = (
                 _descriptor(k, [1, 1, cfg.box_rows, cfg.k_width], cfg.k_boxes),
-                _descriptor(v, [1, 1, cfg.box_rows, cfg.v_width], cfg.v_boxes),
+                _descriptor(v, [1, 1, cfg.box_rows, cfg.v_box_width], cfg.v_boxes),
             )
             k = v = None
         compiled = decode_kernel.warmup(

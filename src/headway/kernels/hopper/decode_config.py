@@ -15,6 +15,10 @@ _LAUNCH_REGISTERS = {(1, 1): 168, (1, 2): 168, (2, 1): 128, (3, 1): 80}
 #: Packed rows of a tile, and how many one warpgroup takes.
 TILE_ROWS = 64
 CONSUMER_ROWS = 32
+#: Packed rows up to which latents are multiplied as keys by queries: beyond, packed rows are wgmma's.
+WIDE_ROWS = 16
+#: Column pieces in which latents arrive: scores begin with the first.
+LATENT_PIECES = 2
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ class DecodeConfig:
     head_dim: int
     head_dim_v: int
     group: int  # query heads that share a KV head
-    m_tiles: int = 1  # tiles of 64 packed query rows per KV head
+    m_tiles: int = 1  # tiles of 64 packed query rows per KV head, each a program's
     rows: int = 64  # packed rows of a tile that parts have room for
     page_size: int = 0  # 0: keys are not paged
     gathered: bool = False  # rows come one by one instead of in boxes
@@ -99,7 +103,11 @@ class DecodeConfig:
     dtype: Any = field(init=False)  # of everything that is multiplied
     scaled: bool = field(init=False)  # queries are brought into float16's range
     consumers: int = field(init=False)  # warpgroups that share the rows of a tile
+    wide: bool = field(init=False)  # consumers share the columns of values instead of the rows
     columns: int = field(init=False)  # a consumer's packed rows, as columns of scores and output
+    out_width: int = field(init=False)  # a consumer's columns of values
+    v_pieces: int = field(init=False)  # column pieces in which a stage's values arrive, one by one
+    v_box_width: int = field(init=False)
     maxnreg: int = field(init=False)
     block_n: int = field(init=False)
     stages: int = field(init=False)
@@ -108,7 +116,8 @@ class DecodeConfig:
     v_width: int = field(init=False)
     box_rows: int = field(init=False)
     boxes: int = field(init=False)
-    stage_bytes: int = field(init=False)
+    k_bytes: int = field(init=False)
+    v_piece_bytes: int = field(init=False)
     full_count: int = field(init=False)
     worker_warps: tuple[int, ...] = field(init=False)
     worker_registers: tuple[int, ...] = field(init=False)
@@ -131,6 +140,12 @@ class DecodeConfig:
     warps: Any = field(init=False)
     operand: Any = field(init=False)
     q_rows: Any = field(init=False)
+    wide_scores: Any = field(init=False)
+    wide_output: Any = field(init=False)
+    wide_row: Any = field(init=False)
+    wide_out_row: Any = field(init=False)
+    wide_operand: Any = field(init=False)
+    row_numbers: Any = field(init=False)
     latent_smem: Any = field(init=False)
     latent_rows: Any = field(init=False)
     k_rows: Any = field(init=False)
@@ -145,12 +160,19 @@ class DecodeConfig:
         itemsize = self.kv_dtype.primitive_bitwidth // 8
         narrow = itemsize == 1
         dtype = gl.float16 if narrow else self.kv_dtype
-        consumers, columns = consumers_of(self.rows)
+        wide = self.latent and self.rows > WIDE_ROWS
+        consumers, columns = (2, TILE_ROWS) if wide else consumers_of(self.rows)
+        out_width = v_width // 2 if wide else v_width
+        v_pieces = LATENT_PIECES if self.latent else 1
         set_("narrow", narrow)
         set_("dtype", dtype)
         set_("scaled", narrow and self.q_dtype == gl.bfloat16)
         set_("consumers", consumers)
+        set_("wide", wide)
         set_("columns", columns)
+        set_("out_width", out_width)
+        set_("v_pieces", v_pieces)
+        set_("v_box_width", v_width // v_pieces)
         set_("maxnreg", _LAUNCH_REGISTERS[tile.per_multiprocessor, consumers])
         set_("block_n", tile.block_n)
         set_("stages", tile.stages)
@@ -159,7 +181,8 @@ class DecodeConfig:
         set_("v_width", v_width)
         set_("box_rows", rows)
         set_("boxes", tile.block_n // rows)
-        set_("stage_bytes", tile.block_n * (width + v_width) * itemsize)
+        set_("k_bytes", tile.block_n * width * itemsize)
+        set_("v_piece_bytes", tile.block_n * v_width // v_pieces * itemsize)
         set_("full_count", 128 if self.gathered else 1)
         # A page number per box, of this block and of the next; a gathering producer holds many addresses.
         registers = 80 if self.gathered else 32 if tile.block_n // rows <= 2 else 64
@@ -191,15 +214,29 @@ class DecodeConfig:
         set_("row", gl.SliceLayout(0, product))
         set_("operand", gl.DotOperandLayout(0, product, 2))
         set_("q_rows", _rows_layout(k_width, 2))
+        wide_scores, wide_output = _wide_layout(tile.block_n), _wide_layout(out_width)
+        set_("wide_scores", wide_scores)
+        set_("wide_output", wide_output)
+        set_("wide_row", gl.SliceLayout(1, wide_scores))
+        set_("wide_out_row", gl.SliceLayout(1, wide_output))
+        set_("wide_operand", gl.DotOperandLayout(0, wide_output, 2))
+        set_("row_numbers", gl.SwizzledSharedLayout(1, 1, 1, [0]))
         set_("latent_smem", smem([columns, v_width], dtype))
-        set_("latent_rows", _rows_layout(v_width, 2))
+        set_("latent_rows", _rows_layout(v_width // v_pieces, 2))
         set_("k_rows", _rows_layout(k_width, itemsize))
-        set_("v_rows", _rows_layout(v_width, itemsize))
-        lanes = min(v_width // 4, 32)
+        set_("v_rows", _rows_layout(v_width // v_pieces, itemsize))
+        lanes = min(out_width // 4, 32)
         set_("unit_cost", tile.unit_cost)
         set_("merge_parts", tile.merge_parts)
         set_("merge_rows", 4 * (32 // lanes))
         set_("merged", gl.BlockedLayout([1, 1, 4], [1, 32 // lanes, lanes], [1, 4, 1], [2, 1, 0]))
+
+
+def _wide_layout(columns: int) -> Any:
+    """wgmma's output with packed rows as its 64 rows."""
+    return gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, min(columns, 256), 16]
+    )
 
 
 def _bits(start: int, stop: int) -> list[int]:
@@ -253,7 +290,7 @@ def _rows_layout(width: int, itemsize: int) -> Any:
 
 
 def consumers_of(rows: int) -> tuple[int, int]:
-    """Consumers for this many packed rows, and the rows of each: a power of two, at least 8."""
+    """Consumers that share this many packed rows, and the rows of each: a power of two, at least 8."""
     if rows > CONSUMER_ROWS:
         return 2, CONSUMER_ROWS
     return 1, max(8, next_power_of_2(rows))
@@ -301,6 +338,8 @@ def tile_for(
 def _stages(block_n: int, width: int, v_width: int, itemsize: int, rows: int, workers: int) -> int:
     """Stages of keys and values that a worker has room for beside queries and probabilities."""
     consumers, columns = consumers_of(rows)
+    if v_width == 512 and rows > WIDE_ROWS:
+        consumers, columns = 1, TILE_ROWS
     q_width = width + (v_width if v_width == 512 else 0)
     room = SHARED_BYTES // workers - 1024 - OTHER_SHARED_BYTES
     room -= consumers * columns * (q_width + block_n) * 2

@@ -120,8 +120,8 @@ def _fetch_queries(
     strides,
     span,
     batch,
-    unit,
-    half,
+    head,
+    first_row,
     column,
     WIDTH: gl.constexpr,
     HEAD_DIM: gl.constexpr,
@@ -132,12 +132,12 @@ def _fetch_queries(
     """A consumer's packed rows of a unit's queries, WIDTH columns of HEAD_DIM; zero where there is none."""
     stride_batch, stride_row, stride_head = strides
     rows = gl.arange(0, cfg.columns, layout=gl.SliceLayout(1, layout))
-    rows += (unit % cfg.m_tiles) * TILE_ROWS + half * cfg.columns
+    rows += first_row
     token = rows // cfg.group
     inside = (rows < call.num_rows) & (token < span.q_rows)
     offsets = (span.q_first + token).to(gl.int64) * stride_row
     offsets += batch.to(gl.int64) * stride_batch
-    offsets += ((unit // cfg.m_tiles) * cfg.group + rows % cfg.group) * stride_head
+    offsets += (head * cfg.group + rows % cfg.group) * stride_head
     columns = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, layout)) + column
     pointers = ptr + gl.expand_dims(offsets, 1) + gl.expand_dims(columns, 0)
     pointers = gl.multiple_of(pointers, [16, 16])
@@ -146,7 +146,7 @@ def _fetch_queries(
 
 
 @gluon.jit
-def _fetch_piece(q_ptr, span, batch, unit, half, piece, call, cfg: gl.constexpr):
+def _fetch_piece(q_ptr, span, batch, head, first_row, piece, call, cfg: gl.constexpr):
     """A piece of the queries of keys."""
     strides = call.stride_q_batch, call.stride_q_row, call.stride_q_head
     return _fetch_queries(
@@ -154,8 +154,8 @@ def _fetch_piece(q_ptr, span, batch, unit, half, piece, call, cfg: gl.constexpr)
         strides,
         span,
         batch,
-        unit,
-        half,
+        head,
+        first_row,
         piece * cfg.k_width,
         gl.constexpr(cfg.k_width),
         gl.constexpr(cfg.head_dim),
@@ -173,7 +173,9 @@ def _largest(queries):
 
 
 @gluon.jit
-def _load_queries(q_ptr, qv_ptr, buffers, span, batch, unit, half, call, cfg: gl.constexpr):
+def load_queries(
+    q_ptr, qv_ptr, buffers, span, batch, head, first_row, half, call, cfg: gl.constexpr
+):
     """A unit's queries into shared memory; all threads sync.
 
     Returns what scores must be multiplied by because of how the queries were stored.
@@ -182,12 +184,12 @@ def _load_queries(q_ptr, qv_ptr, buffers, span, batch, unit, half, call, cfg: gl
     if cfg.scaled:
         largest = 0.0
         for piece in gl.static_range(gl.constexpr(cfg.pieces)):
-            queries = _fetch_piece(q_ptr, span, batch, unit, half, piece, call, cfg)
+            queries = _fetch_piece(q_ptr, span, batch, head, first_row, piece, call, cfg)
             largest = gl.maximum(largest, _largest(queries))
         # A power of two: float16 then holds all eight bits of a bfloat16 down to 2^-29 of the largest.
         factor = gl.where(largest > 0.0, gl.exp2(14.0 - gl.floor(gl.log2(largest))), 1.0)
     for piece in gl.static_range(gl.constexpr(cfg.pieces)):
-        queries = _fetch_piece(q_ptr, span, batch, unit, half, piece, call, cfg)
+        queries = _fetch_piece(q_ptr, span, batch, head, first_row, piece, call, cfg)
         if cfg.scaled:
             queries = queries.to(gl.float32) * factor
         if cfg.narrow:  # columns in the order of widened keys
@@ -196,28 +198,31 @@ def _load_queries(q_ptr, qv_ptr, buffers, span, batch, unit, half, call, cfg: gl
         buffers.q.index(half * cfg.pieces + piece).store(queries.to(cfg.dtype))
     if cfg.latent:
         strides = call.stride_qv_batch, call.stride_qv_row, call.stride_qv_head
-        queries = _fetch_queries(
-            qv_ptr,
-            strides,
-            span,
-            batch,
-            unit,
-            half,
-            0,
-            gl.constexpr(cfg.v_width),
-            gl.constexpr(cfg.head_dim_v),
-            gl.constexpr(cfg.latent_rows),
-            call,
-            cfg,
-        )
-        buffers.latent.index(half).store(queries)
+        for piece in gl.static_range(gl.constexpr(cfg.v_pieces)):
+            queries = _fetch_queries(
+                qv_ptr,
+                strides,
+                span,
+                batch,
+                head,
+                first_row,
+                piece * cfg.v_box_width,
+                gl.constexpr(cfg.v_box_width),
+                gl.constexpr(cfg.head_dim_v),
+                gl.constexpr(cfg.latent_rows),
+                call,
+                cfg,
+            )
+            buffers.latent.index(half).slice(piece * cfg.v_box_width, cfg.v_box_width, dim=1).store(
+                queries
+            )
     fence_async_shared()
     cta_barrier()
     return 1.0 / factor
 
 
 @gluon.jit
-def _clear_outside(tile, start, lo, hi, cfg: gl.constexpr):
+def clear_outside(tile, start, lo, hi, cfg: gl.constexpr):
     """Zero the rows of a block of values outside [lo, hi): they may hold NaN, and 0 · NaN is NaN."""
     ROWS: gl.constexpr = min(cfg.block_n, 8192 // cfg.v_width)
     for part in gl.static_range(cfg.block_n // ROWS):
@@ -231,7 +236,7 @@ def _clear_outside(tile, start, lo, hi, cfg: gl.constexpr):
 
 
 @gluon.jit
-def _store_out(out_ptr, out, rows, columns, span, batch, head, call, cfg: gl.constexpr):
+def store_out(out_ptr, out, rows, columns, span, batch, head, call, cfg: gl.constexpr):
     """Write finished rows of packed queries; ``rows`` and ``columns`` in slices of out's layout."""
     token = rows // cfg.group
     offsets = batch.to(gl.int64) * call.stride_out_batch
@@ -247,7 +252,7 @@ def _store_out(out_ptr, out, rows, columns, span, batch, head, call, cfg: gl.con
 
 
 @gluon.jit
-def _store_lse(lse_ptr, lse, rows, span, batch, head, call, cfg: gl.constexpr):
+def store_lse(lse_ptr, lse, rows, span, batch, head, call, cfg: gl.constexpr):
     if lse_ptr is not None:
         token = rows // cfg.group
         offsets = batch.to(gl.int64) * call.stride_lse_batch + (span.q_first + token)
@@ -256,7 +261,7 @@ def _store_lse(lse_ptr, lse, rows, span, batch, head, call, cfg: gl.constexpr):
 
 
 @gluon.jit
-def _load_sinks(sinks, head, rows, call, cfg: gl.constexpr):
+def load_sinks(sinks, head, rows, call, cfg: gl.constexpr):
     """Sinks of packed rows, -inf where there are none."""
     if sinks is None:
         return gl.full(rows.shape, float("-inf"), gl.float32, rows.type.layout)
@@ -332,7 +337,7 @@ def _values(stage, start, buffers, span, cfg: gl.constexpr):
         return gl.convert_layout(values, cfg.operand, assert_trivial=True)
     else:
         if cut:
-            _clear_outside(tile, start, span.lo, span.hi, cfg)
+            clear_outside(tile, start, span.lo, span.hi, cfg)
         return tile.permute((1, 0))
 
 
@@ -393,17 +398,42 @@ def _softmax_block(scores, row_max, row_sum, scale_log2, cfg: gl.constexpr):
 
 
 @gluon.jit
+def wait_full(stage, piece, step, buffers, cfg: gl.constexpr):
+    """Wait for a piece of a stage; the first comes with the keys."""
+    mbarrier.wait(buffers.full.index(stage * cfg.v_pieces + piece), (step // cfg.stages) & 1)
+    if cfg.gathered:
+        fence_async_shared()
+
+
+@gluon.jit
+def opaque(index, step):
+    """``index``, in a way that changes with the step as far as the compiler knows: the addresses of all
+    pieces of queries, which never change, it would keep in registers that it lacks."""
+    return index + (step >> 30)
+
+
+@gluon.jit
+def latent_piece(stage, piece, step, buffers, cfg: gl.constexpr):
+    """A stage's (block_n, v_box_width) piece of latents, once it is there."""
+    wait_full(stage, piece, step, buffers, cfg)
+    return v_tile(buffers, stage, cfg).slice(piece * cfg.v_box_width, cfg.v_box_width, dim=1)
+
+
+@gluon.jit
 def _attend_block(
-    acc, row_max, row_sum, lo, hi, scale, start, stage, half, buffers, span, call, cfg: gl.constexpr
+    acc, row_max, row_sum, lo, hi, scale, start, step, half, buffers, span, call, cfg: gl.constexpr
 ):
     """Take one block of keys and values in, and free its stage: returns (acc, row_max, row_sum)."""
+    stage = step % cfg.stages
+    if not cfg.latent:
+        wait_full(stage, 0, step, buffers, cfg)
     scores = gl.full([cfg.block_n, cfg.columns], 0.0, gl.float32, cfg.product)
     if cfg.latent:
-        values = _values(stage, start, buffers, span, cfg)
-        latent = buffers.latent.index(half).permute((1, 0))
-        scores = warpgroup_mma(
-            v_tile(buffers, stage, cfg), latent, scores, use_acc=False, is_async=True
-        )
+        for piece in gl.static_range(gl.constexpr(cfg.v_pieces)):
+            keys = latent_piece(stage, piece, step, buffers, cfg)
+            q = buffers.latent.index(opaque(half, step))
+            q = q.slice(piece * cfg.v_box_width, cfg.v_box_width, dim=1).permute((1, 0))
+            scores = warpgroup_mma(keys, q, scores, use_acc=piece > 0, is_async=True)
     for piece in gl.static_range(gl.constexpr(cfg.pieces)):
         q = buffers.q.index(half * cfg.pieces + piece).permute((1, 0))
         keys = _keys(stage, piece, buffers, cfg)
@@ -419,6 +449,8 @@ def _attend_block(
         mbarrier.arrive(buffers.empty.index(stage), count=1)
     else:
         scores = warpgroup_mma_wait(0, deps=(scores,))
+    if cfg.latent:
+        values = _values(stage, start, buffers, span, cfg)
     scale_log2 = scale * LOG2E
     if cfg.has_soft_cap:
         scores = soft_cap(scores, scale, call.softcap)
@@ -439,44 +471,46 @@ def _attend_block(
 
 
 @gluon.jit
-def _merge(
+def merge_unit(
     out_ptr,
     lse_ptr,
     sinks,
     parts,
     first_slot,
-    second_slot,
     workers,
     span,
     batch,
     head,
     tile_row,
-    half,
+    begin,
+    end,
+    first_column,
     v_descale,
     call,
     cfg: gl.constexpr,
 ):
-    """Put a unit's parts together and write a consumer's rows of it."""
+    """Put a unit's parts together and write rows [begin, end) of its tile, out_width columns."""
     by_row: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, cfg.merged))
     out_layout: gl.constexpr = gl.SliceLayout(0, cfg.merged)
-    columns = gl.arange(0, cfg.v_width, layout=gl.SliceLayout(0, out_layout))
-    end = gl.minimum(call.num_rows - tile_row, (half + 1) * cfg.columns)
-    for row in range(half * cfg.columns, end, cfg.merge_rows):
+    columns = first_column + gl.arange(0, cfg.out_width, layout=gl.SliceLayout(0, out_layout))
+    for row in range(begin, gl.minimum(call.num_rows - tile_row, end), cfg.merge_rows):
         rows = tile_row + row + gl.arange(0, cfg.merge_rows, layout=by_row)
         out, lse = merge_parts(
             parts.out,
             parts.sums,
             first_slot,
-            second_slot,
+            first_slot + cfg.m_tiles,
+            2 * cfg.m_tiles,
             workers,
             row,
-            _load_sinks(sinks, head, rows, call, cfg),
+            first_column,
+            load_sinks(sinks, head, rows, call, cfg),
             cfg,
         )
         out_rows = gl.arange(0, cfg.merge_rows, layout=gl.SliceLayout(1, out_layout))
         out_rows += tile_row + row
-        _store_out(out_ptr, out * v_descale, out_rows, columns, span, batch, head, call, cfg)
-        _store_lse(lse_ptr, lse, rows, span, batch, head, call, cfg)
+        store_out(out_ptr, out * v_descale, out_rows, columns, span, batch, head, call, cfg)
+        store_lse(lse_ptr, lse, rows, span, batch, head, call, cfg)
 
 
 @gluon.jit
@@ -484,7 +518,8 @@ def consume(tensors, buffers, parts, call, half: gl.constexpr, cfg: gl.constexpr
     """One warpgroup: attention of its half, or all, of the rows of this worker's blocks, by unit."""
     q_ptr, qv_ptr, out_ptr, lse_ptr, sinks, descales, spans, works, share_ptr = tensors
     q_descale, k_descale, v_descale = descales
-    worker = gl.program_id(0)
+    worker = gl.program_id(0) // cfg.m_tiles
+    tile = gl.program_id(0) % cfg.m_tiles
     record = works + worker * WIDTH
     span = load_span(record)
     batch = gl.load(record + BATCH)
@@ -494,15 +529,16 @@ def consume(tensors, buffers, parts, call, half: gl.constexpr, cfg: gl.constexpr
     share = gl.load(share_ptr)
     line = worker * share
     step = 0
+    tile_row = tile * TILE_ROWS
+    first_row = tile_row + half * cfg.columns
     while left > 0:
         take, first, count = take_of(span, within, left, cfg)
-        unscale = _load_queries(q_ptr, qv_ptr, buffers, span, batch, unit, half, call, cfg)
-        head = unit // cfg.m_tiles
+        unscale = load_queries(
+            q_ptr, qv_ptr, buffers, span, batch, unit, first_row, half, call, cfg
+        )
         scale = call.scale * unscale
-        scale *= _descale(q_descale, batch, head) * _descale(k_descale, batch, head)
-        v_scale = _descale(v_descale, batch, head)
-        tile_row = (unit % cfg.m_tiles) * TILE_ROWS
-        first_row = tile_row + half * cfg.columns
+        scale *= _descale(q_descale, batch, unit) * _descale(k_descale, batch, unit)
+        v_scale = _descale(v_descale, batch, unit)
         rows = first_row + gl.arange(0, cfg.columns, layout=cfg.row)
         lo, hi = row_limits(span.position + rows // cfg.group, span.keys, call, cfg)
         lo = gl.maximum(lo, 0) + span.pad
@@ -513,10 +549,6 @@ def consume(tensors, buffers, parts, call, half: gl.constexpr, cfg: gl.constexpr
         thread_sum = _partial_sums(none, cfg)
         start = (span.first_block + first) * cfg.block_n
         for _ in range(count):
-            stage = step % cfg.stages
-            mbarrier.wait(buffers.full.index(stage), (step // cfg.stages) & 1)
-            if cfg.gathered:
-                fence_async_shared()
             acc, row_max, thread_sum = _attend_block(
                 acc,
                 row_max,
@@ -525,7 +557,7 @@ def consume(tensors, buffers, parts, call, half: gl.constexpr, cfg: gl.constexpr
                 hi,
                 scale,
                 start,
-                stage,
+                step,
                 half,
                 buffers,
                 span,
@@ -541,17 +573,17 @@ def consume(tensors, buffers, parts, call, half: gl.constexpr, cfg: gl.constexpr
         out_rows = first_row + gl.arange(0, cfg.columns, layout=gl.SliceLayout(1, layout))
         columns = gl.arange(0, cfg.v_width, layout=gl.SliceLayout(0, layout))
         if count == span.blocks:
-            factor, lse = finish(row_max, row_sum, _load_sinks(sinks, head, rows, call, cfg))
+            factor, lse = finish(row_max, row_sum, load_sinks(sinks, unit, rows, call, cfg))
             factor = gl.convert_layout(factor, gl.SliceLayout(1, layout), assert_trivial=True)
             out *= gl.expand_dims(factor * v_scale, 1)
-            _store_out(out_ptr, out, out_rows, columns, span, batch, head, call, cfg)
-            _store_lse(lse_ptr, lse, rows, span, batch, head, call, cfg)
+            store_out(out_ptr, out, out_rows, columns, span, batch, unit, call, cfg)
+            store_lse(lse_ptr, lse, rows, span, batch, unit, call, cfg)
         elif count > 0:
             # A worker begins at most one unit that others go on with, and goes on with at most one.
             leave_part(
                 parts.out,
                 parts.sums,
-                2 * worker + gl.where(first == 0, 1, 0),
+                (2 * worker + gl.where(first == 0, 1, 0)) * cfg.m_tiles + tile,
                 out,
                 row_max,
                 row_sum,
@@ -564,21 +596,22 @@ def consume(tensors, buffers, parts, call, half: gl.constexpr, cfg: gl.constexpr
             blocks_line = line - within + cost_of(span.blocks, cfg)
             first_worker = blocks_line // share
             workers = (blocks_line + span.blocks - 1) // share - first_worker + 1
-            arrivals = parts.arrivals + (batch * call.units + unit) * cfg.consumers + half
-            if is_last(arrivals, workers):
-                _merge(
+            arrivals = (batch * call.units + unit) * cfg.m_tiles + tile
+            if is_last(parts.arrivals + arrivals * cfg.consumers + half, workers):
+                merge_unit(
                     out_ptr,
                     lse_ptr,
                     sinks,
                     parts,
-                    2 * first_worker + 1,
-                    2 * first_worker + 2,
+                    (2 * first_worker + 1) * cfg.m_tiles + tile,
                     workers,
                     span,
                     batch,
-                    head,
+                    unit,
                     tile_row,
-                    half,
+                    half * cfg.columns,
+                    (half + 1) * cfg.columns,
+                    0,
                     v_scale,
                     call,
                     cfg,

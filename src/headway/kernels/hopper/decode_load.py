@@ -13,6 +13,7 @@ from headway.kernels._triton import (
     gl,
     gluon,
     mbarrier,
+    rows_load,
     tma_load,
 )
 from headway.kernels.hopper.decode_plan import BATCH, LEFT, UNIT, WIDTH, WITHIN, load_span, take_of
@@ -27,11 +28,16 @@ class Buffers:
     p: gl.shared_memory_descriptor  # (consumers, columns, block_n), probabilities of a block
     k: gl.shared_memory_descriptor  # (stages * pieces, 1, 1, block_n, k_width)
     v: gl.shared_memory_descriptor  # (stages, 1, 1, block_n, v_width)
-    full: gl.shared_memory_descriptor  # (stages, 1)
-    empty: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor  # (stages * v_pieces, 1)
+    empty: gl.shared_memory_descriptor  # (stages, 1)
+    row_numbers: (
+        gl.shared_memory_descriptor
+    )  # (2, 64) float32, handed from one consumer to the other
+    handed: gl.shared_memory_descriptor  # (1,): probabilities and row numbers are there
+    taken: gl.shared_memory_descriptor  # (1,): they may be overwritten
 
     @gluon.constexpr_function
-    def __init__(self, q, latent, p, k, v, full, empty):
+    def __init__(self, q, latent, p, k, v, full, empty, row_numbers, handed, taken):
         self.q = q
         self.latent = latent
         self.p = p
@@ -39,30 +45,45 @@ class Buffers:
         self.v = v
         self.full = full
         self.empty = empty
+        self.row_numbers = row_numbers
+        self.handed = handed
+        self.taken = taken
 
 
 @gluon.jit
 def allocate(cfg: gl.constexpr):
     """Buffers, with their barriers set up."""
-    q_shape: gl.constexpr = [cfg.consumers * cfg.pieces, cfg.columns, cfg.k_width]
+    row_sets: gl.constexpr = 1 if cfg.wide else cfg.consumers
+    q_shape: gl.constexpr = [row_sets * cfg.pieces, cfg.columns, cfg.k_width]
     q = gl.allocate_shared_memory(cfg.dtype, q_shape, cfg.q_smem)
     latent = q
     if cfg.latent:
-        latent_shape: gl.constexpr = [cfg.consumers, cfg.columns, cfg.v_width]
+        latent_shape: gl.constexpr = [row_sets, cfg.columns, cfg.v_width]
         latent = gl.allocate_shared_memory(cfg.dtype, latent_shape, cfg.latent_smem)
-    p_shape: gl.constexpr = [cfg.consumers, cfg.columns, cfg.block_n]
+    p_shape: gl.constexpr = [row_sets, cfg.columns, cfg.block_n]
     p = gl.allocate_shared_memory(cfg.dtype, p_shape, cfg.p_smem)
     k_shape: gl.constexpr = [cfg.stages * cfg.pieces, 1, 1, cfg.block_n, cfg.k_width]
     k = gl.allocate_shared_memory(cfg.kv_dtype, k_shape, cfg.k_boxes)
     v_shape: gl.constexpr = [cfg.stages, 1, 1, cfg.block_n, cfg.v_width]
     v = gl.allocate_shared_memory(cfg.kv_dtype, v_shape, cfg.v_boxes)
-    full = gl.allocate_shared_memory(gl.int64, [cfg.stages, 1], mbarrier.MBarrierLayout())
+    fulls: gl.constexpr = cfg.stages * cfg.v_pieces
+    full = gl.allocate_shared_memory(gl.int64, [fulls, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [cfg.stages, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(gl.constexpr(cfg.stages)):
-        mbarrier.init(full.index(stage), count=cfg.full_count)
+        for piece in gl.static_range(gl.constexpr(cfg.v_pieces)):
+            mbarrier.init(full.index(stage * cfg.v_pieces + piece), count=cfg.full_count)
         mbarrier.init(empty.index(stage), count=cfg.consumers)
+    row_numbers = full
+    handed = full
+    taken = empty
+    if cfg.wide:
+        row_numbers = gl.allocate_shared_memory(gl.float32, [2, cfg.columns], cfg.row_numbers)
+        handed = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout()).index(0)
+        taken = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout()).index(0)
+        mbarrier.init(handed, count=1)
+        mbarrier.init(taken, count=1)
     fence_async_shared()
-    return Buffers(q, latent, p, k, v, full, empty)
+    return Buffers(q, latent, p, k, v, full, empty, row_numbers, handed, taken)
 
 
 @gluon.jit
@@ -123,7 +144,7 @@ def _load_boxes(desc, pages, head, start, column, barrier, smem, cfg: gl.constex
 def produce_boxes(k_desc, v_desc, num_pages, work, cfg: gl.constexpr):
     """One warp: this worker's blocks in order, one stage each, keys and values on one barrier."""
     buffers, page_table, spans, works, units, stride_table = work
-    record = works + gl.program_id(0) * WIDTH
+    record = works + gl.program_id(0) // cfg.m_tiles * WIDTH
     span = load_span(record)
     batch = gl.load(record + BATCH)
     unit = gl.load(record + UNIT)
@@ -132,7 +153,6 @@ def produce_boxes(k_desc, v_desc, num_pages, work, cfg: gl.constexpr):
     step = 0
     while left > 0:
         take, first, count = take_of(span, within, left, cfg)
-        head = unit // cfg.m_tiles
         start = (span.first_block + first) * cfg.block_n
         table = page_table
         if cfg.page_size > 0:
@@ -141,13 +161,18 @@ def produce_boxes(k_desc, v_desc, num_pages, work, cfg: gl.constexpr):
         for _ in range(count):
             ahead = _pages_of_block(span, table, start + cfg.block_n, num_pages, cfg)
             stage = step % cfg.stages
-            full = buffers.full.index(stage)
             mbarrier.wait(buffers.empty.index(stage), ((step // cfg.stages) & 1) ^ 1)
-            mbarrier.expect(full, cfg.stage_bytes)
+            full = buffers.full.index(stage * cfg.v_pieces)
+            mbarrier.expect(full, cfg.k_bytes + cfg.v_piece_bytes)
             for piece in gl.static_range(gl.constexpr(cfg.pieces)):
                 k = buffers.k.index(stage * cfg.pieces + piece)
-                _load_boxes(k_desc, pages, head, start, piece * cfg.k_width, full, k, cfg)
-            _load_boxes(v_desc, pages, head, start, 0, full, buffers.v.index(stage), cfg)
+                _load_boxes(k_desc, pages, unit, start, piece * cfg.k_width, full, k, cfg)
+            for piece in gl.static_range(gl.constexpr(cfg.v_pieces)):
+                full = buffers.full.index(stage * cfg.v_pieces + piece)
+                if piece > 0:
+                    mbarrier.expect(full, cfg.v_piece_bytes)
+                v = buffers.v.index(stage).slice(piece * cfg.v_box_width, cfg.v_box_width, dim=3)
+                _load_boxes(v_desc, pages, unit, start, piece * cfg.v_box_width, full, v, cfg)
             pages = ahead
             start += cfg.block_n
             step += 1
@@ -159,15 +184,12 @@ def produce_boxes(k_desc, v_desc, num_pages, work, cfg: gl.constexpr):
 @gluon.jit
 def _gather(ptr, smem, offsets, inside, column, COLUMNS: gl.constexpr, layout: gl.constexpr):
     """Rows at ``offsets`` (int64), columns from ``column`` to COLUMNS, into a tile; zeros elsewhere."""
-    WIDTH: gl.constexpr = min(smem.shape[1], 256)
-    for piece in gl.static_range(smem.shape[1] // WIDTH):
-        columns = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, layout)) + column + piece * WIDTH
-        pointers = ptr + gl.expand_dims(offsets, 1) + gl.expand_dims(columns, 0)
-        mask = gl.expand_dims(inside, 1) & gl.expand_dims(columns < COLUMNS, 0)
-        # Partitions do not see what the launcher knows: rows start at multiples of 16 bytes.
-        pointers = gl.multiple_of(pointers, [16, 16])
-        tile = smem.slice(piece * WIDTH, WIDTH, dim=1)
-        async_copy.async_copy_global_to_shared(tile, pointers, mask=mask)
+    columns = column + gl.arange(0, smem.shape[1], layout=gl.SliceLayout(0, layout))
+    pointers = ptr + gl.expand_dims(offsets, 1) + gl.expand_dims(columns, 0)
+    mask = gl.expand_dims(inside, 1) & gl.expand_dims(columns < COLUMNS, 0)
+    # Partitions do not see what the launcher knows: rows start at multiples of 16 bytes.
+    pointers = gl.multiple_of(pointers, [16, 16])
+    rows_load(smem, pointers, mask=mask)
 
 
 @gluon.jit
@@ -183,7 +205,7 @@ def produce_gathered(k_ptr, v_ptr, k_strides, v_strides, work, cfg: gl.constexpr
     k_page, k_row, k_head = k_strides
     v_page, v_row, v_head = v_strides
     buffers, page_table, spans, works, units, stride_table = work
-    record = works + gl.program_id(0) * WIDTH
+    record = works + gl.program_id(0) // cfg.m_tiles * WIDTH
     span = load_span(record)
     batch = gl.load(record + BATCH)
     unit = gl.load(record + UNIT)
@@ -192,7 +214,7 @@ def produce_gathered(k_ptr, v_ptr, k_strides, v_strides, work, cfg: gl.constexpr
     step = 0
     while left > 0:
         take, first, count = take_of(span, within, left, cfg)
-        head = (unit // cfg.m_tiles).to(gl.int64)
+        head = unit.to(gl.int64)
         start = (span.first_block + first) * cfg.block_n
         table = page_table + span.cache_row.to(gl.int64) * stride_table
         k_at = start + gl.arange(0, cfg.block_n, layout=gl.SliceLayout(1, cfg.k_rows))
@@ -218,16 +240,20 @@ def produce_gathered(k_ptr, v_ptr, k_strides, v_strides, work, cfg: gl.constexpr
                     gl.constexpr(cfg.head_dim),
                     gl.constexpr(cfg.k_rows),
                 )
-            _gather(
-                v_ptr + head * v_head,
-                v_tile(buffers, stage, cfg),
-                v_offsets,
-                v_seen,
-                0,
-                gl.constexpr(cfg.head_dim_v),
-                gl.constexpr(cfg.v_rows),
-            )
-            async_copy.mbarrier_arrive(buffers.full.index(stage), increment_count=False)
+            for piece in gl.static_range(gl.constexpr(cfg.v_pieces)):
+                _gather(
+                    v_ptr + head * v_head,
+                    v_tile(buffers, stage, cfg).slice(
+                        piece * cfg.v_box_width, cfg.v_box_width, dim=1
+                    ),
+                    v_offsets,
+                    v_seen,
+                    piece * cfg.v_box_width,
+                    gl.constexpr(cfg.head_dim_v),
+                    gl.constexpr(cfg.v_rows),
+                )
+                full = buffers.full.index(stage * cfg.v_pieces + piece)
+                async_copy.mbarrier_arrive(full, increment_count=False)
             k_seen = k_next
             v_seen = v_next
             step += 1

@@ -51,12 +51,14 @@ def merge_parts(
     part_sums,
     first_slot,
     second_slot,
+    step,
     parts_of_unit,
     first_row,
+    first_column,
     sinks,
     cfg: gl.constexpr,
 ):
-    """(out, lse) of rows first_row.. from part ``first_slot`` and then second_slot, second_slot + 2, ..
+    """(out, lse) of rows first_row.. from part ``first_slot`` and then second_slot and on, ``step`` apart.
 
     ``sinks`` (natural log) are those of the rows. Results are in slices of the layout ``cfg.merged``.
     """
@@ -64,14 +66,15 @@ def merge_parts(
     flat: gl.constexpr = gl.SliceLayout(2, layout)
     index = gl.arange(0, cfg.merge_parts, layout=gl.SliceLayout(1, flat))
     rows = gl.arange(0, cfg.merge_rows, layout=gl.SliceLayout(0, flat))
-    columns = gl.arange(0, cfg.v_width, layout=gl.SliceLayout(0, gl.SliceLayout(0, layout)))
+    columns = gl.arange(0, cfg.out_width, layout=gl.SliceLayout(0, gl.SliceLayout(0, layout)))
+    columns += first_column
     columns = gl.expand_dims(gl.expand_dims(columns, 0), 0)
-    acc = gl.full([cfg.merge_rows, cfg.v_width], 0.0, gl.float32, gl.SliceLayout(0, layout))
+    acc = gl.full([cfg.merge_rows, cfg.out_width], 0.0, gl.float32, gl.SliceLayout(0, layout))
     row_max = gl.full([cfg.merge_rows], float("-inf"), gl.float32, gl.SliceLayout(0, flat))
     row_sum = gl.full([cfg.merge_rows], 0.0, gl.float32, gl.SliceLayout(0, flat))
     for base in range(0, parts_of_unit, cfg.merge_parts):
         part = base + index
-        slot = gl.where(part == 0, first_slot, second_slot + 2 * (part - 1))
+        slot = gl.where(part == 0, first_slot, second_slot + step * (part - 1))
         inside = gl.expand_dims(part < parts_of_unit, 1) & gl.expand_dims(
             first_row + rows < cfg.rows, 0
         )

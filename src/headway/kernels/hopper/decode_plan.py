@@ -1,6 +1,6 @@
 """The plan of a decode step, made on the device: every worker gets an equal share of one line of KV blocks.
 
-The line runs through the sequences, in each through its units (KV head by tile of packed query rows), in
+The line runs through the sequences, in each through its units, one per KV head, in
 each through the blocks of keys that the unit sees, short ones after a place for what a unit costs besides.
 Workers take consecutive shares of it, so one sequence of 128k tokens and sixty of 100 balance alike, and a
 unit is cut only where a share ends. Nothing is copied to the host, and every buffer keeps its size while
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from headway.kernels._triton import aggregate, cta_barrier, gl, gluon, next_power_of_2
-from headway.kernels.hopper.decode_config import DecodeTile, consumers_of
+from headway.kernels.hopper.decode_config import DecodeTile
 from headway.kernels.hopper.masks import row_limits
 
 #: Fields of a sequence's record, int32; a worker's record goes on with where its share begins.
@@ -319,15 +319,17 @@ def plan_kernel(
 class DecodePlan:
     """Device buffers of a step, reused by every layer and every step of the same geometry.
 
-    ``spans`` (B, 16) and ``works`` (workers, 16) are the records above; ``share`` (1,) is how many
-    places of the line a worker takes. ``parts`` holds unfinished output of units that were cut, two
-    per worker: (2 · workers, rows, head_dim_v) float32, and ``part_sums`` (2 · workers, 2, rows) their row
-    maxima (base 2) and sums. ``arrivals`` (B · units · consumers,) counts workers that have left theirs;
-    the last one merges and resets it.
+    ``spans`` (B, 16) and ``works`` (workers, 16) are the records above; ``share`` (1,) is how many places
+    of the line a worker takes. A worker is ``m_tiles`` programs, one per tile of packed rows, which read
+    the same keys at about the same time. ``parts`` holds unfinished output of units that were cut, two per
+    worker and tile: (2 · workers · m_tiles, rows, head_dim_v) float32, and ``part_sums`` (.., 2, rows)
+    their row maxima (base 2) and sums. ``arrivals`` (B · units · m_tiles · 2,) counts workers that have
+    left theirs, by consumer; the last one merges and resets it.
     """
 
     tile: DecodeTile
     units: int
+    m_tiles: int
     workers: int
     spans: Tensor
     works: Tensor
@@ -348,28 +350,32 @@ def empty_plan(
     *,
     batch_size: int,
     units: int,
+    m_tiles: int = 1,
     rows: int,
     head_dim_v: int,
     tile: DecodeTile,
     workers: int,
     device: torch.device,
 ) -> DecodePlan:
-    """Buffers for steps of ``batch_size`` sequences of ``units`` units with ``rows`` query rows each."""
+    """Buffers for steps of ``batch_size`` sequences of ``units`` units, each of ``m_tiles`` tiles of up to
+    ``rows`` query rows."""
 
     def ints(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.int32, device=device)
 
+    slots = 2 * workers * m_tiles
     return DecodePlan(
         tile=tile,
         units=units,
+        m_tiles=m_tiles,
         workers=workers,
         spans=ints(batch_size, FIELDS),
         works=ints(workers, FIELDS),
         share=ints(1),
         starts=ints(batch_size),
-        arrivals=ints(batch_size * units * consumers_of(rows)[0]),
-        parts=torch.empty(2 * workers, rows, head_dim_v, dtype=torch.float32, device=device),
-        part_sums=torch.empty(2 * workers, 2, rows, dtype=torch.float32, device=device),
+        arrivals=ints(batch_size * units * m_tiles * 2),
+        parts=torch.empty(slots, rows, head_dim_v, dtype=torch.float32, device=device),
+        part_sums=torch.empty(slots, 2, rows, dtype=torch.float32, device=device),
     )
 
 

@@ -56,7 +56,9 @@ def tensor_map(
     if address % 16 or strides[-1] != 1 or any(n * dtype.itemsize % 16 for n in strides[:-1]):
         raise misaligned("k and v", address, strides, dtype.itemsize)
     row_bytes = min(box[-1] * dtype.itemsize, 128)
-    encoded = triton.runtime.driver.active.utils.fill_tma_descriptor(
+    utils = triton.runtime.driver.active.utils
+    encode = getattr(utils, "fill_tma_descriptor_tiled", None) or utils.fill_tma_descriptor
+    encoded = encode(
         address,
         _SWIZZLES[row_bytes],
         dtype.itemsize,
@@ -74,14 +76,29 @@ class DirectLaunch:
 
     def __init__(self, kernel: Any) -> None:
         run = kernel.run  # loads the module on first use
+        head = (kernel.function, run.launch_cooperative_grid, run.launch_pdl)
+        no_hooks_or_scratch = (None, None, None, None, None)
+        self._as_tuple = hasattr(run, "kernel_signature")
+        if self._as_tuple:  # from 3.7: one C function, told what the arguments are
+            self._launch = triton.runtime.driver.active.utils.launch
+            told = (run.arg_annotations, run.kernel_signature)
+            self._head: tuple[Any, ...] = (
+                *head,
+                kernel.packed_metadata,
+                *no_hooks_or_scratch,
+                *told,
+            )
+            return
         launch = run.launch
         if launch.__class__.__name__ == "function":  # wraps the C function to encode descriptors
             cells = dict(zip(launch.__code__.co_freevars, launch.__closure__, strict=True))
             launch = cells["launcher"].cell_contents
         self._launch = launch
-        self._head = (kernel.function, run.launch_cooperative_grid, run.launch_pdl, None, None)
-        self._metadata = (kernel.packed_metadata, None, None, None)
+        self._head = (*head, None, None, kernel.packed_metadata, None, None, None)
 
     def __call__(self, programs: int, device_index: int, *args: Any) -> None:
         stream = torch._C._cuda_getCurrentRawStream(device_index)
-        self._launch(programs, 1, 1, stream, *self._head, *self._metadata, *args)
+        if self._as_tuple:
+            self._launch(programs, 1, 1, stream, *self._head, args)
+        else:
+            self._launch(programs, 1, 1, stream, *self._head, *args)
