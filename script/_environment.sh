@@ -19,14 +19,16 @@ find_python() {
 
 ensure_environment() {
   local extra=$1 stamp wanted python
-  wanted=$(cat pyproject.toml constraints.txt | cksum)-$extra
+  wanted=$(cat pyproject.toml constraints*.txt | cksum)-$extra
   stamp=.venv/.headway-installed-$extra
   python=$(find_python)
   [ -x .venv/bin/python ] || "$python" -m venv .venv
   if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "Installing headway[$extra] into .venv (a few minutes the first time) ..."
-    # torch first and by its pin: where there is no GPU this is the build the constraints name.
-    .venv/bin/python -m pip install --quiet --constraint constraints.txt torch triton numpy
+    # torch first and by its pin. Builds for GPUs bring the one triton they work with, others none.
+    .venv/bin/python -m pip install --quiet --constraint constraints.txt torch numpy
+    .venv/bin/python -c 'import triton' 2>/dev/null ||
+      .venv/bin/python -m pip install --quiet --constraint constraints-triton.txt 'triton; platform_system == "Linux"'
     .venv/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[$extra]"
     echo "$wanted" > "$stamp"
   fi
