@@ -109,7 +109,9 @@ class ForwardConfig:
         # Page numbers in flight take the producer more registers than coordinates do, addresses still more.
         producer = {2: 24, 3: 32}
         if self.page_size:
-            producer = {2: 64, 3: 80} if self.gathered else {2: 40, 3: 56}
+            few = tile.block_n // self.box_rows <= 2
+            producer = {2: 24, 3: 32} if few else {2: 40, 3: 56}
+            producer = {2: 64, 3: 80} if self.gathered else producer
         set_("producer_registers", producer[self.warpgroups])
         set_("consumer_registers", (512 - producer[self.warpgroups]) // self.warpgroups // 8 * 8)
         set_("left_limit", self.has_left or self.has_chunk)

@@ -166,15 +166,17 @@ def _advance(
     product = warpgroup_mma(p, buffers.v.index(stage), accumulator, is_async=True)
     if cfg.overlap:
         scores = warpgroup_mma_wait(1, deps=[scores])
+        pipeline.release_k(buffers, event, cfg)
         scores = _adjust(scores, rows, block - 1, MASKED, call, score_mod, mask_mod, aux, cfg)
         carried, row_max, row_sum, factor = softmax_block(
             scores, row_max, row_sum, scale_log2, MAY_BE_EMPTY
         )
-        # The next event is waited for here and not at the top of the next call: the wait ends a basic
-        # block; without one ptxas sinks the softmax below the wait for PV, which undoes the overlap.
-        pipeline.await_event(buffers, event + 1, cfg)
+        # This event came long ago, but a wait ends a basic block; without one ptxas sinks the softmax below
+        # the wait for PV, which undoes the overlap. A wait for the next event would hold this one's
+        # release up until that is there.
+        pipeline.await_event(buffers, event, cfg)
         accumulator = warpgroup_mma_wait(0, deps=[product])
-        event = pipeline.release_event(buffers, event, cfg)
+        event = pipeline.release_v(buffers, event, cfg)
         accumulator = _scaled(accumulator, factor, cfg)
     else:
         carried, accumulator = warpgroup_mma_wait(0, deps=[scores, product])
@@ -221,9 +223,9 @@ def _attend(
     if blocks > 0:
         event = pipeline.skip_events(buffers, event, skipped, cfg)
         held_q = pipeline.registers_of_q(buffers, slot, cfg)
+        top = rows.end - 1
         carried, event = pipeline.first_scores(buffers, held_q, slot, event, cfg)
         _release_previous(buffers, order, WARPGROUP, cfg)
-        top = rows.end - 1
         last = blocks - 1
         if cfg.overlap:
             masked = (rows.right > 0) | (rows.left >= blocks)

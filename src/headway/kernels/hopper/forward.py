@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from headway.errors import UnsupportedError
-from headway.kernels._triton import cdiv, descriptor, gl, gluon, launch
+from headway.kernels._triton import cdiv, descriptor, gdc_launch_dependents, gl, gluon, launch
 from headway.kernels.hopper import pipeline
 from headway.kernels.hopper.config import ForwardConfig, box_rows
 from headway.kernels.hopper.consumer import consume
@@ -102,6 +102,9 @@ def forward_kernel(
     cfg: gl.constexpr,
     num_warps: gl.constexpr,
 ):
+    if cfg.split:
+        # The merge may get ready; it waits for this kernel's end by itself.
+        gdc_launch_dependents()
     buffers = pipeline.allocate(cfg)
     call = pipeline.Call(
         rows_q,
@@ -452,7 +455,8 @@ def _plan(
         group,
         tiles_per_head,
         scheduled_heads * splits,
-        _section(max_seqlen_k, q_shape[-1] + v_shape[-1], group, cfg.dynamic) * splits,
+        section_of(scheduled_heads, max_seqlen_k, q_shape[-1] + v_shape[-1], group, cfg.dynamic)
+        * splits,
         splits,
         page_table_stride or 0,
         left or 0,
@@ -588,12 +592,20 @@ def _heads_to_pack(seqlen_q: int, group: int) -> int:
     return group if filled < 0.9 * filled_packed else 1
 
 
-def _section(seqlen_k: int, bytes_per_key: int, group: int, longest_first: bool) -> int:
-    """Heads whose tiles are interleaved. Tiles of equal length need no interleaving beyond the heads that
-    share keys; longest first does, as far as L2 holds the keys."""
+def section_of(
+    heads: int, seqlen_k: int, bytes_per_key: int, group: int, longest_first: bool
+) -> int:
+    """Heads, of ``heads`` in all, whose tiles are interleaved. Tiles of equal length need no interleaving
+    beyond the heads that share keys; longest first does, as far as L2 holds the keys. The last section must
+    not be much smaller than the others: its longest tiles would start when there is little else to do."""
     if not longest_first:
         return group
-    return max(_SECTION_BYTES // max(2 * seqlen_k * bytes_per_key, 1), 1) * group
+    groups = cdiv(heads, group)
+    most = max(_SECTION_BYTES // max(2 * seqlen_k * bytes_per_key, 1), 1)
+    if most >= groups:
+        return heads
+    fullest = max(range(most // 2 + 1, most + 1), key=lambda n: (((groups - 1) % n + 1) / n, n))
+    return fullest * group
 
 
 def _kind_of(aux: Any) -> Any:

@@ -38,10 +38,11 @@ class Buffers:
     q_full: gl.shared_memory_descriptor  # (q_slots * warpgroups, 1)
     q_empty: gl.shared_memory_descriptor
     kv_full: gl.shared_memory_descriptor  # (stages, 1)
-    kv_empty: gl.shared_memory_descriptor
+    k_empty: gl.shared_memory_descriptor  # (stages, 1), of K alone where it is handed back before V
+    v_empty: gl.shared_memory_descriptor
 
     @gluon.constexpr_function
-    def __init__(self, q, k, v, out, info, q_full, q_empty, kv_full, kv_empty):
+    def __init__(self, q, k, v, out, info, q_full, q_empty, kv_full, k_empty, v_empty):
         self.q = q
         self.k = k
         self.v = v
@@ -50,7 +51,8 @@ class Buffers:
         self.q_full = q_full
         self.q_empty = q_empty
         self.kv_full = kv_full
-        self.kv_empty = kv_empty
+        self.k_empty = k_empty
+        self.v_empty = v_empty
 
 
 @aggregate
@@ -178,13 +180,15 @@ def allocate(cfg: gl.constexpr):
         gl.allocate_shared_memory(gl.int64, [slots, 1], barrier),
         gl.allocate_shared_memory(gl.int64, [cfg.stages, 1], barrier),
         gl.allocate_shared_memory(gl.int64, [cfg.stages, 1], barrier),
+        gl.allocate_shared_memory(gl.int64, [cfg.stages, 1], barrier),
     )
     for i in gl.static_range(slots):
         mbarrier.init(buffers.q_full.index(i), count=1)
         mbarrier.init(buffers.q_empty.index(i), count=1)
     for i in gl.static_range(gl.constexpr(cfg.stages)):
         mbarrier.init(buffers.kv_full.index(i), count=cfg.full_count)
-        mbarrier.init(buffers.kv_empty.index(i), count=cfg.warpgroups)
+        mbarrier.init(buffers.k_empty.index(i), count=cfg.warpgroups)
+        mbarrier.init(buffers.v_empty.index(i), count=cfg.warpgroups)
     fence_async_shared()
     return buffers
 
@@ -249,16 +253,26 @@ def end_of_work(buffers, tile, order, cfg: gl.constexpr):
 
 
 @gluon.jit
-def await_free(buffers, event, cfg: gl.constexpr):
+def await_free_k(buffers, event, cfg: gl.constexpr):
+    """Wait until the event's stage is free for K, and for V too unless those are handed back apart."""
     stage = event % cfg.stages
-    mbarrier.wait(buffers.kv_empty.index(stage), (event // cfg.stages) & 1 ^ 1)
+    if cfg.overlap:
+        mbarrier.wait(buffers.k_empty.index(stage), (event // cfg.stages) & 1 ^ 1)
+    else:
+        await_free_v(buffers, event, cfg)
     return stage
 
 
 @gluon.jit
+def await_free_v(buffers, event, cfg: gl.constexpr):
+    stage = event % cfg.stages
+    mbarrier.wait(buffers.v_empty.index(stage), (event // cfg.stages) & 1 ^ 1)
+
+
+@gluon.jit
 def begin_event(buffers, event, has_k, has_v, cfg: gl.constexpr):
-    """Wait for a free stage and announce the bytes that boxes will bring; returns the stage."""
-    stage = await_free(buffers, event, cfg)
+    """Wait for a stage that is free for K and announce the bytes that boxes bring; returns the stage."""
+    stage = await_free_k(buffers, event, cfg)
     full = buffers.kv_full.index(stage)
     k_bytes: gl.constexpr = cfg.block_n * cfg.head_dim * 2
     v_bytes: gl.constexpr = cfg.block_n * cfg.head_dim_v * 2
@@ -361,9 +375,22 @@ def await_event(buffers, event, cfg: gl.constexpr):
 
 
 @gluon.jit
-def release_event(buffers, event, cfg: gl.constexpr):
-    mbarrier.arrive(buffers.kv_empty.index(event % cfg.stages), count=1)
+def release_k(buffers, event, cfg: gl.constexpr):
+    """Where QK is done long before PV, the next K need not wait for that."""
+    if cfg.overlap:
+        mbarrier.arrive(buffers.k_empty.index(event % cfg.stages), count=1)
+
+
+@gluon.jit
+def release_v(buffers, event, cfg: gl.constexpr):
+    mbarrier.arrive(buffers.v_empty.index(event % cfg.stages), count=1)
     return event + 1
+
+
+@gluon.jit
+def release_event(buffers, event, cfg: gl.constexpr):
+    release_k(buffers, event, cfg)
+    return release_v(buffers, event, cfg)
 
 
 @gluon.jit

@@ -214,12 +214,14 @@ def _push_rows(
     """Row by row: four warps. Rows beyond the sequence become zeros."""
     k_page, k_row, k_head, v_page, v_row, v_head = key_strides
     offsets, inside = _rows_at(page_table, k_page, k_row, source, block, cfg)
-    stage = pipeline.await_free(buffers, event, cfg)
+    stage = pipeline.await_free_k(buffers, event, cfg)
     if HAS_K:
         pipeline.gather_rows(
             k + source.head.to(gl.int64) * k_head, offsets, inside, buffers.k, stage,
             cfg.columns, cfg.gathered_dims[0], cfg,
         )  # fmt: skip
+    if cfg.overlap:
+        pipeline.await_free_v(buffers, event, cfg)
     if v_block >= 0:
         offsets, inside = _rows_at(page_table, v_page, v_row, v_source, v_block, cfg)
         pipeline.gather_rows(
@@ -281,6 +283,8 @@ def _push_boxes(
         pipeline.load_block(
             k_desc, buffers.k, full, stage, pages, source.head, at, True, cfg.columns, cfg
         )
+    if cfg.overlap:
+        pipeline.await_free_v(buffers, event, cfg)
     v_pages = _pages_of(page_table, v_source.keys, v_source.seqlen_k, v_block, cfg)
     at = v_source.first_key + v_block * cfg.block_n
     pipeline.load_block(

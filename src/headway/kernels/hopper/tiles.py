@@ -52,8 +52,8 @@ class _Row:
 
 #: The first row that fits a call decides.
 FORWARD_TILES: tuple[_Row, ...] = (
-    _Row(64, 64, True, 2048, ForwardTile(128, 128, 3, 2, 64, 0, False, _READING)),
-    _Row(64, 64, None, None, ForwardTile(192, 128, 2, 2, 64, 0, False, _READING)),
+    _Row(64, 64, None, 2048, ForwardTile(128, 128, 3, 2, 64, 0, True, _READING)),
+    _Row(64, 64, None, None, ForwardTile(192, 128, 3, 2, 64, 0, False, _READING)),
     _Row(128, 128, None, None, ForwardTile(128, 128, 2, 2, 128, 0, True, _READING)),
     _Row(192, 128, None, None, ForwardTile(128, 128, 2, 1, 64, 0, True, _READING, 64)),
     _Row(256, 256, True, None, ForwardTile(128, 64, 2, 1, 256, 0, True, _READING, 128)),
