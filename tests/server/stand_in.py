@@ -156,6 +156,7 @@ class EchoEngine:
             new_text=new,
             new_token_ids=(token,),
             new_logprobs=self._logprobs(token, r.params.logprobs),
+            prompt_logprobs=self._prompt_logprobs(r),
             finish_reason=reason,
             prompt_tokens=len(r.prompt),
             output_tokens=len(r.output),
@@ -173,6 +174,12 @@ class EchoEngine:
                 return text[:end], FinishReason.STOP
         held = 0 if ended else max((len(stop) - 1 for stop in r.params.stop), default=0)
         return text[: max(r.text_sent, len(text) - held)], None
+
+    def _prompt_logprobs(self, r: _Running) -> tuple[TokenLogprob, ...]:
+        wanted = r.params.prompt_logprobs
+        if wanted is None or len(r.output) > 1:
+            return ()
+        return tuple(one for token in r.prompt[1:] for one in self._logprobs(token, wanted))
 
     def _logprobs(self, token: int, wanted: int | None) -> tuple[TokenLogprob, ...]:
         if wanted is None:

@@ -129,6 +129,21 @@ def test_echo_puts_the_prompt_first_once(live: Live) -> None:
     assert "".join(chunk.choices[0].text for chunk in chunks) == "abab"
 
 
+def test_echoed_prompts_have_logprobs_but_for_their_first_token(live: Live) -> None:
+    """What evaluation harnesses ask for: the probabilities of a text, in one request."""
+    asked = {"prompt": [97, 195, 169], "max_tokens": 1, "logprobs": 2, "echo": True}
+    choice = complete(live, **asked).choices[0]
+    assert choice.text == "aéa"
+    assert choice.logprobs.tokens == ["a", "bytes:\\xc3", "bytes:\\xa9", "a"]
+    assert choice.logprobs.token_logprobs == [None, -0.5, -0.5, -0.5]
+    assert choice.logprobs.top_logprobs[0] is None
+    assert len(choice.logprobs.top_logprobs[1]) == 2
+    assert choice.logprobs.text_offset == [0, 1, 1, 2]
+    parts = [chunk.choices[0].logprobs for chunk in complete(live, **asked, stream=True)]
+    joined = [item for part in parts for item in part.token_logprobs]
+    assert joined == choice.logprobs.token_logprobs
+
+
 def test_stream_joins_to_the_whole_answer(live: Live) -> None:
     chunks = list(complete(live, prompt="añ😀", max_tokens=14, stream=True))
     assert "".join(c.choices[0].text for c in chunks) == "añ😀añ😀"

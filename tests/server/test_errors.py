@@ -166,7 +166,6 @@ def test_unknown_fields_are_refused(live: Live, path: str) -> None:
     ("path", "extra", "param"),
     [
         (COMPLETIONS, {"stream_options": {"include_usage": True}}, "stream_options"),
-        (COMPLETIONS, {"echo": True, "logprobs": 1}, "echo"),
         (CHAT, {"top_logprobs": 2}, "top_logprobs"),
         (CHAT, {"max_tokens": 2, "max_completion_tokens": 3}, "max_completion_tokens"),
         (CHAT, {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+from headway.engine.request import TokenLogprob
 from headway.errors import InvalidInputError
 from headway.server.async_engine import Delivery, Job
 from headway.server.context import ServerContext
@@ -69,13 +70,14 @@ class CompletionAnswer(Answer):
         n = body.choices_per_prompt
         self._echoes = [echo for echo in echoes for _ in range(n)]
         self._echoed: set[int] = set()
+        self._scored = body.logprobs if body.echo else None
         self.jobs = []
         for prompt in prompts:
             limit = output_limit(
                 context, self.prompt_field, len(prompt), body.max_tokens, DEFAULT_MAX_TOKENS
             )
             for choice in range(n):
-                params = body.sampling(limit, body.logprobs, choice)
+                params = body.sampling(limit, body.logprobs, choice, self._scored)
                 self.jobs.append(Job(f"{self.id}-{len(self.jobs)}", prompt, params))
         self._wants_logprobs = body.logprobs is not None
         self._logprobs = [CompletionLogprobs(context.texts) for _ in self.jobs]
@@ -94,19 +96,26 @@ class CompletionAnswer(Answer):
                 {
                     "index": i,
                     "text": self._echoes[i] + choice.text,
-                    "logprobs": self._logprobs[i].add(choice.logprobs)
-                    if self._wants_logprobs
-                    else None,
+                    "logprobs": self._logprobs_of(i, choice.logprobs, first=True),
                     "finish_reason": choice.finish_reason.value if choice.finish_reason else None,
                 }
                 for i, choice in enumerate(choices)
             ]
         }
 
+    def _logprobs_of(
+        self, i: int, entries: Sequence[TokenLogprob], first: bool
+    ) -> dict[str, Any] | None:
+        if not self._wants_logprobs:
+            return None
+        prompt = self.jobs[i].prompt_token_ids if first and self._scored is not None else None
+        return self._logprobs[i].add(entries, prompt)
+
     def chunks(self, delivery: Delivery) -> list[dict[str, Any]]:
         i, output = delivery.index, delivery.output
         text = output.new_text
-        if i not in self._echoed:
+        first = i not in self._echoed
+        if first:
             self._echoed.add(i)
             text = self._echoes[i] + text
         if not (text or output.new_token_ids or output.finish_reason):
@@ -114,9 +123,9 @@ class CompletionAnswer(Answer):
         choice = {
             "index": i,
             "text": text,
-            "logprobs": self._logprobs[i].add(output.new_logprobs)
-            if self._wants_logprobs
-            else None,
+            "logprobs": self._logprobs_of(
+                i, (*output.prompt_logprobs, *output.new_logprobs), first
+            ),
             "finish_reason": output.finish_reason.value if output.finish_reason else None,
         }
         return [self.envelope() | {"choices": [choice]}]

@@ -38,7 +38,7 @@ class Choice:
     """One choice, as far as it has come."""
 
     texts: list[str] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)  # of the prompt too, where asked for
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
@@ -50,7 +50,7 @@ class Choice:
 
     def add(self, output: RequestOutput) -> None:
         self.texts.append(output.new_text)
-        self.logprobs += output.new_logprobs
+        self.logprobs += (*output.prompt_logprobs, *output.new_logprobs)
         self.prompt_tokens = output.prompt_tokens
         self.cached_tokens = output.cached_tokens
         self.output_tokens = output.output_tokens

@@ -98,19 +98,26 @@ class CompletionLogprobs:
         self._offset = offset
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
-    def add(self, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
+    def add(
+        self, entries: Sequence[TokenLogprob], prompt: Sequence[int] | None = None
+    ) -> dict[str, Any]:
+        """With ``prompt``, whose tokens the first of the entries are about, but for its first one: that
+        has no probability, nothing being before it."""
+        tokens = [*(prompt[:1] if prompt else ()), *(e.token_id for e in entries)]
+        unknown: list[None] = [None] * (len(tokens) - len(entries))
         offsets = []
-        for entry in entries:
+        for token in tokens:
             offsets.append(self._offset)
-            self._offset += len(self._decoder.decode(self._texts.bytes_of(entry.token_id)))
+            self._offset += len(self._decoder.decode(self._texts.bytes_of(token)))
         text_of = self._texts.text_of
+        tops = [
+            {text_of(t): _finite(lp) for t, lp in (*e.top, (e.token_id, e.logprob))}
+            for e in entries
+        ]
         return {
-            "tokens": [text_of(e.token_id) for e in entries],
-            "token_logprobs": [_finite(e.logprob) for e in entries],
-            "top_logprobs": [
-                {text_of(t): _finite(lp) for t, lp in (*e.top, (e.token_id, e.logprob))}
-                for e in entries
-            ],
+            "tokens": [text_of(token) for token in tokens],
+            "token_logprobs": [*unknown, *(_finite(e.logprob) for e in entries)],
+            "top_logprobs": [*unknown, *tops],
             "text_offset": offsets,
         }
 

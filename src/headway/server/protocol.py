@@ -33,7 +33,7 @@ NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "spaces_between_special_tokens": ((True,), "special tokens are never part of the text"),
     "add_special_tokens": ((True,), "send token ids to choose the special tokens yourself"),
     "truncate_prompt_tokens": ((), "shorten the prompt before sending it"),
-    "prompt_logprobs": ((), "log-probabilities are given for output tokens only"),
+    "prompt_logprobs": ((), "send echo=true with logprobs"),
     "service_tier": (("auto", "default"), "there is one tier"),
     "store": ((False,), "answers are not kept"),
 }
@@ -150,7 +150,13 @@ class GenerationRequest(BaseModel):
     def choices_per_prompt(self) -> int:
         return self.n or 1
 
-    def sampling(self, max_tokens: int, logprobs: int | None, choice: int) -> SamplingParams:
+    def sampling(
+        self,
+        max_tokens: int,
+        logprobs: int | None,
+        choice: int,
+        prompt_logprobs: int | None = None,
+    ) -> SamplingParams:
         """The parameters of one of ``n`` choices; a seed makes each choice repeatable, none equal."""
         given = {
             "temperature": self.temperature,
@@ -162,6 +168,7 @@ class GenerationRequest(BaseModel):
             "ignore_eos": self.ignore_eos,
             "include_stop_str_in_output": self.include_stop_str_in_output,
             "logprobs": logprobs,
+            "prompt_logprobs": prompt_logprobs,
             "seed": None if self.seed is None else (self.seed + choice) % 2**63,
         }
         stated: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
@@ -184,9 +191,6 @@ class CompletionRequest(GenerationRequest):
         if self.best_of not in (None, self.choices_per_prompt):
             message = f"best_of: got {self.best_of}; want n ({self.choices_per_prompt}) or null"
             raise invalid("best_of", message, "unsupported_parameter")
-        if self.echo and self.logprobs is not None:
-            message = "echo: not with logprobs, which are given for output tokens only"
-            raise invalid("echo", message, "unsupported_parameter")
 
 
 class ChatMessage(BaseModel):
