@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import headway
-from headway import ops
+from headway import interface, ops
 
 BACKENDS = ("cpu", "reference")
 
@@ -171,13 +171,25 @@ def test_mods_break_the_graph_and_stay_right() -> None:
         torch.compile(call, backend="aot_eager", fullgraph=True)(q)
 
 
-def test_merging_inside_a_compiled_region() -> None:
-    def call(outs: list[Tensor], lses: list[Tensor]) -> Any:
-        return headway.merge_states(outs, lses)
+@pytest.mark.parametrize("by_kernel", [False, True])
+def test_merging_inside_a_compiled_region(by_kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a kernel merges, the graph holds an operator; otherwise it holds the reference."""
 
+    def call(outs: list[Tensor], lses: list[Tensor]) -> Any:
+        out, lse = headway.merge_states(outs, lses)
+        parts = torch.stack([x.transpose(1, 2) for x in lses])
+        return out + 1, lse, headway.flash_attn_combine(torch.stack(outs), parts)
+
+    if by_kernel:
+        pytest.importorskip("triton")
     outs = [normal(n, 2, 3, 4, 16, dtype=torch.float32) for n in (1, 2)]
     lses = [normal(n, 2, 4, 3, dtype=torch.float32) for n in (3, 4)]
-    torch.testing.assert_close(compiled(call, [])(outs, lses), call(outs, lses))
+    want = call(outs, lses)
+    monkeypatch.setattr(interface, "_merges_here", lambda part: by_kernel)
+    graphs: list[torch.fx.GraphModule] = []
+    torch.testing.assert_close(compiled(call, graphs)(outs, lses), want)
+    both = ["headway.merge_states", "headway.combine"]
+    assert operators(graphs[0]) == (both if by_kernel else [])
 
 
 # --- the operators themselves -------------------------------------------------------------------------

@@ -41,6 +41,8 @@ from headway.problem import (
 )
 
 Window = Sequence[int | None]
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 Version = Literal[3, 4]
 
 
@@ -99,6 +101,17 @@ def flash_attn_func(
     Raises:
         InvalidInputError: an argument is wrong. UnsupportedError: no provider can run the call.
     """
+    if torch.compiler.is_compiling():
+        # fmt: off
+        return _traced(
+            "flash_attn_func",
+            q, k, v, softmax_scale, causal, qv, q_descale, k_descale, v_descale, window_size,
+            attention_chunk, softcap, num_splits, pack_gqa, deterministic, sm_margin,
+            return_attn_probs, only_qv, sinks, learnable_sink, score_mod, mask_mod, aux_tensors,
+            aux_scalars, gather_kv_indices, block_sparse_tensors, return_lse, return_softmax_lse,
+            out, ver, backend,
+        )
+        # fmt: on
     return _solve(_dense_problem, locals(), k, v)
 
 
@@ -166,6 +179,19 @@ def flash_attn_varlen_func(
     Raises:
         InvalidInputError: an argument is wrong. UnsupportedError: no provider can run the call.
     """
+    if torch.compiler.is_compiling():
+        # fmt: off
+        return _traced(
+            "flash_attn_varlen_func",
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k,
+            softmax_scale, causal, qv, q_descale, k_descale, v_descale, window_size,
+            attention_chunk, softcap, num_splits, pack_gqa, deterministic, sm_margin,
+            return_attn_probs, page_table, only_qv, sinks, learnable_sink, score_mod, mask_mod,
+            aux_tensors, aux_scalars, gather_kv_indices, block_sparse_tensors, min_seqlen_k,
+            seqlen_k_per_split, scheduler_metadata, disable_scheduler_metadata, return_lse,
+            return_softmax_lse, out, ver, backend,
+        )
+        # fmt: on
     return _solve(_varlen_problem, locals(), k, v)
 
 
@@ -238,6 +264,18 @@ def flash_attn_with_kvcache(
     Raises:
         InvalidInputError: an argument is wrong. UnsupportedError: no provider can run the call.
     """
+    if torch.compiler.is_compiling():
+        # fmt: off
+        return _traced(
+            "flash_attn_with_kvcache",
+            q, k_cache, v_cache, k, v, qv, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx,
+            cache_leftpad, page_table, cu_seqlens_q, cu_seqlens_k_new, max_seqlen_q,
+            rotary_seqlens, q_descale, k_descale, v_descale, softmax_scale, causal, window_size,
+            attention_chunk, softcap, rotary_interleaved, scheduler_metadata, num_splits, pack_gqa,
+            sm_margin, return_softmax_lse, max_seqlen_k, only_qv, sinks, learnable_sink, score_mod,
+            mask_mod, aux_tensors, return_lse, out, ver, backend,
+        )
+        # fmt: on
     return _solve(_kvcache_problem, locals(), k_cache, v_cache)
 
 
@@ -394,14 +432,17 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> dispatch
 # --- from arguments to problems -------------------------------------------------------------------------
 
 
+def _traced(function: str, *values: Any) -> Any:
+    """A call of a public function inside torch.compile, all its arguments in order: one operator."""
+    from headway import ops
+
+    return ops.call(function, dict(zip(ops.PARAMETERS[function], values, strict=True)))
+
+
 def _solve(
     build: Callable[[SimpleNamespace], Problem], arguments: dict[str, Any], k: Tensor, v: Tensor
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Run the call; one like an earlier call is neither checked nor chosen for again."""
-    if torch.compiler.is_compiling():
-        from headway import ops
-
-        return ops.call(build.__name__, arguments, k, v)
     key = recall.signature(build.__name__, arguments, k, v)
     known = recall.recall(key)
     if known is not None:
@@ -416,16 +457,15 @@ def _solve(
 
 def _merges_here(part: Tensor) -> bool:
     """Whether partial results are merged by a kernel; elsewhere by the reference, in float64."""
-    kernels = part.device.type == "cuda" and importlib.util.find_spec("triton") is not None
-    return kernels and part.dtype != torch.float64
+    return _HAS_TRITON and part.device.type == "cuda" and part.dtype != torch.float64
 
 
 def _merging() -> Any:
     """What merges on a GPU: the launchers, or, in a compiled region, operators that the graph keeps."""
     if torch.compiler.is_compiling():
-        from headway import ops
+        from headway import ops  # noqa: F401 - registers them
 
-        return ops
+        return torch.ops.headway
     from headway.kernels.portable import combine
 
     return combine

@@ -9,12 +9,13 @@ and score_mod and mask_mod (such calls break the graph, which is an error with `
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from headway import interface
 from headway.problem import FLOAT8_DTYPES
 
 #: Optional tensors of the operators, under the names that the public functions give them.
@@ -56,12 +57,23 @@ PLAIN = {
     "lse": "bool",
 }
 
-_FUNCTIONS = {
-    "_dense_problem": "flash_attn_func",
-    "_varlen_problem": "flash_attn_varlen_func",
-    "_kvcache_problem": "flash_attn_with_kvcache",
-}
 _KVCACHE = "flash_attn_with_kvcache"
+
+
+def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+    code = function.__code__
+    return code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+
+
+#: Names of the parameters of the public functions, in order.
+PARAMETERS = {
+    function.__name__: _parameters(function)
+    for function in (
+        interface.flash_attn_func,
+        interface.flash_attn_varlen_func,
+        interface.flash_attn_with_kvcache,
+    )
+}
 #: What no operator takes. The functions themselves answer such calls, with an error or outside of graphs.
 _UNTRACEABLE = (
     "score_mod",
@@ -75,17 +87,13 @@ _UNTRACEABLE = (
 # --- from a traced call to an operator --------------------------------------------------------------
 
 
-def call(
-    builder: str, arguments: dict[str, Any], k: Tensor, v: Tensor
-) -> Tensor | tuple[Tensor, Tensor]:
-    """One call of a public function, as the compiler traces it.
-
-    Args:
-        builder: name of the function in :mod:`headway.interface` that makes its Problem.
-        arguments: of the public function, by name. k, v: the keys and values, or the caches.
-    """
-    function = _FUNCTIONS[builder]
-    new_k, new_v = (None, None) if function != _KVCACHE else (arguments["k"], arguments["v"])
+def call(function: str, arguments: dict[str, Any]) -> Tensor | tuple[Tensor, Tensor]:
+    """One call of a public function, with all its arguments by name, as the compiler traces it."""
+    if function == _KVCACHE:
+        k, v = arguments["k_cache"], arguments["v_cache"]
+        new_k, new_v = arguments["k"], arguments["v"]
+    else:
+        k, v, new_k, new_v = arguments["k"], arguments["v"], None, None
     incomplete = (new_k is None) != (new_v is None)
     twice = arguments["sinks"] is not None and arguments["learnable_sink"] is not None
     if incomplete or twice or any(arguments.get(name) is not None for name in _UNTRACEABLE):
@@ -135,9 +143,7 @@ def _plain(name: str, arguments: dict[str, Any]) -> Any:
 
 @torch.compiler.disable
 def _uncompiled(function: str, arguments: dict[str, Any]) -> Any:
-    import headway
-
-    return getattr(headway, function)(**arguments)
+    return getattr(interface, function)(**arguments)
 
 
 # --- operators --------------------------------------------------------------------------------------
@@ -159,14 +165,10 @@ def _attention_append(
 
 def _run(function: str, given: dict[str, Any]) -> Tensor:
     """The public function on an operator's arguments, those it has; its LSE, empty if not wanted."""
-    import headway
-
-    called = getattr(headway, function)
-    code = called.__code__
-    known = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    known = PARAMETERS[function]
     arguments = {n: x for n, x in given.items() if n in known and x is not None}
     arguments["window_size"] = (given["window_left"], given["window_right"])
-    result = called(**arguments, return_softmax_lse=given["lse"])
+    result = getattr(interface, function)(**arguments, return_softmax_lse=given["lse"])
     return result[1] if given["lse"] else given["q"].new_empty(0, dtype=torch.float32)
 
 
