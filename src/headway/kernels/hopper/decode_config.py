@@ -18,7 +18,7 @@ CONSUMER_ROWS = 32
 #: Packed rows up to which latents are multiplied as keys by queries: beyond, packed rows are wgmma's.
 WIDE_ROWS = 16
 #: Column pieces in which latents arrive: scores begin with the first.
-LATENT_PIECES = 2
+LATENT_PIECES = 4
 
 
 @dataclass(frozen=True)
