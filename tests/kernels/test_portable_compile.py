@@ -106,11 +106,13 @@ def test_the_default_covers_every_tile(compiled: list[dict[str, Any]], target: s
 
 def tiles_of(arch: str) -> set[str]:
     """The tiles that some call on this architecture gets, as the table of ``headway compile`` has them."""
-    widths = {"forward": (64, 128, 256), "decode": (64, 128, 256), "mla": (1024,)}
+    widths = {"forward": (64, 128, 192, 256), "decode": (64, 128, 256), "mla": (1024,)}
     found = [
-        tiles.tile_for(op, arch, dim, rows, itemsize)  # type: ignore[arg-type]
+        tiles.tile_for(op, arch, dim, rows, itemsize, cache_bytes)  # type: ignore[arg-type]
         for op, dims in widths.items()
-        for dim, rows, itemsize in itertools.product(dims, (16, 32, 64), (1, 2))
+        for dim, rows, itemsize, cache_bytes in itertools.product(
+            dims, (16, 32, 64), (1, 2), (1 << 20, 1 << 40)
+        )
     ]
     return {f"{t.block_m}x{t.block_n} {t.num_warps}w {t.num_stages}s" for t in found}
 

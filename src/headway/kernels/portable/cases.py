@@ -64,14 +64,17 @@ def decode_arguments(
     page_size: int = 16,
     seqlen_q: int = 1,
     latent: bool = False,
+    batch_size: int = 64,
+    pages: int = 512,
     **more: Any,
 ) -> dict[str, Any]:
     """A step against paged caches; ``latent``: v is the first columns of k."""
     k = _meta(_PAGES, page_size, heads[1], d, dtype=kv_dtype or dtype)
     v = k[..., :dv] if latent else _meta(_PAGES, page_size, heads[1], dv or d, dtype=k.dtype)
-    q = _meta(64, seqlen_q, heads[0], d, dtype=dtype)
+    q = _meta(batch_size, seqlen_q, heads[0], d, dtype=dtype)
+    table, lengths = _int32(batch_size, pages), _int32(batch_size)
     arguments: dict[str, Any] = {"q": q, "k_cache": k, "v_cache": v}
-    arguments |= {"page_table": _int32(64, 512), "cache_seqlens": _int32(64), "causal": True}
+    arguments |= {"page_table": table, "cache_seqlens": lengths, "causal": True}
     return arguments | more
 
 
@@ -270,6 +273,7 @@ def _default() -> tuple[Case, ...]:
         _case("prefill 256", prefill, 256),
         _case("decode 64", decode, 64),
         _case("decode 128 page 24 mods", decode, 128, page_size=24, **_mods()),
+        _case("decode 128 short", decode, 128, batch_size=8, pages=256),
         _case("decode 128 8 queries", decode, 128, seqlen_q=8),
         _case("decode 128 16 queries", decode, 128, seqlen_q=16),
         _case("decode 256 softcap", decode, 256, softcap=50.0, window_size=(4095, 0)),

@@ -56,6 +56,11 @@ class Shape:
             problem.hints.sm_margin,
         )
 
+    @property
+    def most_keys(self) -> int:
+        """A bound of the keys of all sequences and KV heads together."""
+        return self.batch_size * self.kv_heads * self.longest
+
     def spread(self, tile: Tile, device: torch.device) -> Spread:
         tiles = self.kv_heads * cdiv(self.rows, tile.block_m)
         processors = max(1, device_of(device).multiprocessors - self.sm_margin)
@@ -77,8 +82,13 @@ def choose_tile(problem: Problem, op: Op = "decode", dim: int | None = None) -> 
     """The tile of a decode call, from the table."""
     if dim is None:
         dim = block_width(max(problem.head_dim, problem.head_dim_v))
-    arch = device_of(problem.device).arch
-    return tile_for(op, arch, dim, Shape.of(problem).rows, problem.k.element_size())
+    arch, shape, itemsize = (
+        device_of(problem.device).arch,
+        Shape.of(problem),
+        problem.k.element_size(),
+    )
+    widths = problem.head_dim + problem.head_dim_v
+    return tile_for(op, arch, dim, shape.rows, itemsize, shape.most_keys * widths * itemsize)
 
 
 def widest_view(mask: Mask) -> int | None:
@@ -127,7 +137,9 @@ def plan(
     )
     dim = block_width(max(key.head_dim, key.head_dim_v))
     op: Op = "mla" if key.head_dim_v > 256 else "decode"
-    tile = tile_for(op, device_of(key.device).arch, dim, shape.rows, kv_dtype.itemsize)
+    itemsize = kv_dtype.itemsize
+    cache_bytes = shape.most_keys * (key.head_dim + key.head_dim_v) * itemsize
+    tile = tile_for(op, device_of(key.device).arch, dim, shape.rows, itemsize, cache_bytes)
     spread = shape.spread(tile, key.device)
     into = empty_schedule(key.batch_size, spread.tiles, spread.slots, spread.max_splits, key.device)
     places = dict.fromkeys(LENGTHS) | {

@@ -37,6 +37,7 @@ class Row:
     tile: Tile
     source: str = COMPILED
     max_key_bytes: int = 2
+    max_cache_bytes: int = 1 << 62  # of the keys and values of all sequences together
 
 
 ANY_ROWS = 1 << 30
@@ -60,6 +61,7 @@ TABLE: tuple[Row, ...] = (
     Row("forward", _SM9_10, 256, ANY_ROWS, Tile(128, 32, 8, 3), H200),
     Row("decode", _SM9_10, 64, 16, Tile(16, 128, 4, 3, 1), H200, max_key_bytes=2),
     Row("decode", _SM9_10, 128, 16, Tile(16, 16, 1, 4, 8), H200, max_key_bytes=1),
+    Row("decode", _SM9_10, 128, 16, Tile(16, 64, 4, 3, 2), H200, max_cache_bytes=256 << 20),
     Row("decode", _SM9_10, 128, 16, Tile(16, 64, 4, 4, 2), H200),
     Row("decode", _SM9_10, 128, 32, Tile(32, 64, 4, 3, 2), H200),
     Row("decode", _SM9_10, 128, ANY_ROWS, Tile(64, 64, 4, 3, 2), H200),
@@ -102,8 +104,15 @@ TABLE: tuple[Row, ...] = (
 )
 
 
-def tile_for(op: Op, arch: str, dim: int, rows: int, key_bytes: int) -> Tile:
-    """The tile of a call: ``dim`` is its widest padded head dimension, ``rows`` its packed query rows."""
+def tile_for(
+    op: Op, arch: str, dim: int, rows: int, key_bytes: int, cache_bytes: int = 1 << 62
+) -> Tile:
+    """The tile of a call.
+
+    Args:
+        dim: its widest padded head dimension. rows: its packed query rows.
+        key_bytes: of an element of keys and values. cache_bytes: bound of those of all sequences.
+    """
     for row in TABLE:
         if (
             row.op == op
@@ -111,6 +120,7 @@ def tile_for(op: Op, arch: str, dim: int, rows: int, key_bytes: int) -> Tile:
             and dim <= row.max_dim
             and rows <= row.max_rows
             and key_bytes <= row.max_key_bytes
+            and cache_bytes <= row.max_cache_bytes
         ):
             return row.tile
     raise KeyError(f"no {op} tile for {arch}, head_dim {dim}, {rows} rows, {key_bytes}-byte keys")
