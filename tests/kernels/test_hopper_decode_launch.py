@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -79,3 +80,14 @@ def test_caches_at_odd_addresses_are_refused(
     table, plan = torch.zeros(3, 4, dtype=torch.int32), plan_of(3, 2, 4, 128)
     with pytest.raises(InvalidInputError, match="multiples of 16 bytes"):
         module.decode(q, odd, v, out, plan, softmax_scale=0.1, page_table=table)
+
+
+def test_buffers_of_a_plan_are_apart_and_aligned() -> None:
+    plan = plan_of(3, 2, 4, 128)
+    buffers = [
+        plan.spans, plan.works, plan.share, plan.starts, plan.arrivals, plan.parts, plan.part_sums
+    ]  # fmt: skip
+    assert not plan.arrivals.any()
+    spans = sorted((b.data_ptr(), b.data_ptr() + b.numel() * b.element_size()) for b in buffers)
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+    assert all(start % 64 == 0 for start, _ in spans)

@@ -9,6 +9,8 @@ lengths change: a CUDA graph may replay a plan.
 
 # Gluon reads the annotations of aggregates as classes: no postponed evaluation here.
 import functools
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -360,22 +362,44 @@ def empty_plan(
     """Buffers for steps of ``batch_size`` sequences of ``units`` units, each of ``m_tiles`` tiles of up to
     ``rows`` query rows."""
 
-    def ints(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.int32, device=device)
-
     slots = 2 * workers * m_tiles
+    # Zeros: a worker of a plan that was never filled has nothing to do.
+    spans, works, share, starts, arrivals = _views(
+        functools.partial(torch.zeros, dtype=torch.int32, device=device),
+        (batch_size, FIELDS),
+        (workers, FIELDS),
+        (1,),
+        (batch_size,),
+        (batch_size * units * m_tiles * 2,),
+    )
+    parts, part_sums = _views(
+        functools.partial(torch.empty, dtype=torch.float32, device=device),
+        (slots, rows, head_dim_v),
+        (slots, 2, rows),
+    )
     return DecodePlan(
         tile=tile,
         units=units,
         m_tiles=m_tiles,
         workers=workers,
-        spans=ints(batch_size, FIELDS),
-        works=ints(workers, FIELDS),
-        share=ints(1),
-        starts=ints(batch_size),
-        arrivals=ints(batch_size * units * m_tiles * 2),
-        parts=torch.empty(slots, rows, head_dim_v, dtype=torch.float32, device=device),
-        part_sums=torch.empty(slots, 2, rows, dtype=torch.float32, device=device),
+        spans=spans,
+        works=works,
+        share=share,
+        starts=starts,
+        arrivals=arrivals,
+        parts=parts,
+        part_sums=part_sums,
+    )
+
+
+def _views(make: Callable[[int], Tensor], *shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Tensors in one allocation, each from a multiple of 128 bytes: a call without a plan of its own waits
+    for allocations."""
+    sizes = [math.prod(shape) for shape in shapes]
+    room = [-(-size // 32) * 32 for size in sizes]
+    pieces = make(sum(room)).split(room)
+    return tuple(
+        piece[:size].view(shape) for piece, size, shape in zip(pieces, sizes, shapes, strict=True)
     )
 
 
