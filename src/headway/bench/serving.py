@@ -15,13 +15,14 @@ opens or closes a message carries no token and is not counted.
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import math
 import random
 import statistics
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -516,17 +517,34 @@ def command(
     output: Annotated[
         Path | None, typer.Option(help="Write the reading to this JSON file.")
     ] = None,
+    matrix: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Start, load and stop a server for each value of a flag, like backend=auto,fa3; "
+            "may be repeated for all combinations. Needs --serve-model."
+        ),
+    ] = None,
+    serve_model: Annotated[
+        str | None, typer.Option(help="Model that the servers of --matrix serve.")
+    ] = None,
+    serve_flags: Annotated[
+        str, typer.Option(help="Flags of headway serve that all of them get.")
+    ] = "",
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the servers of --matrix into this PNG file.")
+    ] = None,
 ) -> None:
     """Put load on an OpenAI-compatible server and measure what its clients see."""
     from rich.console import Console
-    from rich.progress import Progress
 
-    console, errors = Console(), Console(stderr=True)
-    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
-        bar = progress.add_task("Requests", total=settings.num_prompts)
-        samples, model = asyncio.run(
-            run_load(settings, api_key=api_key, advance=lambda: progress.advance(bar))
-        )
+    console = Console()
+    if matrix:
+        _compare(console, settings, matrix, serve_model, serve_flags, output, plot)
+        return
+    if serve_model is not None or plot is not None:
+        name, given = ("serve_model", serve_model) if serve_model else ("plot", plot)
+        raise InvalidInputError(name, given, "none without --matrix")
+    samples, model = _load(settings, api_key)
     failures = [sample.error for sample in samples if sample.error is not None]
     if len(failures) == len(samples):
         raise HeadwayError(f"all {len(samples)} requests failed; the first: {failures[0]}")
@@ -539,6 +557,59 @@ def command(
         if settings.prompts_file is not None:
             asked["prompts_file"] = settings.prompts_file.name
         report.Reading("serve", asked, [as_row(settings, result)]).save(output)
+        console.print(f"wrote {output}", markup=False)
+
+
+def _load(settings: LoadSettings, api_key: str | None) -> tuple[list[Sample], str]:
+    """``run_load`` with a bar where somebody is watching."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    errors = Console(stderr=True)
+    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
+        bar = progress.add_task("Requests", total=settings.num_prompts)
+        advance = functools.partial(progress.advance, bar)
+        return asyncio.run(run_load(settings, api_key=api_key, advance=advance))
+
+
+def _compare(
+    console: Console,
+    settings: LoadSettings,
+    dimensions: Sequence[str],
+    model: str | None,
+    flags_: str,
+    output: Path | None,
+    plot: Path | None,
+) -> None:
+    """``--matrix``: one server after the other, one table of them all."""
+    from headway.bench import matrix
+
+    if model is None:
+        raise InvalidInputError("serve_model", None, "the model that the servers serve")
+
+    def load(url: str) -> dict[str, Any]:
+        here = replace(settings, url=url)
+        samples, _ = _load(here, None)
+        if all(sample.error is not None for sample in samples):
+            raise HeadwayError(f"all {len(samples)} requests failed: {samples[0].error}")
+        return as_row(here, summarise(samples))
+
+    def told(text: str) -> None:
+        console.print(text, markup=False)
+
+    rows = matrix.run(model, flags_, dimensions, load, told)
+    measured = [row for row in rows if "error" not in row]
+    if not measured:
+        raise HeadwayError("no server could be measured; the reasons are above")
+    console.print(report.table(measured, matrix.COLUMNS, Path(model).name))
+    if plot is not None:
+        matrix.plot(measured, plot)
+        console.print(f"wrote {plot}", markup=False)
+    if output is not None:
+        asked = asdict(settings) | {"model": Path(model).name, "matrix": list(dimensions)}
+        asked |= {"request_rate": str(settings.request_rate), "serve_flags": flags_}
+        asked.pop("prompts_file")
+        report.Reading("serve", asked, rows).save(output)
         console.print(f"wrote {output}", markup=False)
 
 
