@@ -1,0 +1,74 @@
+"""Starting compiled kernels without Triton's launch path, over stand-ins of its launchers' two shapes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import triton
+
+from headway.kernels.hopper import direct
+
+Call = tuple[Any, ...]
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
+    """What the C function was called with."""
+    calls: list[Call] = []
+    utils = SimpleNamespace(launch=lambda *args: calls.append(args))
+    driver = SimpleNamespace(active=SimpleNamespace(utils=utils))
+    monkeypatch.setattr(triton.runtime, "driver", driver)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 70 + index, False)
+    return calls
+
+
+def kernel_of(**run: Any) -> Any:
+    run = {"launch_cooperative_grid": False, "launch_pdl": True} | run
+    return SimpleNamespace(run=SimpleNamespace(**run), function=1234, packed_metadata=(4, 1, 5000))
+
+
+def encoding(launcher: Any) -> Any:
+    """A launcher wrapped as Triton wraps it for kernels that take descriptors."""
+
+    def inner(*args: Any) -> Any:
+        return launcher(*args)
+
+    return inner
+
+
+def test_one_function_per_signature(started: list[Call]) -> None:
+    class Launch:  # a C function has no closure
+        def __call__(self, *args: Any) -> None:
+            started.append(args)
+
+    for launch in (Launch(), encoding(Launch())):
+        direct.DirectLaunch(kernel_of(launch=launch))(132, 3, 11, None, 2.5)
+    wanted = (132, 1, 1, 73, 1234, False, True, None, None, (4, 1, 5000), None, None, None)
+    assert started == [(*wanted, 11, None, 2.5)] * 2
+
+
+def test_one_function_told_the_signature(started: list[Call]) -> None:
+    kernel = kernel_of(launch=None, arg_annotations=["a"], kernel_signature=b"s")
+    direct.DirectLaunch(kernel)(132, 3, 11, None, 2.5)
+    wanted = (132, 1, 1, 73, 1234, False, True, (4, 1, 5000), *[None] * 5, ["a"], b"s")
+    assert started == [(*wanted, (11, None, 2.5))]
+
+
+@pytest.mark.parametrize("name", ["fill_tma_descriptor", "fill_tma_descriptor_tiled"])
+def test_descriptors_are_encoded_under_either_name(
+    monkeypatch: pytest.MonkeyPatch, started: list[Call], name: str
+) -> None:
+    direct.tensor_map.cache_clear()
+    utils = SimpleNamespace(**{name: lambda *args: ("map", *args)})
+    monkeypatch.setattr(triton.runtime.driver.active, "utils", utils)
+    made = direct.tensor_map(
+        4096, torch.bfloat16, (9, 2, 16, 128), (4096, 128, 256, 1), (1, 1, 16, 128)
+    )
+    encoded = ("map", 4096, 3, 2, 9, [1, 1, 16, 64], [9, 2, 16, 128], [4096, 128, 256, 1], 0)
+    assert made == (encoded, 9, 2, 16, 128, 4096, 128, 256, 1)
