@@ -188,6 +188,17 @@ def test_mods_are_prefill_however_few_the_queries(kernels: None) -> None:
     assert RAN == ["forward"]
 
 
+def test_steps_of_single_heads_do_not_count(kernels: None) -> None:
+    """Views of one latent cache may differ in the stride of a dimension of one."""
+    call = latent(whole=True)
+    v = call.kwargs["v_cache"]
+    pages, rows, _, columns = v.stride()
+    call.kwargs["v_cache"] = v.as_strided(v.shape, (pages, rows, 512, columns))
+    assert not hopper.refusals(call.problem())
+    call.kwargs["v_cache"] = v.as_strided(v.shape, (pages, rows - 64, 576, columns))
+    assert "v of other strides" in hopper.refusals(call.problem())[0]
+
+
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("more", [{}, {"softmax_scale": -0.1}, {"window_size": (9, 0)}], ids=str)
 def test_absorbed_mla_is_decode(kernels: None, whole: bool, more: dict[str, Any]) -> None:

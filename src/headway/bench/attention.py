@@ -12,7 +12,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -159,7 +159,7 @@ def measure_case(
 
 def row_of(case: Case, one: Participant) -> dict[str, Any]:
     """A reading's row: medians over rounds, and the rates they mean."""
-    row: dict[str, Any] = {"case": case.name, "runner": one.name, "shape": asdict(case)}
+    row: dict[str, Any] = {"case": case.name, "runner": one.name, "shape": case.described()}
     if one.error or not one.times_ms:
         return row | {"error": one.error}
     ms = statistics.median(one.times_ms)

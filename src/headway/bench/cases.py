@@ -8,7 +8,7 @@ narrower caches; ``portable`` holds the shapes by which the tiles of the portabl
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -49,6 +49,14 @@ class Case:
     def is_uniform(self) -> bool:
         """Whether all sequences have the same lengths."""
         return len(set(self.seqlens_q)) == len(set(self.seqlens_k)) == 1
+
+    def described(self) -> dict[str, Any]:
+        """The case for a reading; equal lengths are said once."""
+        made = asdict(self)
+        if self.is_uniform:
+            for key in ("seqlens_q", "seqlens_k"):
+                made[key] = {"sequences": self.batch_size, "tokens": made[key][0]}
+        return made
 
     @property
     def flops(self) -> float:

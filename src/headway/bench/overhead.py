@@ -11,7 +11,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -98,7 +98,11 @@ def measure_form(
     name: str, make: Callable[[], Call], inputs: Inputs, rounds: int
 ) -> dict[str, Any]:
     """One way to call: a row with host and device time, or with the reason why not."""
-    row: dict[str, Any] = {"case": inputs.case.name, "runner": name, "shape": asdict(inputs.case)}
+    row: dict[str, Any] = {
+        "case": inputs.case.name,
+        "runner": name,
+        "shape": inputs.case.described(),
+    }
     sets = len(inputs.sets)
     try:
         call = make()

@@ -68,18 +68,16 @@ class Inputs:
 
     def rows(self, i: int) -> tuple[Tensor, Tensor]:
         """Keys and values as (B, rows, Hkv, D or Dv), where all sequences are alike."""
-        k, v = (t.unflatten(0, (self.case.batch_size, -1)) for t in self.sets[i])
-        return k, v
-
-    def exact_rows(self, i: int) -> tuple[Tensor, Tensor]:
-        """:meth:`rows` without those behind the last key."""
-        k, v = (t[:, : self.max_seqlen_k] for t in self.rows(i))
-        return k, v
+        return self._cut(i, (self.case.batch_size, -1))
 
     def pages(self, i: int, size: int) -> tuple[Tensor, Tensor]:
         """Keys and values as pages of ``size``, a divisor of 256."""
-        k, v = (t.unflatten(0, (-1, size)) for t in self.sets[i])
-        return k, v
+        return self._cut(i, (-1, size))
+
+    def _cut(self, i: int, sizes: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        k, v = self.sets[i]
+        k = k.unflatten(0, sizes)
+        return k, k[..., : v.shape[-1]] if self.case.latent else v.unflatten(0, sizes)
 
     def table_in_order(self, size: int) -> Tensor:
         """The page table that reads keys where they lie."""

@@ -140,7 +140,8 @@ def commit() -> str | None:
 
 def command() -> str:
     """The command line of this process, without its keys and without the folders of this machine."""
-    words = [Path(sys.argv[0]).name]
+    program = Path(sys.argv[0]).name
+    words = ["headway" if program == "__main__.py" else program]
     hide = False
     for word in sys.argv[1:]:
         flag, has_value, _ = word.partition("=")
