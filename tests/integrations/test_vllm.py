@@ -32,6 +32,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionType, CommonAttentionMetadata
 from vllm.v1.attention.backends.mla.prefill.registry import MLAPrefillBackendEnum
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from headway import flash_attn_func
@@ -177,13 +178,13 @@ def test_registration_may_be_repeated() -> None:
 
 def test_the_cpu_platform_takes_the_flag_at_its_word() -> None:
     integration.register()
-    config = SimpleNamespace(use_mla=False, use_sparse=False)
+    config = AttentionSelectorConfig(64, torch.bfloat16, "auto", None)
     chosen = current_platform.get_attn_backend_cls(AttentionBackendEnum.CUSTOM, config)
     assert chosen == "headway.integrations.vllm.HeadwayBackend"
     own = current_platform.get_attn_backend_cls(AttentionBackendEnum.CPU_ATTN, config)
     assert own == AttentionBackendEnum.CPU_ATTN.get_path()
     assert current_platform.get_attn_backend_cls(None, config) == own
-    config.use_mla = True
+    config = config._replace(use_mla=True)
     chosen = current_platform.get_attn_backend_cls(AttentionBackendEnum.CUSTOM, config)
     assert chosen == "headway.integrations.vllm.HeadwayMLABackend"
 
