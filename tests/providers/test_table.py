@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -78,9 +81,32 @@ def test_status_says_what_is_installed_and_what_it_can_do() -> None:
     assert rows["cpu"].package == ""
 
 
-@pytest.mark.parametrize("row", order.ORDERS, ids=lambda row: "-".join(row.kinds))
+@pytest.mark.parametrize("row", order.ORDERS, ids=lambda row: "-".join(row.kinds + row.work))
 def test_an_order_has_a_reading_or_says_that_it_has_none(row: order.Order) -> None:
     words = ("not measured", "not a race", "the only", "nothing runs")
-    assert row.reading.startswith(words) or (ROOT / row.reading).is_file()
-    known = {*providers.NAMES, "hopper"}
-    assert set(row.providers) <= known
+    files = [ROOT / file for file in row.reading.split(", ")]
+    assert row.reading.startswith(words) or all(file.is_file() for file in files)
+    assert set(row.providers) <= set(providers.NAMES)
+
+
+def test_the_readings_behind_an_order_show_it() -> None:
+    """More cases won than lost by each that a reading has, against the next of them in the order."""
+    for row in order.ORDERS:
+        for file in row.reading.split(", "):
+            if not (ROOT / file).is_file():
+                continue
+            times: dict[str, dict[str, float]] = {}
+            for result in json.loads((ROOT / file).read_text())["results"]:
+                if _is_work(result, row.work) and result.get("ms"):
+                    times.setdefault(result["case"], {})[result["runner"]] = result["ms"]
+            raced = [n for n in row.providers if any(n in each for each in times.values())]
+            assert len(raced) > 1
+            for first, second in itertools.pairwise(raced):
+                both = [each for each in times.values() if {first, second} <= each.keys()]
+                won = sum(each[first] < each[second] for each in both)
+                assert 2 * won > len(both), (file, first, second, won, len(both))
+
+
+def _is_work(result: dict[str, Any], work: tuple[str, ...]) -> bool:
+    words = result["case"].split()[0]
+    return words not in ("prefill", "decode") or words in work

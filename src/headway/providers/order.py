@@ -1,7 +1,7 @@
 """Which provider is tried first, by device and kind of work: measured orders, as data.
 
-A row says where its order comes from: a reading in benchmarks/results (the file's path in the repository),
-or in words why there is none yet. Unmeasured rows put Headway's own kernels first, because they keep every
+A row says where its order comes from: readings in benchmarks/results (the files' paths in the repository),
+or in words why there are none yet. Unmeasured rows put Headway's own kernels first, because they keep every
 promise of the interface, and packages behind them in the order of their publishers' claims.
 """
 
