@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -359,6 +360,21 @@ def test_a_plan_compares_the_geometry_that_its_key_has(call: Call) -> None:
     problem = call.problem()
     assert PlanKey.of(problem).geometry == plan_module._geometry_of(problem)
     Plan(PlanKey.of(problem), int32(1)).check_matches(problem)
+
+
+def test_buffers_are_made_for_caches_that_decode_takes(kernels: None) -> None:
+    for kv_dtype, count in ((torch.float16, 1), (FLOAT8, 1), (torch.float32, 0)):
+        assert len(step_plan(kv_dtype=kv_dtype)._parts) == count
+
+
+def test_long_queries_are_planned_for_the_portable_kernels(kernels: None) -> None:
+    lengths = int32(32, 1, 0)
+    key = dataclasses.replace(step_plan().key, max_seqlen_q=17)
+    assert providers.get("hopper").plan(key, lengths).schedule is not None
+    latent_key = dataclasses.replace(key, num_kv_heads=1, head_dim=576, head_dim_v=512)
+    assert providers.get("hopper").plan(latent_key, lengths).schedule is not None
+    few = dataclasses.replace(latent_key, max_seqlen_q=16)
+    assert providers.get("hopper").plan(few, lengths).schedule is None
 
 
 def test_a_plan_for_one_dtype_serves_caches_of_another(kernels: None) -> None:

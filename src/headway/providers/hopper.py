@@ -164,7 +164,8 @@ class HopperProvider(Provider):
                 key, seqlens_k, kv_dtype=kv_dtype, num_splits=num_splits, sm_margin=sm_margin
             )
         made = Plan(dataclasses.replace(key, sm_margin=sm_margin), torch.zeros_like(seqlens_k))
-        _step_of(made, key.max_seqlen_q, kv_dtype.itemsize, sm_margin)
+        if any(kv == kv_dtype for _, kv in _DECODE.dtypes):
+            _step_of(made, key.max_seqlen_q, kv_dtype.itemsize, sm_margin)
         return made
 
     def prepare(self, problem: Problem) -> None:
@@ -212,7 +213,7 @@ def _steps(t: Tensor) -> list[int]:
 
 
 def _plans(key: PlanKey) -> bool:
-    """Whether calls of this geometry, 16-bit ones at least, run by plans of the decode kernel."""
+    """Whether calls of this geometry, of the dtypes it takes, run by plans of the decode kernel."""
     d, dv = key.head_dim, key.head_dim_v
     if dv > 256:
         whole = _LATENT.head_dims.reason_against(d, dv) is None
