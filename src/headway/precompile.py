@@ -9,12 +9,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
-import json
-import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,17 +50,11 @@ class Precompiled:
 
     def save(self, path: Path) -> None:
         """Write the reports as JSON, with the versions that they depend on."""
-        content = {
-            "benchmark": "compile",
-            "versions": {
-                "headway": metadata.version("headway"),
-                "triton": metadata.version("triton"),
-                "python": platform.python_version(),
-            },
-            "seconds": round(self.seconds, 1),
-            "results": [_row(report) for report in self.reports],
-        }
-        path.write_text(json.dumps(content, indent=1) + "\n")
+        from headway.bench.report import Reading
+
+        targets = list(dict.fromkeys(report.target for report in self.reports))
+        settings = {"targets": targets, "seconds": round(self.seconds, 1)}
+        Reading("compile", settings, [_row(report) for report in self.reports]).save(path)
 
 
 def _row(report: Report) -> dict[str, Any]:
