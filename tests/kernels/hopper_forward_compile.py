@@ -1,4 +1,5 @@
 """Compiles the prefill kernel for Hopper and prints what its machine code is like, as JSON. Needs no GPU.
+Arguments: names of cases; none: all.
 
 A program of its own because the tests run Triton's interpreter, which a process chooses once.
 """
@@ -8,12 +9,14 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from headway.kernels._triton import gl
@@ -41,8 +44,10 @@ CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
         128,
         {"has_right": True, "dynamic": True, "page_size": 64, **RAGGED},
     ),
+    "d64 short causal": (64, 64, {"has_right": True, "dynamic": True, "max_seqlen_q": 1024}),
     "d192/128 causal": (192, 128, {"has_right": True, "dynamic": True}),
     "d256 full": (256, 256, {}),
+    "d256 causal": (256, 256, {"has_right": True, "dynamic": True}),
     "d128 gathered causal": (
         128,
         128,
@@ -64,7 +69,9 @@ CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
 
 
 def compile_forward(head_dim: int, head_dim_v: int, features: dict[str, Any]) -> Any:
-    tile = forward_tile(head_dim, head_dim_v, features.get("has_right", False), 1 << 20)
+    features = dict(features)
+    max_seqlen_q = features.pop("max_seqlen_q", 1 << 20)
+    tile = forward_tile(head_dim, head_dim_v, features.get("has_right", False), max_seqlen_q)
     cfg = ForwardConfig(gl.bfloat16, tile, head_dim, head_dim_v, **features)
     used = {"schedule"} if cfg.dynamic else set()
     used |= {"cu_seqlens_q", "cu_seqlens_k"} if cfg.ragged_q else set()
@@ -114,7 +121,7 @@ def measure(kernel: Any) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         ptx, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
         ptx.write_text(kernel.asm["ptx"])
-        command = [TOOLS / "ptxas", "-v", "--gpu-name=sm_90a", ptx, "-o", cubin]
+        command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", ptx, "-o", cubin]
         log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
         command = [TOOLS / "cuobjdump", "--dump-sass", cubin]
         sass = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -139,4 +146,5 @@ def measure(kernel: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps({name: measure(compile_forward(*case)) for name, case in CASES.items()}))
+    names = sys.argv[1:] or list(CASES)
+    print(json.dumps({name: measure(compile_forward(*CASES[name])) for name in names}))

@@ -171,10 +171,9 @@ def _advance(
         carried, row_max, row_sum, factor = softmax_block(
             scores, row_max, row_sum, scale_log2, MAY_BE_EMPTY
         )
-        # This event came long ago, but a wait ends a basic block; without one ptxas sinks the softmax below
-        # the wait for PV, which undoes the overlap. A wait for the next event would hold this one's
-        # release up until that is there.
-        pipeline.await_event(buffers, event, cfg)
+        # Without the end of a basic block ptxas sinks the softmax below the wait for PV, which undoes the
+        # overlap. A wait for the next event would do, but hold this one's release up until that is there.
+        pipeline.await_again(buffers, event, cfg)
         accumulator = warpgroup_mma_wait(0, deps=[product])
         event = pipeline.release_v(buffers, event, cfg)
         accumulator = _scaled(accumulator, factor, cfg)

@@ -15,6 +15,7 @@ from headway.kernels._triton import (
     gl,
     gluon,
     mbarrier,
+    rows_load,
     tma_load,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -319,7 +320,7 @@ def gather_rows(
         mask = gl.expand_dims(inside, 1)
         if c * 64 + 64 > REAL:
             mask = mask & gl.expand_dims(column < REAL - c * 64, 0)
-        async_copy.async_copy_global_to_shared(view.index(stage * COLUMNS + c), pointers, mask=mask)
+        rows_load(view.index(stage * COLUMNS + c), pointers, mask=mask)
 
 
 @gluon.jit
@@ -366,11 +367,18 @@ def release_q(buffers, slot):
 
 @gluon.jit
 def await_event(buffers, event, cfg: gl.constexpr):
-    stage = event % cfg.stages
-    mbarrier.wait(buffers.kv_full.index(stage), (event // cfg.stages) & 1)
+    stage = await_again(buffers, event, cfg)
     if cfg.gathered:
         # Rows copied by threads; wgmma reads through another proxy.
         fence_async_shared()
+    return stage
+
+
+@gluon.jit
+def await_again(buffers, event, cfg: gl.constexpr):
+    """An event waited for before: no time passes, but the wait ends a basic block."""
+    stage = event % cfg.stages
+    mbarrier.wait(buffers.kv_full.index(stage), (event // cfg.stages) & 1)
     return stage
 
 
