@@ -351,6 +351,15 @@ def test_a_window_over_a_tree_follows_positions(kind: dict[str, Any]) -> None:
     )  # fmt: skip
 
 
+def test_the_batch_says_how_many_drafts_there_are() -> None:
+    """Adaptive speculation verifies fewer tokens than the server was started with."""
+    world = World(topk=2, drafts=9)
+    attend(
+        world, ForwardMode.TARGET_VERIFY, (len(PARENTS),) * 4, spec_info=verify_input(world),
+        causal=False, mask_mod=[in_tree(p) for p in world.past],
+    )  # fmt: skip
+
+
 @worlds
 def test_draft_steps_of_a_chain(kind: str) -> None:
     """The second step: two tokens have been drafted, this one included."""

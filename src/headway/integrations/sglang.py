@@ -327,7 +327,9 @@ class HeadwayAttnBackend(AttentionBackend):
     def _build_verify(
         self, batch: Any, lengths: Tensor, longest: int, in_capture: bool
     ) -> _Metadata:
-        bs, drafts = lengths.shape[0], self.speculative_num_draft_tokens
+        # The batch's own width, where it says one: adaptive speculation changes it between steps.
+        width = getattr(batch.spec_info, "num_tokens_per_req", -1)
+        bs, drafts = lengths.shape[0], width if width > 0 else self.speculative_num_draft_tokens
         keys = longest + drafts
         table, swa_table = self._tables(batch, bs, keys)
         layout = getattr(batch.spec_info, "ragged_verify_layout", None)
