@@ -11,7 +11,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
 #: Random calls per test: the interpreter takes about a second for each, a GPU mostly compiles.
-EXAMPLES = int(os.environ.get("HEADWAY_TEST_EXAMPLES", "120"))
+EXAMPLES = int(os.environ.get("HEADWAY_TEST_EXAMPLES", "16" if INTERPRETED else "120"))
 
 requires_device = pytest.mark.skipif(
     not INTERPRETED and not torch.cuda.is_available(),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import headway
 from tests import calls
+from tests.kernels.covering import covering_calls
 from tests.kernels.portable_device import DEVICE, EXAMPLES, requires_device
 
 pytestmark = requires_device
@@ -18,9 +19,24 @@ pytestmark = requires_device
 DTYPES = (torch.bfloat16, torch.float16)
 FLOAT8 = torch.float8_e4m3fn
 
+#: Random calls to choose from, and the cost (programs times tiles of keys) of the dearest that is chosen.
+CANDIDATES, MOST_COST = 300, 24
+
 
 def check(call: calls.Call) -> None:
     calls.assert_matches(call.run("portable", DEVICE), call.run("reference"), call)
+
+
+def small_calls() -> Any:
+    """Calls of every kind, few tiles long."""
+    return calls.calls(DTYPES, (8, 40, 64, 80, 96), (1, 7, 16, 64), max_len=40)
+
+
+@pytest.mark.parametrize("share", range(4))
+def test_features_in_pairs(share: int) -> None:
+    """Every two values of two features that go together, together in some call."""
+    for call in covering_calls(small_calls, CANDIDATES, 0, MOST_COST)[share::4]:
+        check(call)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -55,13 +71,13 @@ def _int32(*values: int) -> Tensor:
 @pytest.mark.parametrize("d", [32, 40, 64, 80, 96, 112, 128, 192, 256])
 @pytest.mark.parametrize("causal", [False, True])
 def test_prefill_of_every_head_dim(d: int, causal: bool) -> None:
-    q, k, v = _normal(1, 2, 70, 4, d), _normal(2, 2, 93, 2, d), _normal(3, 2, 93, 2, d)
+    q, k, v = _normal(1, 1, 40, 2, d), _normal(2, 1, 71, 1, d), _normal(3, 1, 71, 1, d)
     check(calls.Call("dense", {"q": q, "k": k, "v": v, "causal": causal}, f"head_dim {d}"))
 
 
 @pytest.mark.parametrize(("d", "dv"), [(192, 128), (64, 256), (128, 64), (96, 40)])
 def test_values_of_another_width(d: int, dv: int) -> None:
-    q, k, v = _normal(1, 2, 70, 4, d), _normal(2, 2, 93, 4, d), _normal(3, 2, 93, 4, dv)
+    q, k, v = _normal(1, 1, 40, 2, d), _normal(2, 1, 71, 2, d), _normal(3, 1, 71, 2, dv)
     check(calls.Call("dense", {"q": q, "k": k, "v": v, "causal": True}, f"head_dim {d}/{dv}"))
 
 
@@ -85,10 +101,14 @@ def long_decode(seqlens: tuple[int, ...], page_size: int, sq: int = 1, **more: A
     return calls.Call("kvcache", kwargs, f"decode {seqlens} page {page_size} {sorted(more)}")
 
 
+#: Keys of sequences: cut into pieces, in one piece, none.
+LENGTHS = (780, 7, 0, 300)
+
+
 @pytest.mark.parametrize("page_size", [1, 16, 24, 64])
 @pytest.mark.parametrize("sq", [1, 3])
 def test_long_caches_are_split_and_merged(page_size: int, sq: int) -> None:
-    check(long_decode((1500, 7, 0, 640), page_size, sq))
+    check(long_decode(LENGTHS, page_size, sq))
 
 
 @pytest.mark.parametrize(
@@ -96,7 +116,7 @@ def test_long_caches_are_split_and_merged(page_size: int, sq: int) -> None:
     [
         {"sinks": _normal(8, 6)},
         {"window_size": (200, 0)},
-        {"window_size": (1000, 30), "causal": False},
+        {"window_size": (500, 30), "causal": False},
         {"attention_chunk": 300},
         {"softcap": 5.0},
         {"num_splits": 1},
@@ -107,16 +127,16 @@ def test_long_caches_are_split_and_merged(page_size: int, sq: int) -> None:
     ids=str,
 )
 def test_split_caches_with_modifiers(more: dict[str, Any]) -> None:
-    check(long_decode((1500, 7, 0, 640), 16, **more))
+    check(long_decode(LENGTHS, 16, **more))
 
 
 def latent(heads: int, form: str, sq: int = 2, dtype: torch.dtype = torch.bfloat16) -> calls.Call:
     """Absorbed MLA at DeepSeek's widths, in the three ways a call can put it."""
-    cache, page = _normal(9, 40, 16, 1, 576), 16
-    cache[37:] = float("nan")
-    table = torch.randperm(37, generator=torch.Generator().manual_seed(1)).to(torch.int32)
-    table = torch.cat((table[:36], _int32(*[99999] * 4))).view(2, 20)
-    lengths = _int32(20 * page - 3, 16 * page - 5)
+    cache, page = _normal(9, 16, 16, 1, 576), 16
+    cache[13:] = float("nan")
+    table = torch.randperm(13, generator=torch.Generator().manual_seed(1)).to(torch.int32)
+    table = torch.cat((table[:12], _int32(*[99999] * 2))).view(2, 7)
+    lengths = _int32(7 * page - 3, 5 * page - 5)
     q = _normal(10, 2, sq, heads, 576)
     kwargs: dict[str, Any] = {"page_table": table, "cache_seqlens": lengths, "causal": True}
     if form == "one":
@@ -160,7 +180,7 @@ def test_values_beyond_256_need_the_latent_form() -> None:
 @pytest.mark.parametrize("kinds", ["cache", "all"])
 @pytest.mark.parametrize("sq", [1, 40])
 def test_float8(kinds: str, sq: int) -> None:
-    call = long_decode((700, 7, 0, 640), 16, sq)
+    call = long_decode((300, 7, 0, 120), 16, sq)
     names = ("k_cache", "v_cache") if kinds == "cache" else ("k_cache", "v_cache", "q")
     for i, name in enumerate(names):
         call.kwargs[name] = call.kwargs[name].to(FLOAT8)
@@ -171,16 +191,14 @@ def test_float8(kinds: str, sq: int) -> None:
 
 def test_float8_bits_of_every_value() -> None:
     """All 256 float8 values as values of one-key sequences come out as they are."""
-    codes = torch.arange(256, dtype=torch.uint8).view(FLOAT8)
+    codes = torch.arange(256, dtype=torch.uint8).view(FLOAT8).view(16, 1, 1, 16)
     finite = codes.float().isfinite()
-    v = torch.zeros(256, 1, 1, 16).to(FLOAT8)
-    v[:, 0, 0, 3] = codes
-    k = torch.zeros(256, 1, 1, 16).to(FLOAT8)
-    q = torch.zeros(256, 1, 1, 16, dtype=torch.float16)
+    k = torch.zeros(16, 1, 1, 16).to(FLOAT8)
+    q = torch.zeros(16, 1, 1, 16, dtype=torch.float16)
     out = headway.flash_attn_func(
-        q.to(DEVICE), k.to(DEVICE), v.to(DEVICE), backend="portable", num_splits=1
+        q.to(DEVICE), k.to(DEVICE), codes.to(DEVICE), backend="portable", num_splits=1
     )
-    assert torch.equal(out.cpu()[finite, 0, 0, 3].float(), codes.float()[finite])
+    assert torch.equal(out.cpu()[finite].float(), codes.float()[finite])
 
 
 @pytest.mark.parametrize("rotary", [None, False, True])

@@ -10,7 +10,7 @@ import headway
 from headway import providers, reference
 from headway.plan import MAX_SPLITS, Plan, PlanKey, Schedule
 from tests.kernels.portable_device import DEVICE, requires_device
-from tests.kernels.test_portable_attention import long_decode
+from tests.kernels.test_portable_attention import LENGTHS, long_decode
 
 pytestmark = requires_device
 
@@ -69,9 +69,9 @@ def test_num_splits_bounds_the_pieces() -> None:
     assert max(_plan([60_000, 10], 131_072, num_splits=3).num_splits.tolist()) == 3
 
 
-@pytest.mark.parametrize("planned_for", [(1, 1, 1, 1), (640, 0, 7, 1500), (1500, 1500, 1500, 1500)])
+@pytest.mark.parametrize("planned_for", [(1, 1, 1, 1), (300, 0, 7, 780), (780, 780, 780, 780)])
 def test_a_plan_of_other_lengths_changes_nothing(planned_for: tuple[int, ...]) -> None:
-    call = long_decode((1500, 7, 0, 640), 16).copy(DEVICE)
+    call = long_decode(LENGTHS, 16).copy(DEVICE)
     want = call.run("reference").out
     capacity = call.kwargs["page_table"].shape[1] * 16
     seqlens = torch.tensor(planned_for, dtype=torch.int32, device=DEVICE)

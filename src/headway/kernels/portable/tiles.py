@@ -48,9 +48,9 @@ H200 = "benchmarks/results/h200/portable_tiles.json"
 #: First match wins.
 TABLE: tuple[Row, ...] = (
     Row("forward", ("interpreter",), 512, ANY_ROWS, Tile(32, 32, 4, 1)),
-    Row("decode", ("interpreter",), 512, 16, Tile(16, 16, 4, 1)),
-    Row("decode", ("interpreter",), 512, ANY_ROWS, Tile(32, 16, 4, 1)),
-    Row("mla", ("interpreter",), 1024, ANY_ROWS, Tile(16, 16, 4, 1)),
+    Row("decode", ("interpreter",), 512, 16, Tile(16, 32, 4, 1)),
+    Row("decode", ("interpreter",), 512, ANY_ROWS, Tile(32, 32, 4, 1)),
+    Row("mla", ("interpreter",), 1024, ANY_ROWS, Tile(32, 32, 4, 1)),
     # Hopper and data-centre Blackwell: 227 KiB of shared memory; Blackwell's compiler keeps more there.
     Row("forward", ("sm10",), 64, ANY_ROWS, Tile(128, 64, 8, 4, hoist=False)),
     Row("forward", ("sm10",), 128, ANY_ROWS, Tile(128, 64, 8, 3)),
