@@ -77,7 +77,7 @@ def compile_forward(head_dim: int, head_dim_v: int, features: dict[str, Any]) ->
     used |= {"cu_seqlens_q", "cu_seqlens_k"} if cfg.ragged_q else set()
     used |= {"page_table", "seqused_k"} if cfg.page_size else set()
 
-    def kind(name: str) -> str:
+    def kind(name: str) -> Any:
         if name in ("k", "v") and cfg.gathered:
             return "*bf16"
         if name.endswith("_desc") or name in ("k", "v"):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headway.kernels._triton import cdiv, jit, tl
+from headway.kernels._triton import cdiv, jit, launch, tl
 
 #: int32 entries in front of the tiles: next tile, finished CTAs (both 0 between launches), number of tiles
 HEADER = 3
 _TILES_PER_PROGRAM = 16
+_SEQUENCES_AT_ONCE = 128
 
 
 @jit
@@ -61,6 +62,7 @@ def order_tiles_kernel(
     TILES: tl.constexpr,
     BATCHES: tl.constexpr,
     HEADER: tl.constexpr,
+    num_warps: tl.constexpr = 4,
 ):
     """Each tile finds its own place: the number of tiles that cost more, or the same and come earlier."""
     mine = tl.program_id(0)
@@ -135,23 +137,18 @@ def order_tiles(
     tiles = max_tiles(batch_size, total_rows, block_m)
     schedule = torch.empty(HEADER + 2 * tiles, dtype=torch.int32, device=device)
     per_sequence = cdiv(max_seqlen_q * pack, block_m)
-    grid = (batch_size, max(cdiv(per_sequence, _TILES_PER_PROGRAM), 1))
-    order_tiles_kernel[grid](
-        schedule,
-        cu_seqlens_q,
-        seqused_q,
-        cu_seqlens_k,
-        seqused_k,
+    grid = (batch_size, max(cdiv(per_sequence, _TILES_PER_PROGRAM), 1), 1)
+    lengths = (cu_seqlens_q, seqused_q, cu_seqlens_k, seqused_k)
+    numbers = (
         batch_size,
         max_seqlen_q,
         max_seqlen_k,
         block_m // pack if causal else 0,
         pack,
         2**30 if window_tokens is None else window_tokens,
-        BLOCK_M=block_m,
-        TILES=_TILES_PER_PROGRAM,
-        BATCHES=128,
-        HEADER=HEADER,
-        num_warps=4,
     )
+    blocks = (block_m, _TILES_PER_PROGRAM, _SEQUENCES_AT_ONCE, HEADER)
+    kinds = (None if t is None else t.data_ptr() % 16 == 0 for t in (schedule, *lengths))
+    key = (order_tiles_kernel, *blocks, *kinds, device)
+    launch(order_tiles_kernel, grid, key, (schedule, *lengths, *numbers, *blocks, 4))
     return schedule
