@@ -79,8 +79,9 @@ def forward_tile(head_dim: int, head_dim_v: int, causal: bool, max_seqlen_q: int
     raise KeyError((head_dim, head_dim_v))
 
 
-#: What a piece costs beside its blocks, and what the merge costs, in the time of one block.
-_PIECE_BLOCKS, _MERGE_BLOCKS = 4, 4
+#: What a piece costs beside its blocks, and what the merge costs, its launch included, in the time of one
+#: block. Readings: docs/notes/hopper-prefill.md.
+_PIECE_BLOCKS, _MERGE_BLOCKS = 4, 12
 #: Pieces save nothing where tiles go round the card more often than this.
 _MAX_ROUNDS = 2
 #: Splitting must promise this much of the time without.
