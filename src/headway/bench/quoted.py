@@ -82,6 +82,26 @@ def _served(reading: Reading) -> str:
     return markdown(reading.results, columns)
 
 
+def _overhead(reading: Reading) -> str:
+    columns = (
+        Column("case", "case"),
+        Column("runner", "runner"),
+        Column("host_us", "host (µs)", ".0f"),
+        Column("device_us", "device (µs)", ".1f"),
+    )
+    return markdown(reading.results, columns)
+
+
+def _latent(reading: Reading) -> str:
+    columns = (
+        Column("case", "causal prefill, 192/128"),
+        Column("runner", "runner"),
+        Column("tflops", "TFLOPS", ".0f"),
+        Column("relative_error", "relative error", ".3f"),
+    )
+    return markdown(reading.results, columns)
+
+
 #: What a README has room for: long and short prompts, the best and the worst cells.
 PREFILL_SHORT = (
     *(
@@ -108,6 +128,8 @@ TABLES: dict[str, tuple[str, Callable[[Reading], str]]] = {
     ),
     "decode": ("h200/hopper-decode.json", lambda r: _attention(r, "tbps", ".2f")),
     "decode-float8": ("h200/hopper-decode-float8.json", lambda r: _attention(r, "tbps", ".2f")),
+    "overhead": ("h200/hopper-overhead.json", _overhead),
+    "mla": ("h200/mla_prefill.json", _latent),
     "engine": ("h200/engine-throughput.json", _served),
 }
 
