@@ -92,6 +92,7 @@ def forward(
     score_mod: Any = None,
     mask_mod: Any = None,
     aux: Any = None,
+    num_splits: int = 0,
 ) -> None:
     RAN.append("forward")
     assert_aligned(q, k, v, out)

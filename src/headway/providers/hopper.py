@@ -339,6 +339,7 @@ def _prefill(p: Problem, q: Tensor, out: Tensor, lse: Tensor | None) -> None:
         score_mod=None if mods is None else mods.score_mod,
         mask_mod=None if mods is None else mods.mask_mod,
         aux=None if mods is None else mods.aux,
+        num_splits=p.hints.num_splits,
     )
 
 
