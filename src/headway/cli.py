@@ -20,6 +20,7 @@ except ModuleNotFoundError:
 
 import headway
 from headway import flags
+from headway.bench import evaluate
 from headway.engine.config import EngineConfig
 from headway.errors import HeadwayError, InvalidInputError
 
@@ -412,6 +413,11 @@ def _abilities(can: Capabilities | None) -> tuple[str, str]:
 def _short(dtype: torch.dtype, names: dict[str, str]) -> str:
     full = str(dtype).removeprefix("torch.")
     return names.get(full, full)
+
+
+# --- eval ---------------------------------------------------------------------------------------------
+
+app.command(name="eval")(evaluate.command)
 
 
 # --- compile ------------------------------------------------------------------------------------------
