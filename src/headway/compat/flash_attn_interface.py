@@ -1,6 +1,14 @@
-"""``from headway.compat.flash_attn_interface import ...``: the import line for FlashAttention 3's callers.
+"""FlashAttention 3's functions: an import line for its callers, a module for programs that read signatures.
 
-Argument names, order, defaults and tuple returns are those of FA3's ``flash_attn_interface``.
+    from headway.compat.flash_attn_interface import flash_attn_func
+
+Argument names, order, defaults and tuple returns are those of FA3's ``flash_attn_interface``, and behind
+them ``s_aux``, under which vLLM's builds take attention sinks. transformers and others call
+``inspect.signature`` on the flash functions they are given, and drop what they do not find there: here
+every name works.
+
+Where a program imports ``flash_attn_interface`` itself, this module can take its place:
+``sys.modules["flash_attn_interface"] = headway.compat.flash_attn_interface``.
 """
 
 from __future__ import annotations
@@ -41,9 +49,11 @@ def flash_attn_func(
     deterministic: bool = False,
     sm_margin: int = 0,
     return_attn_probs: bool = False,
+    s_aux: Tensor | None = None,
 ) -> Any:
-    """As :func:`headway.flash_attn_func`; ``(out, lse)`` with ``return_attn_probs``."""
-    return interface.flash_attn_func(**locals())
+    """As :func:`headway.flash_attn_func`; ``s_aux`` (Hq,) are the sinks."""
+    arguments = dict(locals())
+    return interface.flash_attn_func(**_with_sinks(arguments))
 
 
 def flash_attn_varlen_func(
@@ -70,9 +80,11 @@ def flash_attn_varlen_func(
     deterministic: bool = False,
     sm_margin: int = 0,
     return_attn_probs: bool = False,
+    s_aux: Tensor | None = None,
 ) -> Any:
-    """As :func:`headway.flash_attn_varlen_func`; ``(out, lse)`` with ``return_attn_probs``."""
-    return interface.flash_attn_varlen_func(**locals())
+    """As :func:`headway.flash_attn_varlen_func`; ``s_aux`` (Hq,) are the sinks."""
+    arguments = dict(locals())
+    return interface.flash_attn_varlen_func(**_with_sinks(arguments))
 
 
 def flash_attn_with_kvcache(
@@ -106,15 +118,22 @@ def flash_attn_with_kvcache(
     pack_gqa: bool | None = None,
     sm_margin: int = 0,
     return_softmax_lse: bool = False,
+    s_aux: Tensor | None = None,
 ) -> Any:
-    """As :func:`headway.flash_attn_with_kvcache`.
+    """As :func:`headway.flash_attn_with_kvcache`; ``s_aux`` (Hq,) are the sinks.
 
     Returns:
         ``out``, or ``(out, lse, None, None)`` with ``return_softmax_lse``: the last two stand for the
         partial results of a split, which Headway does not expose.
     """
-    result = interface.flash_attn_with_kvcache(**locals())
+    arguments = dict(locals())
+    result = interface.flash_attn_with_kvcache(**_with_sinks(arguments))
     if not return_softmax_lse:
         return result
     out, lse = result
     return out, lse, None, None
+
+
+def _with_sinks(arguments: dict[str, Any]) -> dict[str, Any]:
+    arguments["sinks"] = arguments.pop("s_aux")
+    return arguments

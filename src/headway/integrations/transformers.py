@@ -31,8 +31,8 @@ from transformers.generation.continuous_batching import continuous_api, initiali
 from transformers.utils.import_utils import is_tracing
 
 from headway import interface
+from headway.compat import flash_attn_interface
 from headway.errors import UnsupportedError
-from headway.integrations import flash_attn_interface
 
 #: The attention implementation that users name.
 NAME = "headway"
