@@ -1,8 +1,8 @@
 """``headway bench mla``: MLA prefill at 192/128, float8 by persistent schedule beside bfloat16.
 
 All participants get the same bfloat16 tensors, so the time of float8 holds what it costs: the largest
-magnitudes (unless scales are given), the casts, the transpose of values, the merge. The plan is made before:
-an engine makes it once per step.
+magnitudes (unless scales are given), the casts, the transpose of values, the merge. The plan is made
+before: an engine makes it once per step.
 """
 
 from __future__ import annotations
