@@ -8,7 +8,10 @@ memory uninitialised, and records its calls in :data:`CALLS`.
 from __future__ import annotations
 
 import contextlib
+import functools
+import shutil
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,13 +55,31 @@ def record(function: str, arguments: dict[str, Any]) -> None:
         CALLS.append((function, arguments))
 
 
+@functools.cache
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="stand-ins-")
+
+
+@functools.cache
+def _folder(package: str) -> Path:
+    """What pip would put on the path. ``fa4_public``: FlashAttention 4 with another inner function."""
+    if package != "fa4_public":
+        return HERE / package
+    folder = Path(_scratch().name) / package
+    shutil.copytree(HERE / "fa4", folder, ignore=shutil.ignore_patterns("__pycache__"))
+    source = folder / "flash_attn" / "cute" / "interface.py"
+    text = source.read_text().replace("fa4._flash_attn_fwd", "fa4.public")
+    source.write_text(text.replace("_flash_attn_fwd", "_forward"))
+    return folder
+
+
 @contextlib.contextmanager
 def installed(kind: str, *packages: str) -> Iterator[None]:
     """Inside, every device is of this kind, and these stand-ins (folders) are installed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(devices, "of", lambda device: DEVICES[kind])
         others = [path for path in sys.path if not path.startswith(str(HERE))]
-        patch.setattr(sys, "path", [str(HERE / package) for package in packages] + others)
+        patch.setattr(sys, "path", [str(_folder(package)) for package in packages] + others)
         _unload()
         CALLS.clear()
         yield
