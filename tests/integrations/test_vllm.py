@@ -194,7 +194,7 @@ def test_vllm_is_told_what_is_supported() -> None:
         "head_size": 64, "dtype": torch.bfloat16, "kv_cache_dtype": "fp8", "block_size": 16,
         "use_mla": False, "has_sink": True, "use_sparse": False, "use_mm_prefix": False,
         "use_per_head_quant_scales": True, "device_capability": None,
-        "attn_type": AttentionType.ENCODER_DECODER, "has_sliding_window": True,
+        "attn_type": AttentionType.DECODER, "has_sliding_window": True,
         "use_non_causal": True, "use_dcp": True,
     }  # fmt: skip
     assert HeadwayBackend.validate_configuration(**asked) == []
@@ -205,6 +205,7 @@ def test_vllm_is_told_what_is_supported() -> None:
         ({"use_mm_prefix": True}, "multimodal"),
         ({"use_batch_invariant": True}, "batch invariance"),
         ({"dtype": torch.float64}, "dtype"),
+        ({"attn_type": AttentionType.ENCODER_DECODER}, "attention type"),
     ):
         said = HeadwayBackend.validate_configuration(**{**asked, **change})
         assert reason in said[0]

@@ -19,7 +19,7 @@ import functools
 import importlib.util
 import inspect
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from headway.engine.packing import PackedWeight, packing_unavailable
+from headway.engine.parts import ROPE, SharedProduct, with_rope
 from headway.engine.trial import TRIAL_ROWS, agree, is_taken, looks_plain, random_like
 from headway.errors import InvalidInputError
 
@@ -35,8 +36,6 @@ Level = Literal["auto", "off"]
 
 SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of sibling linear layers that read the same input in the models of transformers."""
-
-_ROPE = "apply_rotary_pos_emb"
 
 
 @dataclass
@@ -128,29 +127,6 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
-
-
-class SharedProduct:
-    """One matrix product for several linear layers that are called with the same input, in order.
-
-    The first layer computes all outputs, the others take theirs. An input that is another tensor
-    than the last one is a new product, so layers called with different inputs are right too, only
-    slower. The outputs are let go when the last layer has taken its own.
-    """
-
-    def __init__(self, weight: PackedWeight, sizes: Sequence[int]) -> None:
-        self._weight = weight
-        self._sizes = list(sizes)
-        self._last: tuple[Tensor | None, tuple[Tensor, ...]] = (None, ())
-
-    def part(self, index: int, x: Tensor) -> Tensor:
-        source, outputs = self._last
-        if source is not x:
-            outputs = self._weight(x).split(self._sizes, dim=-1)
-            self._last = (x, outputs)
-        if index == len(self._sizes) - 1:
-            self._last = (None, ())
-        return outputs[index]
 
 
 class MergedLinear(nn.Module):
@@ -331,7 +307,7 @@ def _rope_agrees(original: Callable[..., Any], fast: Callable[..., Any]) -> bool
 
 def _exchange_rotaries(model: nn.Module, report: Acceleration) -> None:
     if not _has_compiler():
-        report.left_alone[_ROPE] = "rotary embedding (numba is not installed)"
+        report.left_alone[ROPE] = "rotary embedding (numba is not installed)"
         return
     forwards: dict[type, Any] = {}
     for path, module in model.named_modules():
@@ -339,29 +315,16 @@ def _exchange_rotaries(model: nn.Module, report: Acceleration) -> None:
         forward = kind.forward
         if "forward" in vars(module) or not inspect.isfunction(forward):
             continue
-        if _ROPE not in forward.__code__.co_names or _ROPE not in forward.__globals__:
+        if ROPE not in forward.__code__.co_names or ROPE not in forward.__globals__:
             continue
         if is_taken(path, model):
             continue
         if kind not in forwards:
-            original = forward.__globals__[_ROPE]
+            original = forward.__globals__[ROPE]
             fast = _fast_rope(original)
-            forwards[kind] = _with_global(forward, fast) if _rope_agrees(original, fast) else None
+            forwards[kind] = with_rope(forward, fast) if _rope_agrees(original, fast) else None
         if forwards[kind] is None:
             report.left_alone[path] = f"{kind.__name__} rotates in another way"
             continue
         module.forward = types.MethodType(forwards[kind], module)  # type: ignore[method-assign]
         report.rotaries += 1
-
-
-def _with_global(function: Any, rope: Callable[..., Any]) -> Any:
-    """A copy of a function that sees another ``apply_rotary_pos_emb``; its module stays as it is."""
-    copy = types.FunctionType(
-        function.__code__,
-        {**function.__globals__, _ROPE: rope},
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy

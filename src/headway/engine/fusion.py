@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from headway.engine.attention import ROTARY_MARK
 from headway.engine.fused_layer import FusedLayer, Linear, Norm, candidates
+from headway.engine.parts import ROPE, SharedProduct, with_rope
 from headway.engine.trial import (
     TRIAL_ROWS,
     LayerTrial,
@@ -42,8 +43,6 @@ from headway.serving.flash import rotated
 
 SHARED_INPUT = (("q_proj", "k_proj", "v_proj"),)
 """Names of sibling linear layers that read the same input in the models of transformers."""
-
-_ROPE = "apply_rotary_pos_emb"
 
 
 @dataclass
@@ -192,28 +191,6 @@ def _feed_forward(
 # --- linear layers that read the same input ---------------------------------------------------------
 
 
-class SharedProduct:
-    """One matrix product for several linear layers that are called with the same input, in order.
-
-    The first layer computes all outputs, the others take theirs. An input that is another tensor than
-    the last one is a new product, so layers called with different inputs are right too, only slower.
-    """
-
-    def __init__(self, product: Linear, sizes: Sequence[int]) -> None:
-        self._product = product
-        self._sizes = list(sizes)
-        self._last: tuple[Tensor | None, tuple[Tensor, ...]] = (None, ())
-
-    def part(self, index: int, x: Tensor) -> Tensor:
-        source, outputs = self._last
-        if source is not x:
-            outputs = self._product(x).split(self._sizes, dim=-1)
-            self._last = (x, outputs)
-        if index == len(self._sizes) - 1:
-            self._last = (None, ())
-        return outputs[index]
-
-
 class SharedLinear(nn.Module):
     """One of the linear layers of a :class:`SharedProduct`."""
 
@@ -297,15 +274,15 @@ def _defer_rotaries(model: nn.Module, report: Fusion) -> None:
         forward = kind.forward
         if "forward" in vars(module) or not isinstance(forward, types.FunctionType):
             continue
-        if _ROPE not in forward.__code__.co_names or _ROPE not in forward.__globals__:
+        if ROPE not in forward.__code__.co_names or ROPE not in forward.__globals__:
             continue
         if is_taken(path, model):
             continue
         if kind not in forwards:
-            original = forward.__globals__[_ROPE]
+            original = forward.__globals__[ROPE]
             repeats = _repeats(original, like)
             rope = None if repeats is None else _deferred(original, repeats)
-            forwards[kind] = rope and _with_global(forward, rope)
+            forwards[kind] = rope and with_rope(forward, rope)
         if forwards[kind] is None:
             report.left_alone[path] = f"{kind.__name__} rotates in another way"
             continue
@@ -314,24 +291,9 @@ def _defer_rotaries(model: nn.Module, report: Fusion) -> None:
     if exchanged and not _same(before, _queries_and_keys(model)):
         for module in exchanged:
             del module.forward
-        report.left_alone[_ROPE] = (
-            "rotary embedding: something happens to queries or keys behind it"
-        )
+        report.left_alone[ROPE] = "rotary embedding: something happens to queries or keys behind it"
         return
     report.rotaries = len(exchanged)
-
-
-def _with_global(function: types.FunctionType, rope: Callable[..., Any]) -> types.FunctionType:
-    """A copy of a function that sees another ``apply_rotary_pos_emb``; its module stays as it is."""
-    copy = types.FunctionType(
-        function.__code__,
-        {**function.__globals__, _ROPE: rope},
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy
 
 
 def _queries_and_keys(model: nn.Module) -> list[Tensor]:

@@ -115,7 +115,7 @@ class HeadwayBackend(AttentionBackend):
 
     @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:
-        return attn_type in (AttentionType.DECODER, AttentionType.ENCODER_DECODER, *_ENCODERS)
+        return attn_type in (AttentionType.DECODER, *_ENCODERS)
 
     @classmethod
     def supports_sink(cls) -> bool:
