@@ -94,6 +94,26 @@ def test_what_a_call_is_remembered_by(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(recall._CALLS) == len(different) + 2
 
 
+def test_numbers_read_from_tensors_are_not_remembered() -> None:
+    assert found(**dense(softmax_scale=torch.tensor(0.5))) == 0
+    assert (
+        found(**dense(aux_tensors=[torch.zeros(2)], mask_mod=lambda b, h, i, j, aux: i >= j)) == 0
+    )
+
+
+def test_numbers_are_remembered_by_value_whatever_their_type() -> None:
+    numpy = pytest.importorskip("numpy")
+    assert found(**dense(softmax_scale=numpy.float32(0.5), attention_chunk=numpy.int64(4))) == 1
+    headway.flash_attn_func(**dense(softmax_scale=0.5, attention_chunk=4))
+    assert len(recall._CALLS) == 1
+
+
+def test_lists_are_remembered_as_tuples() -> None:
+    assert found(**dense(window_size=[1, 2])) == 1
+    headway.flash_attn_func(**dense(window_size=(1, 2)))
+    assert len(recall._CALLS) == 1
+
+
 def test_mods_aliased_tensors_and_derived_ones_are_not_remembered() -> None:
     assert found(**dense(score_mod=lambda score, b, h, i, j: score)) == 0
     both = torch.randn(2, 5, 2, 8)
@@ -148,4 +168,8 @@ def test_inside_debug_checks_nothing_is_recalled(monkeypatch: pytest.MonkeyPatch
     found(**dense())
     monkeypatch.undo()
     k = torch.randn(1, 1, 1, 8)
-    assert recall.signature("f", {}, k, k) is None
+    arguments = dict.fromkeys(interface.flash_attn_func.__annotations__) | {
+        "k": k,
+        "v": k,
+    }
+    assert interface._DENSE.calls.recall(arguments) == (None, None)

@@ -9,20 +9,16 @@ rest.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 
 import torch
 
-from headway import devices, providers, recall
+from headway import devices, environ, providers, recall
 from headway.errors import InvalidInputError, UnsupportedError
 from headway.problem import KVLayout, Problem
 from headway.providers.base import Provider, kind_of
 from headway.providers.order import Work, order_for
-
-BACKEND_VARIABLE = "HEADWAY_BACKEND"
-VERSION_VARIABLE = "HEADWAY_FLASH_ATTN_VERSION"
 
 #: Choices made so far, by kind of problem and what was asked for. Whoever varies more than this many
 #: kinds of calls pays for choosing again.
@@ -63,7 +59,7 @@ def pinned_backend(problem: Problem) -> tuple[str | None, str]:
     if problem.backend is not None:
         name, source = problem.backend, "backend"
     else:
-        name, source = os.environ.get(BACKEND_VARIABLE) or "auto", BACKEND_VARIABLE
+        name, source = environ.BACKEND.get() or "auto", environ.BACKEND.name
     if name == "auto":
         return None, source
     if name not in providers.NAMES:
@@ -75,22 +71,22 @@ def requested_version(problem: Problem) -> int | None:
     """The interface generation asked for by argument or environment."""
     if problem.ver is not None:
         return problem.ver
-    value = os.environ.get(VERSION_VARIABLE)
+    value = environ.VERSION.get()
     if not value:
         return None
     if value not in ("3", "4"):
-        raise InvalidInputError(VERSION_VARIABLE, repr(value), "3 or 4")
+        raise InvalidInputError(environ.VERSION.name, repr(value), "3 or 4")
     return int(value)
 
 
 def choose(problem: Problem) -> Provider:
     """The provider that runs the problem, or UnsupportedError with what each one said."""
-    backend = problem.backend
+    backend: object = problem.backend
     if backend is None:
-        backend = os.environ.get(BACKEND_VARIABLE)
+        backend = environ.BACKEND.raw()
     version: object = problem.ver
     if version is None:
-        version = os.environ.get(VERSION_VARIABLE)
+        version = environ.VERSION.raw()
     kind = kind_of(problem)
     key = (kind, backend, version)
     found = _CHOSEN.get(key)

@@ -16,6 +16,7 @@ import importlib.util
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -112,7 +113,7 @@ def flash_attn_func(
             out, ver, backend,
         )
         # fmt: on
-    return _solve(_dense_problem, locals(), k, v)
+    return _solve(_DENSE, locals())
 
 
 def flash_attn_varlen_func(
@@ -192,7 +193,7 @@ def flash_attn_varlen_func(
             return_softmax_lse, out, ver, backend,
         )
         # fmt: on
-    return _solve(_varlen_problem, locals(), k, v)
+    return _solve(_VARLEN, locals())
 
 
 def flash_attn_with_kvcache(
@@ -276,7 +277,7 @@ def flash_attn_with_kvcache(
             mask_mod, aux_tensors, return_lse, out, ver, backend,
         )
         # fmt: on
-    return _solve(_kvcache_problem, locals(), k_cache, v_cache)
+    return _solve(_KVCACHE, locals())
 
 
 def flash_attn_combine(
@@ -439,19 +440,16 @@ def _traced(function: str, *values: Any) -> Any:
     return ops.call(function, dict(zip(ops.PARAMETERS[function], values, strict=True)))
 
 
-def _solve(
-    build: Callable[[SimpleNamespace], Problem], arguments: dict[str, Any], k: Tensor, v: Tensor
-) -> Tensor | tuple[Tensor, Tensor]:
+def _solve(entry: _Entry, arguments: dict[str, Any]) -> Tensor | tuple[Tensor, Tensor]:
     """Run the call; one like an earlier call is neither checked nor chosen for again."""
-    key = recall.signature(build.__name__, arguments, k, v)
-    known = recall.recall(key)
+    key, known = entry.calls.recall(arguments)
     if known is not None:
-        problem, provider = known.problem(arguments), known.provider
+        out, lse = known(arguments)
     else:
-        problem = build(SimpleNamespace(**arguments))
-        provider = dispatch.choose(problem)
-        recall.remember(key, arguments, problem, provider)
-    out, lse = provider.run(problem)
+        problem = entry.build(SimpleNamespace(**arguments))
+        run = dispatch.choose(problem).runner(problem)
+        entry.calls.remember(key, arguments, problem, run)
+        out, lse = run(problem)
     return out if lse is None else (out, lse)
 
 
@@ -676,6 +674,18 @@ def _max_keys(
         return page_table.shape[1] * k.shape[1]
     return _max_rows(None, cu_seqlens, k)
 
+
+@dataclass(frozen=True)
+class _Entry:
+    """A public function behind its signature: what makes its Problems, and its calls so far."""
+
+    build: Callable[[SimpleNamespace], Problem]
+    calls: recall.Memory
+
+
+_DENSE = _Entry(_dense_problem, recall.Memory(flash_attn_func, "k", "v"))
+_VARLEN = _Entry(_varlen_problem, recall.Memory(flash_attn_varlen_func, "k", "v"))
+_KVCACHE = _Entry(_kvcache_problem, recall.Memory(flash_attn_with_kvcache, "k_cache", "v_cache"))
 
 _BUILDERS: dict[Callable[..., Any], Callable[[SimpleNamespace], Problem]] = {
     flash_attn_func: _dense_problem,

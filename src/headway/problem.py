@@ -13,7 +13,6 @@ import contextvars
 import enum
 import itertools
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from headway import environ
 from headway.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ def debug_checks(enabled: bool = True) -> Iterator[None]:
 
 def values_visible(device: torch.device) -> bool:
     """Whether checks look at the values of tensors on this device."""
-    return device.type == "cpu" or _debug.get() or os.environ.get("HEADWAY_DEBUG_CHECKS") == "1"
+    return device.type == "cpu" or _debug.get() or environ.DEBUG_CHECKS.get() == "1"
 
 
 # --- normalisation of arguments ---------------------------------------------------------------------

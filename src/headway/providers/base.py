@@ -429,6 +429,10 @@ def _kind_of_mods(p: Problem) -> Hashable | None:
         return None
 
 
+#: Runs a problem: ``(out, lse)``, the latter None unless the problem asks for it.
+Runner: TypeAlias = Callable[[Problem], tuple[Tensor, Tensor | None]]
+
+
 class Repeat(Protocol):
     """A layer's tensors in, (like q, with head dim Dv) out; see :meth:`Provider.repeat`."""
 
@@ -494,6 +498,16 @@ class Provider(ABC):
     @abstractmethod
     def run(self, problem: Problem) -> tuple[Tensor, Tensor | None]:
         """Compute ``(out, lse)``; ``lse`` is None unless the problem asks for it."""
+
+    def runner(self, problem: Problem) -> Runner:
+        """What runs this problem, and every other one that a later call of the same signature makes.
+
+        Between them only the tensors differ, neither their shapes, strides, dtypes and devices, nor
+        which of them there are, nor any plain value. Where tensors lie, and what is in them, may differ,
+        but for ``k`` and ``v`` being aligned alike and being one. A provider that can make more ready
+        for such calls than ``run`` does overrides this; several threads may run what it returns.
+        """
+        return self.run
 
     def repeat(self, problem: Problem) -> Repeat:
         """The problem's call for the other layers of a step, which differ from it in tensors alone.
