@@ -12,6 +12,8 @@ from headway.engine.kv_cache import pages_for
 from headway.engine.llm import LLM
 from headway.engine.request import FinishReason, SamplingParams
 from headway.serving.base import GraphLimits
+from headway.serving.flash import FlashAttentionBackend
+from headway.serving.mla import MLABackend
 from tests.engine.conftest import VOCABULARY, TinyModel, engine
 
 PROMPTS = [[(7 * i + n) % VOCABULARY for i in range(n)] for n in (1, 2, 15, 16, 17, 33, 70, 33)]
@@ -22,7 +24,10 @@ GREEDY = SamplingParams(max_tokens=20, temperature=0)
 def replaying(llm: LLM, most: int = 12) -> LLM:
     """The engine with decode steps that go the way of CUDA graphs: recorded once per size, then fed
     through buffers that stay where they are. Recording here is remembering; replaying, doing it again."""
-    llm.backend._fused_append = False
+    backend = llm.backend
+    dense = backend._absorbed if isinstance(backend, MLABackend) else backend
+    assert isinstance(dense, FlashAttentionBackend)
+    dense._fused_append = False
     limits = GraphLimits(
         max_batch_size=most,
         max_pages=pages_for(llm.max_model_len, llm.config.page_size),
@@ -32,11 +37,12 @@ def replaying(llm: LLM, most: int = 12) -> LLM:
     )
 
     def record(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        backend, held = llm.backend, (llm.backend._batch, llm.backend._decode)
+        held = dense._batch, dense._decode
         function()
 
         def replay() -> Tensor:
-            (backend._batch, backend._decode), backend._extend = held, None
+            (dense._batch, dense._decode), dense._extend = held, None
+            backend._batch = held[0]
             return function()
 
         return replay
@@ -50,7 +56,7 @@ def replaying(llm: LLM, most: int = 12) -> LLM:
 
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("chunk", [16, 512])
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_oss"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_oss", "deepseek_v3"])
 def test_equals_transformers(
     name: str, chunk: int, graphs: bool, tiny: Callable[[str], TinyModel]
 ) -> None:

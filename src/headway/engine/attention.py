@@ -7,16 +7,19 @@ each stores and masks, is learnt by running it once on a few tokens: no model is
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig
 
+from headway.engine.expansion import expansion_of
 from headway.engine.kv_cache import KVCache, KVShape
 from headway.errors import UnsupportedError
 from headway.problem import Mask
 from headway.serving.base import AttentionBackend, AttentionLayer
+from headway.serving.mla import MLALayer
 
 #: The name under which transformers finds :func:`paged_attention`. transformers builds no mask for a
 #: name that has no mask function of its own, so the masks are Headway's alone.
@@ -101,14 +104,19 @@ class LayerProbe:
             raise UnsupportedError(
                 f"{type(module).__name__}: layer_idx {index}; every attention layer needs its own"
             )
-        self.layers[index] = attention_layer(self.config, module, q, k, v, options)
+        layer = attention_layer(self.config, module, q, k, v, options)
+        self.layers[index] = layer
         self.dtypes.add(k.dtype)
-        return q.new_zeros(*q.shape[:-1], v.shape[-1])
+        width = layer.value_dim if isinstance(layer, MLALayer) else layer.head_dim_v
+        return q.new_zeros(*q.shape[:-1], width)
 
     def shapes(self) -> list[KVShape]:
         """What the layers store, in order."""
         layers = (self.layers[index] for index in sorted(self.layers))
-        return [KVShape(one.num_kv_heads, one.head_dim, one.head_dim_v) for one in layers]
+        return [
+            KVShape(one.num_kv_heads, one.head_dim, one.head_dim_v, isinstance(one, MLALayer))
+            for one in layers
+        ]
 
 
 def attention_layer(
@@ -128,17 +136,24 @@ def attention_layer(
     if not (getattr(module, "is_causal", True) if causal is None else causal):
         raise UnsupportedError(f"{name} (layer {index}) is not causal: the engine runs decoders")
     scaling = options.get("scaling")
-    return AttentionLayer(
+    layer = AttentionLayer(
         layer_id=index,
         num_q_heads=q.shape[1],
         num_kv_heads=k.shape[1],
-        head_dim=q.shape[2],
+        head_dim=k.shape[2],
         head_dim_v=v.shape[2],
         softmax_scale=q.shape[2] ** -0.5 if scaling is None else float(scaling),
         mask=_mask(config, name, index, options.get("sliding_window")),
         softcap=float(options.get("softcap") or 0.0),
         sinks=None if options.get("s_aux") is None else options["s_aux"].detach(),
     )
+    expansion = expansion_of(module)
+    if expansion is None:
+        return layer
+    if layer.softcap or layer.sinks is not None or layer.mask != Mask(causal=True, window_right=0):
+        raise UnsupportedError(f"{name} (layer {index}): latent attention is plain and causal")
+    fields = {field.name: getattr(layer, field.name) for field in dataclasses.fields(layer)}
+    return MLALayer(**fields, w_uk=expansion.w_uk, w_uv=expansion.w_uv)
 
 
 def _mask(config: PretrainedConfig, name: str, index: int, window: int | None) -> Mask:

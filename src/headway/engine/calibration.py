@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.nn import functional
 
+from headway.engine.expansion import attend_plainly
 from headway.serving.base import AttentionLayer, TokenRotary
 from headway.serving.flash import encoded
 
@@ -94,16 +94,7 @@ class _Meter:
         if rotary is not None:
             q, k = encoded(q, k, rotary)
         self.scales[index] = _scale(k), _scale(v)
-        q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
-        out = functional.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            is_causal=True,
-            scale=self._layers[index].softmax_scale,
-            enable_gqa=True,
-        )
-        return out[0].transpose(0, 1)
+        return attend_plainly(module, q, k, v, self._layers[index].softmax_scale)
 
 
 def _scale(x: Tensor) -> Tensor:

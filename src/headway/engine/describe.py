@@ -14,10 +14,12 @@ from headway import dispatch
 from headway.engine import loader
 from headway.engine.attention import LayerProbe, probe_layers
 from headway.engine.config import EngineConfig
+from headway.engine.latent import keep_latent
 from headway.errors import InvalidInputError
-from headway.problem import Problem, check
+from headway.problem import KVLayout, Problem, Scores, check
 from headway.serving.base import AttentionLayer, ForwardBatch
 from headway.serving.flash import FlashAttentionBackend
+from headway.serving.mla import MLALayer
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,9 @@ class LayerKind:
             f"{one.num_q_heads}/{one.num_kv_heads} heads",
             f"head_dim {'/'.join(map(str, sorted(dims, reverse=True)))}",
         ]
+        if isinstance(one, MLALayer):
+            expanded = one.nope_dim + one.head_dim - one.latent_dim
+            parts.append(f"latent, expanded to {expanded}/{one.value_dim}")
         if one.mask.window_left is not None:
             parts.append(f"window {one.mask.window_left + 1}")
         if one.mask.attention_chunk:
@@ -69,6 +74,7 @@ def probe_without_weights(config: EngineConfig) -> tuple[LayerProbe, torch.dtype
     bare = dataclasses.replace(config, load_format="dummy", dtype="bfloat16")
     with torch.device("meta"):
         model = loader.load_model(bare, source, model_config)
+    keep_latent(model)
     return probe_layers(model, model.config.get_text_config()), dtype
 
 
@@ -97,10 +103,13 @@ def problem_of(
 ) -> Problem:
     """The attention call that a layer makes in a step, on tensors nobody fills.
 
-    On a CPU it appends to the cache, elsewhere the cache has been written before.
+    On a CPU it appends to the cache, elsewhere the cache has been written before, and so it has for latent
+    layers. Where these have several new tokens, it is the call over the new tokens, expanded.
     """
     device = loader.choose_device(config.device)
     b, new = step.batch_size, step.seqlen_q
+    if isinstance(layer, MLALayer) and new > 1:
+        return _expanded(config, layer, dtype, step, device)
     pages = -(-step.seqlen_k // config.page_size)
     int32: dict[str, Any] = {"dtype": torch.int32, "device": device}
     batch = ForwardBatch(
@@ -124,19 +133,47 @@ def problem_of(
     cache = b * pages, config.page_size, layer.num_kv_heads
     backend = FlashAttentionBackend(config.attention_backend, config.flash_attn_version)
     backend.init_forward_metadata(batch)
+    keys = empty(*cache, layer.head_dim, of=kv_dtype)
+    latent = isinstance(layer, MLALayer)
+    values = empty(*cache, layer.head_dim_v, of=kv_dtype)
     problem = backend.problem(
         empty(b * new, layer.num_q_heads, layer.head_dim),
         empty(b * new, layer.num_kv_heads, layer.head_dim),
         empty(b * new, layer.num_kv_heads, layer.head_dim_v),
-        (empty(*cache, layer.head_dim, of=kv_dtype), empty(*cache, layer.head_dim_v, of=kv_dtype)),
+        (keys, keys[..., : layer.head_dim_v] if latent else values),
         layer,
     )
-    if device.type == "cpu":
+    if device.type == "cpu" and not latent:
         return check(problem)
     lengths = torch.full_like(batch.seqlens_k, step.seqlen_k)
     problem = dataclasses.replace(problem, append=None, seqlens_k=lengths)
     if new == 1:
         problem = dataclasses.replace(problem, q=problem.q[:, None], cu_seqlens_q=None)
+    return check(problem)
+
+
+def _expanded(
+    config: EngineConfig, layer: MLALayer, dtype: torch.dtype, step: Step, device: torch.device
+) -> Problem:
+    b, new, heads = step.batch_size, step.seqlen_q, layer.num_q_heads
+    width = layer.nope_dim + layer.head_dim - layer.latent_dim
+    ends = torch.arange(0, b * new + 1, new, dtype=torch.int32, device=device)
+    q, k = (torch.empty(b * new, heads, width, dtype=dtype, device=device) for _ in range(2))
+    problem = Problem(
+        q=q,
+        k=k,
+        v=torch.empty(b * new, heads, layer.value_dim, dtype=dtype, device=device),
+        kv_layout=KVLayout.RAGGED,
+        batch_size=b,
+        max_seqlen_q=new,
+        max_seqlen_k=new,
+        mask=layer.mask,
+        scores=Scores(layer.softmax_scale),
+        cu_seqlens_q=ends,
+        cu_seqlens_k=ends,
+        ver=config.flash_attn_version,
+        backend=config.attention_backend,
+    )
     return check(problem)
 
 

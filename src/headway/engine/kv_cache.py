@@ -22,15 +22,19 @@ class OutOfPagesError(HeadwayError):
 
 @dataclass(frozen=True)
 class KVShape:
-    """What one layer stores per token: keys (num_kv_heads, head_dim), values (num_kv_heads, head_dim_v)."""
+    """What one layer stores per token: keys (num_kv_heads, head_dim), values (num_kv_heads, head_dim_v).
+
+    ``shared``: values are the first columns of the keys, as in latent attention, and stored once.
+    """
 
     num_kv_heads: int
     head_dim: int
     head_dim_v: int
+    shared: bool = False
 
     @property
     def elements_per_token(self) -> int:
-        return self.num_kv_heads * (self.head_dim + self.head_dim_v)
+        return self.num_kv_heads * (self.head_dim + (0 if self.shared else self.head_dim_v))
 
 
 class KVCache:
@@ -53,9 +57,13 @@ class KVCache:
         def pages(heads: int, dim: int) -> Tensor:
             return torch.empty(num_pages, page_size, heads, dim, dtype=dtype, device=device)
 
-        self.layers: tuple[tuple[Tensor, Tensor], ...] = tuple(
-            (pages(s.num_kv_heads, s.head_dim), pages(s.num_kv_heads, s.head_dim_v)) for s in shapes
-        )
+        def pair(shape: KVShape) -> tuple[Tensor, Tensor]:
+            keys = pages(shape.num_kv_heads, shape.head_dim)
+            if shape.shared:
+                return keys, keys[..., : shape.head_dim_v]
+            return keys, pages(shape.num_kv_heads, shape.head_dim_v)
+
+        self.layers: tuple[tuple[Tensor, Tensor], ...] = tuple(pair(shape) for shape in shapes)
 
 
 def bytes_per_token(shapes: Sequence[KVShape], dtype: torch.dtype) -> int:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -23,6 +23,7 @@ from headway.engine.config import EngineConfig
 from headway.engine.detokenizer import Decode, Detokenizer
 from headway.engine.graphs import CudaRecorder, DecodeGraphs, batch_sizes
 from headway.engine.kv_cache import KVCache, PagePool
+from headway.engine.latent import keep_latent
 from headway.engine.prefix_cache import PrefixCache
 from headway.engine.request import (
     Completion,
@@ -37,9 +38,10 @@ from headway.engine.scheduler import PENDING, Chunk, Scheduler
 from headway.engine.scheduler import Sequence as TokenSequence
 from headway.engine.speculation import NgramIndex, accepted
 from headway.engine.transfer import upload
-from headway.errors import InvalidInputError
-from headway.serving.base import AttentionLayer, GraphLimits
+from headway.errors import InvalidInputError, UnsupportedError
+from headway.serving.base import AttentionBackend, AttentionLayer, GraphLimits
 from headway.serving.flash import FlashAttentionBackend
+from headway.serving.mla import MLABackend, MLALayer
 
 if TYPE_CHECKING:
     from headway.engine.fusion import Fusion
@@ -130,11 +132,12 @@ class LLM:
         self.model_name = loaded.name
         self._eos_token_ids = loaded.eos_token_ids
         self.model = loaded.model
+        keep_latent(self.model)
         self.acceleration = self._accelerate()
-        self.backend = FlashAttentionBackend(config.attention_backend, config.flash_attn_version)
         probe = probe_layers(self.model, loaded.config)
         (self.dtype,) = probe.dtypes
         layers = probe.layers
+        self.backend = backend_for(layers.values(), config)
         if config.kv_cache_dtype == "fp8_e4m3":
             layers = self._in_float8(layers)
         num_pages, self.max_model_len = self._cache_size(probe.shapes(), loaded.max_model_len)
@@ -177,6 +180,11 @@ class LLM:
         return accelerate(self.model, level=self.config.acceleration)
 
     @property
+    def has_graphs(self) -> bool:
+        """Whether decode steps are replayed as CUDA graphs."""
+        return self._runner.graphs is not None
+
+    @property
     def kv_dtype(self) -> torch.dtype:
         """Of the KV cache."""
         return torch.float8_e4m3fn if self.config.kv_cache_dtype == "fp8_e4m3" else self.dtype
@@ -185,12 +193,13 @@ class LLM:
         """The layers with the scales of their float8 caches."""
         folder, size = Path(self.config.model), self.model_config.vocab_size
         scales = kv_scales(self.model, layers, folder, size)
-        return {
-            index: dataclasses.replace(
-                layer, k_descale=scales[index][0], v_descale=scales[index][1]
-            )
-            for index, layer in layers.items()
-        }
+        found: dict[int, AttentionLayer] = {}
+        for index, layer in layers.items():
+            k, v = scales[index]
+            if isinstance(layer, MLALayer):  # what is stored once has one scale
+                k = v = torch.maximum(k, v)
+            found[index] = dataclasses.replace(layer, k_descale=k, v_descale=v)
+        return found
 
     # --- text and tokens --------------------------------------------------------------------------
 
@@ -599,6 +608,15 @@ class LLM:
                 f"at most {pages * size}, the tokens the KV cache holds",
             )
         return pages, pages * size
+
+
+def backend_for(layers: Collection[AttentionLayer], config: EngineConfig) -> AttentionBackend:
+    """What attends for a model's layers."""
+    latent = [isinstance(layer, MLALayer) for layer in layers]
+    if any(latent) and not all(latent):
+        raise UnsupportedError("some layers keep latent vectors, others keys and values")
+    kind = MLABackend if all(latent) else FlashAttentionBackend
+    return kind(config.attention_backend, config.flash_attn_version)
 
 
 def _free_bytes(device: torch.device) -> int:

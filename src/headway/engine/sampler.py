@@ -56,8 +56,8 @@ class Drawn:
 
     def __init__(self, logits: Tensor, rows: Sequence[Row]) -> None:
         self._rows = rows
-        # max() passes NaN on; all -inf is no distribution
-        largest, self.tokens = logits.max(dim=-1)
+        # NaN and +inf come out as such; all -inf is no distribution
+        largest, self.tokens = _largest(logits)
         healthy = torch.isfinite(largest)
         drawn = [i for i, row in enumerate(rows) if row.params.temperature > 0]
         if drawn and logits.device.type == "cpu":
@@ -91,6 +91,16 @@ class Drawn:
             top = tuple(zip(ids[:count], values[:count], strict=True))
             result[i] = Sampled(tokens[i], TokenLogprob(tokens[i], chosen, top))
         return result
+
+
+def _largest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows,) the largest entry of each row, and where it is."""
+    if logits.device.type != "cuda":
+        values, places = logits.max(dim=-1)
+        return values, places
+    from headway.kernels.portable.argmax import argmax
+
+    return argmax(logits)
 
 
 def draw(logits: Tensor, rows: Sequence[Row]) -> Drawn:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from headway.engine.expansion import expansion_of
 from headway.serving.base import TokenRotary
 from headway.serving.flash import normalised, rotated
 
@@ -138,4 +139,7 @@ class Witness:
             heads_first = x.transpose(0, 1)[None]
             self.seen.append(heads_first if rotary is None else rotated(heads_first, rotary))
         self.seen.append(v)
+        expansion = expansion_of(module)
+        if expansion is not None:
+            return expansion.values(v)
         return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)

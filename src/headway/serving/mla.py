@@ -18,7 +18,7 @@ from torch import Tensor
 
 from headway import mla
 from headway.errors import HeadwayError
-from headway.interface import merge_states
+from headway.interface import flash_attn_varlen_func, merge_states
 from headway.persistent import DeviceWork
 from headway.serving.base import (
     AttentionBackend,
@@ -37,6 +37,8 @@ CHUNK_TOKENS = 32768
 class MLALayer(AttentionLayer):
     """A latent attention layer. As an :class:`AttentionLayer` it says what its absorbed form is: head_dim
     is latent plus rope, head_dim_v the latent, with one KV head.
+
+    A float8 cache holds keys and values once, so ``k_descale`` and ``v_descale`` are the same number.
 
     Args:
         w_uk: (H, nope, latent), projects latents up to keys; w_uv: (H, v, latent), to values.
@@ -60,9 +62,9 @@ class MLALayer(AttentionLayer):
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Cached tokens of a step that are attended to together."""
+    """Tokens that are attended to together: cached ones of a step, or its new ones."""
 
-    slots: Tensor  # (tokens,) int64 in the flattened cache
+    slots: Tensor | None  # (tokens,) int64 in the flattened cache; None: the new ones
     cu_seqlens_k: Tensor
     max_seqlen_k: int
     plan: DeviceWork | None
@@ -163,44 +165,62 @@ class MLABackend(AttentionBackend):
             raise HeadwayError("the step has no such sequences")
         self._writer.write(q, k, v, kv_cache, layer)
         chunks = self._chunks(step, kv_cache[0].shape[1], layer)
-        keys, values = _projected(k[:, 0], layer)
-        attended = mla.prefill(
-            q,
-            keys,
-            values,
-            step.batch.cu_seqlens_q,
-            step.batch.cu_seqlens_q,
-            max_seqlen_q=step.batch.max_seqlen_q,
-            max_seqlen_k=step.batch.max_seqlen_q,
-            softmax_scale=layer.softmax_scale,
-            fp8=self._fp8,
-            plan=step.plan,
-            return_lse=True,
-        )
-        assert isinstance(attended, tuple)
-        parts = [attended, *(self._attend_chunk(q, kv_cache[0], layer, step, c) for c in chunks)]
-        return attended[0] if not chunks else _merged(parts).to(q.dtype)
+        new = _Chunk(None, step.batch.cu_seqlens_q, step.batch.max_seqlen_q, step.plan)
+        if not chunks:
+            return self._attend(q, k[:, 0], layer, step, new, with_lse=False)[0]
+        parts = [self._attend(q, k[:, 0], layer, step, new)]
+        for chunk in chunks:
+            latent = _stored(kv_cache[0], chunk, layer, q.dtype)
+            parts.append(self._attend(q, latent, layer, step, chunk))
+        return _merged(parts).to(q.dtype)
 
-    def _attend_chunk(
-        self, q: Tensor, cache: Tensor, layer: MLALayer, step: _Prefill, chunk: _Chunk
+    def _attend(
+        self,
+        q: Tensor,
+        latent: Tensor,
+        layer: MLALayer,
+        step: _Prefill,
+        keys_of: _Chunk,
+        *,
+        with_lse: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        keys, values = _projected(cache.flatten(0, 2)[chunk.slots].to(q.dtype), layer)
-        attended = mla.prefill(
-            q,
-            keys,
-            values,
-            step.batch.cu_seqlens_q,
-            chunk.cu_seqlens_k,
-            max_seqlen_q=step.batch.max_seqlen_q,
-            max_seqlen_k=chunk.max_seqlen_k,
-            softmax_scale=layer.softmax_scale,
-            causal=False,
-            fp8=self._fp8,
-            plan=chunk.plan,
-            return_lse=True,
-        )
-        assert isinstance(attended, tuple)
-        return attended
+        """Attention to latent vectors (tokens, latent + rope), causal where they are the step's own.
+
+        Returns:
+            (total_q, H, v), and the LSE, (H, total_q), or (0,) where nobody wants it.
+        """
+        keys, values = _projected(latent, layer)
+        lengths = step.batch.cu_seqlens_q, keys_of.cu_seqlens_k
+        longest = {"max_seqlen_q": step.batch.max_seqlen_q, "max_seqlen_k": keys_of.max_seqlen_k}
+        causal = keys_of.slots is None
+        scale = layer.softmax_scale
+        if mla.multiplies_float8(self._fp8, q.device, layer.num_q_heads):
+            attended = mla.prefill(
+                q,
+                keys,
+                values,
+                *lengths,
+                **longest,
+                softmax_scale=scale,
+                causal=causal,
+                fp8=True,
+                plan=keys_of.plan,
+                return_lse=with_lse,
+            )
+        else:
+            attended = flash_attn_varlen_func(
+                q,
+                keys,
+                values,
+                *lengths,
+                **longest,
+                softmax_scale=scale,
+                causal=causal,
+                return_lse=with_lse,
+                backend=self._absorbed.backend,
+                ver=self._absorbed.ver,
+            )
+        return attended if isinstance(attended, tuple) else (attended, q.new_empty(0))
 
     # --- once per step ----------------------------------------------------------------------------
 
@@ -253,6 +273,13 @@ def _latent(layer: AttentionLayer, rotary: TokenRotary | None) -> MLALayer:
     if rotary is not None:
         raise HeadwayError("MLABackend takes queries and keys that are rotated")
     return layer
+
+
+def _stored(cache: Tensor, chunk: _Chunk, layer: MLALayer, dtype: torch.dtype) -> Tensor:
+    """The latent vectors of cached tokens, (tokens, latent + rope)."""
+    assert chunk.slots is not None
+    latent = cache.flatten(0, 2)[chunk.slots].to(dtype)
+    return latent if layer.k_descale is None else latent * layer.k_descale.to(dtype)
 
 
 def _projected(latent: Tensor, layer: MLALayer) -> tuple[Tensor, Tensor]:
