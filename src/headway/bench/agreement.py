@@ -231,9 +231,9 @@ def loaded_model(
         more |= {"gguf_file": path.name}
         more |= {"quantization_config": GgufConfig(gguf_file=path.name, dequantize=True)}
         path = path.parent
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **more).to(device).eval()
-    exact = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **more).float().to(device)
-    return Judge(model, exact.eval())
+    both = [AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **more) for _ in range(2)]
+    model, exact = (torch.nn.Module.to(one, device).eval() for one in both)
+    return Judge(model, exact.float())
 
 
 def compare(

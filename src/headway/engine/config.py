@@ -28,6 +28,8 @@ class EngineConfig:
         kv_cache_memory_bytes: size of the paged KV cache; None: a share of the free memory.
         kv_cache_dtype: auto stores keys and values in the model's dtype; fp8_e4m3 in float8, with scales
             from the checkpoint where it has them, else measured when the model is loaded.
+        mla_prefill_dtype: bfloat16 or float8 products in the prefill of latent attention (DeepSeek); auto
+            as HEADWAY_FP8_PREFILL says.
         mem_fraction: share of the free memory that the KV cache takes; None: 0.4 on a CPU, 0.85 on a GPU.
         chunked_prefill_size: most new prompt tokens computed in one step; None: 512 on a CPU, 8192 on
             a GPU.
@@ -56,6 +58,7 @@ class EngineConfig:
     kv_cache_tokens: int | None = None
     kv_cache_memory_bytes: int | None = None
     kv_cache_dtype: KVCacheDtype = "auto"
+    mla_prefill_dtype: Literal["auto", "bfloat16", "float8"] = "auto"
     mem_fraction: float | None = None
     chunked_prefill_size: int | None = None
     max_running_requests: int | None = None

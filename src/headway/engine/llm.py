@@ -615,8 +615,11 @@ def backend_for(layers: Collection[AttentionLayer], config: EngineConfig) -> Att
     latent = [isinstance(layer, MLALayer) for layer in layers]
     if any(latent) and not all(latent):
         raise UnsupportedError("some layers keep latent vectors, others keys and values")
-    kind = MLABackend if all(latent) else FlashAttentionBackend
-    return kind(config.attention_backend, config.flash_attn_version)
+    asked = config.attention_backend, config.flash_attn_version
+    if not any(latent):
+        return FlashAttentionBackend(*asked)
+    fp8 = {"auto": None, "bfloat16": False, "float8": True}[config.mla_prefill_dtype]
+    return MLABackend(*asked, fp8_prefill=fp8)
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -191,7 +191,7 @@ class MLABackend(AttentionBackend):
         """
         keys, values = _projected(latent, layer)
         lengths = step.batch.cu_seqlens_q, keys_of.cu_seqlens_k
-        longest = {"max_seqlen_q": step.batch.max_seqlen_q, "max_seqlen_k": keys_of.max_seqlen_k}
+        longest = step.batch.max_seqlen_q, keys_of.max_seqlen_k
         causal = keys_of.slots is None
         scale = layer.softmax_scale
         if mla.multiplies_float8(self._fp8, q.device, layer.num_q_heads):
@@ -200,7 +200,8 @@ class MLABackend(AttentionBackend):
                 keys,
                 values,
                 *lengths,
-                **longest,
+                max_seqlen_q=longest[0],
+                max_seqlen_k=longest[1],
                 softmax_scale=scale,
                 causal=causal,
                 fp8=True,
@@ -213,7 +214,7 @@ class MLABackend(AttentionBackend):
                 keys,
                 values,
                 *lengths,
-                **longest,
+                *longest,
                 softmax_scale=scale,
                 causal=causal,
                 return_lse=with_lse,
