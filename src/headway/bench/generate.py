@@ -22,6 +22,7 @@ import typer
 from headway import __version__, flags
 from headway.bench import report
 from headway.bench.peers import Peer, Run, TransformersPeer, VllmPeer, export
+from headway.bench.serving import Sample, summarise
 from headway.engine.config import EngineConfig
 from headway.engine.request import SamplingParams
 from headway.errors import HeadwayError, InvalidInputError
@@ -46,21 +47,26 @@ class Headway(Peer):
 
     def generate(self, prompts: Sequence[Sequence[int]], output_len: int) -> Run:
         params = SamplingParams(max_tokens=output_len, temperature=0.0, ignore_eos=True)
-        first: dict[str, float] = {}
-        tokens = 0
         start = time.perf_counter()
+        samples = [Sample(start, input_tokens=len(prompt)) for prompt in prompts]
         for i, prompt in enumerate(prompts):
             self._llm.add_request(str(i), prompt, params)
         while self._llm.has_unfinished():
-            for output in self._llm.step():
+            outputs = self._llm.step()
+            now = time.perf_counter()
+            for output in outputs:
                 if output.error is not None:
                     raise HeadwayError(f"generation failed: {output.error}")
-                tokens += len(output.new_token_ids)
-                first.setdefault(output.request_id, time.perf_counter() - start)
+                sample = samples[int(output.request_id)]
+                sample.token_times.append(now)
+                sample.output_tokens += len(output.new_token_ids)
+                sample.end = now
         total = time.perf_counter() - start
+        tokens = sum(sample.output_tokens for sample in samples)
         if tokens != len(prompts) * output_len:
             raise HeadwayError(f"got {tokens} tokens; want {len(prompts)} times {output_len}")
-        return Run(tuple(first.values()), total)
+        firsts = sorted(sample.ttft for sample in samples)
+        return Run(tuple(firsts), total, tuple(samples))
 
 
 @dataclass(frozen=True)
@@ -98,14 +104,17 @@ def as_row(engine: Peer, shape: Shape, runs: Sequence[Run]) -> dict[str, Any]:
     """A reading's row, of the medians of the runs.
 
     ``output_throughput`` counts everything, prefill included, as a caller of generate sees it;
-    ``decode_throughput`` is that of the time after every sequence has its first token.
+    ``decode_throughput`` is that of the time after every sequence has its first token. Latencies are those
+    of the median run, as ``headway bench serve`` defines them.
     """
     totals = [run.total_s for run in runs]
     output = shape.batch_size * shape.output_len
     firsts = [first for run in runs for first in run.first_token_s]
     decode = [run.total_s - max(run.first_token_s) for run in runs if run.first_token_s]
     later = shape.batch_size * (shape.output_len - 1)
-    return {
+    middle = sorted(runs, key=lambda run: run.total_s)[(len(runs) - 1) // 2]
+    block = asdict(summarise(middle.samples)) if middle.samples else {}
+    return block | {
         "engine": engine.name,
         "version": engine.version,
         **asdict(shape),

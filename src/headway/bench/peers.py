@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from headway.bench.serving import Sample
 from headway.errors import HeadwayError, InvalidInputError
 
 
@@ -25,11 +26,13 @@ from headway.errors import HeadwayError, InvalidInputError
 class Run:
     """One batch, timed: seconds from the start to the first token of each sequence, and to the end.
 
-    ``first_token_s`` is empty where a peer does not tell.
+    ``first_token_s`` is empty where a peer does not tell, and so is ``samples``: each sequence as a client
+    of a server would have seen it.
     """
 
     first_token_s: tuple[float, ...]
     total_s: float
+    samples: tuple[Sample, ...] = ()
 
 
 class Peer(ABC):
