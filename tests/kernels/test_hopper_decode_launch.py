@@ -20,9 +20,16 @@ from headway.kernels.hopper.decode_plan import DecodePlan, empty_plan
 def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """Argument lists of kernels that were started, programs and device first."""
     calls: list[tuple[Any, ...]] = []
-    module._launch_for.cache_clear()
-    monkeypatch.setattr(module._Launch, "_compile", lambda *_: lambda *args: calls.append(args))
-    monkeypatch.setattr(module, "tensor_map", lambda *key: ("map", *key[2], *key[3]))
+    module._kernel_for.cache_clear()
+
+    class Launch:
+        def tensor_map(self, *key: Any) -> tuple[Any, ...]:
+            return ("map", *key[2], *key[3])
+
+        def __call__(self, *args: Any) -> None:
+            calls.append(args)
+
+    monkeypatch.setattr(module._Kernel, "_compile", lambda *_: Launch())
     return calls
 
 
@@ -50,12 +57,46 @@ def test_one_argument_per_parameter(started: list[tuple[Any, ...]], page_size: i
     table = torch.zeros(3, 4, dtype=torch.int32)
     plan = plan_of(3, 2, 4, 128)
     module.decode(q, k, v, out, plan, softmax_scale=0.1, page_table=table, window_right=0)
-    ((programs, device, *args),) = started
-    assert (programs, device) == (plan.workers, q.device.index)
+    ((grid, device, *args),) = started
+    assert (grid, device) == ((plan.workers, 1, 1), q.device.index)
     expanded = 0 if page_size == 1 else 2 * 8  # a map stands for itself, 4 sizes and 4 strides
     assert len(args) == len(module.decode_kernel.arg_names) + expanded
     addresses = [q.data_ptr(), None, k.data_ptr(), v.data_ptr(), out.data_ptr()]
     assert addresses == args[2 + expanded :][:5]
+
+
+def test_prepared_calls_start_what_fresh_ones_start(started: list[tuple[Any, ...]]) -> None:
+    plan, table = plan_of(3, 2, 4, 128), torch.zeros(3, 4, dtype=torch.int32)
+    q, k, v, out = tensors(16)
+    prepared = module.prepare(q, k, v, out, plan, None, table, softmax_scale=0.1)
+    for _ in range(2):
+        q, k, v, out = tensors(16)
+        prepared(plan, q, k, v, out, None, table)
+        module.decode(q, k, v, out, plan, softmax_scale=0.1, page_table=table)
+        again, fresh = started[-2:]
+        assert again == fresh
+    assert started[0] != started[-1]
+
+
+def test_alignment_of_small_tensors_is_looked_at_in_every_call(
+    monkeypatch: pytest.MonkeyPatch, started: list[tuple[Any, ...]]
+) -> None:
+    compiled: list[bool] = []
+    compile_ = module._Kernel._compile
+
+    def counted(self: Any, given: Any, *rest: Any) -> Any:
+        compiled.append(given[-1].data_ptr() % 16 == 0)
+        return compile_(self, given, *rest)
+
+    monkeypatch.setattr(module._Kernel, "_compile", counted)
+    plan, table = plan_of(3, 2, 4, 128), torch.zeros(3, 4, dtype=torch.int32)
+    odd = torch.zeros(13, dtype=torch.int32)[1:].view(3, 4)
+    q, k, v, out = tensors(16)
+    prepared = module.prepare(q, k, v, out, plan, None, table, softmax_scale=0.1)
+    for given in (table, odd, table, odd):
+        prepared(plan, q, k, v, out, None, given)
+        assert given.data_ptr() in started[-1]
+    assert compiled == [True, False]
 
 
 def test_rows_at_odd_addresses_are_refused(started: list[tuple[Any, ...]]) -> None:
@@ -75,8 +116,8 @@ def test_caches_at_odd_addresses_are_refused(
 ) -> None:
     q, _, v, out = tensors(page_size)
     odd = torch.zeros(20, page_size, 2, 132, dtype=torch.bfloat16)[..., :128]
-    module._launch_for.cache_clear()
-    monkeypatch.setattr(module._Launch, "_compile", lambda *_: pytest.fail("compiled"))
+    module._kernel_for.cache_clear()
+    monkeypatch.setattr(module._Kernel, "_compile", lambda *_: pytest.fail("compiled"))
     table, plan = torch.zeros(3, 4, dtype=torch.int32), plan_of(3, 2, 4, 128)
     with pytest.raises(InvalidInputError, match="multiples of 16 bytes"):
         module.decode(q, odd, v, out, plan, softmax_scale=0.1, page_table=table)

@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 
 import triton
 
+from headway.errors import InvalidInputError
 from headway.kernels.hopper import direct
 
 Call = tuple[Any, ...]
@@ -48,16 +49,54 @@ def test_one_function_per_signature(started: list[Call]) -> None:
             started.append(args)
 
     for launch in (Launch(), encoding(Launch())):
-        direct.DirectLaunch(kernel_of(launch=launch))(132, 3, 11, None, 2.5)
-    wanted = (132, 1, 1, 73, 1234, False, True, None, None, (4, 1, 5000), None, None, None)
+        direct.DirectLaunch(kernel_of(launch=launch))((132, 2, 1), 3, 11, None, 2.5)
+    wanted = (132, 2, 1, 73, 1234, False, True, None, None, (4, 1, 5000), None, None, None)
     assert started == [(*wanted, 11, None, 2.5)] * 2
 
 
 def test_one_function_told_the_signature(started: list[Call]) -> None:
     kernel = kernel_of(launch=None, arg_annotations=["a"], kernel_signature=b"s")
-    direct.DirectLaunch(kernel)(132, 3, 11, None, 2.5)
-    wanted = (132, 1, 1, 73, 1234, False, True, (4, 1, 5000), *[None] * 5, ["a"], b"s")
+    direct.DirectLaunch(kernel)((132, 2, 1), 3, 11, None, 2.5)
+    wanted = (132, 2, 1, 73, 1234, False, True, (4, 1, 5000), *[None] * 5, ["a"], b"s")
     assert started == [(*wanted, (11, None, 2.5))]
+
+
+def own_path(calls: list[Call], **run: Any) -> Any:
+    """A kernel that also starts as Triton's users start it."""
+
+    class Kernel(SimpleNamespace):
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *args: calls.append((grid, *args))
+
+    return Kernel(**vars(kernel_of(**run)))
+
+
+def without_the_function(*args: Any) -> None:
+    pytest.fail("started as a C function")
+
+
+@pytest.mark.parametrize(
+    ("version", "run"),
+    [
+        ("3.10.0", {"launch": None, "arg_annotations": ["a"], "kernel_signature": b"s"}),
+        ("4.0.0+git1", {"launch": encoding(without_the_function)}),
+        ("3.6.0", {"launch": without_the_function}),
+        ("3.6.0", {"launch": encoding(without_the_function), "global_scratch_size": 128}),
+    ],
+    ids=["newer", "much newer", "another wrapper", "scratch"],
+)
+def test_an_unknown_launcher_is_left_to_triton(
+    monkeypatch: pytest.MonkeyPatch, started: list[Call], version: str, run: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(triton, "__version__", version)
+    launch = direct.DirectLaunch(own_path(started, **run))
+    cache = 4096, torch.bfloat16, (9, 2, 16, 128), (4096, 128, 256, 1), (1, 1, 16, 128)
+    (made,) = launch.tensor_map(*cache)
+    assert (made.base.data_ptr(), made.shape, made.strides) == (4096, [*cache[2]], [*cache[3]])
+    launch((132, 2, 1), 3, made, 11, None, 2.5)
+    assert started == [((132, 2, 1), made, 11, None, 2.5)]
+    with pytest.raises(InvalidInputError, match="multiples of 16 bytes"):
+        launch.tensor_map(4100, *cache[1:])
 
 
 @pytest.mark.parametrize("name", ["fill_tma_descriptor", "fill_tma_descriptor_tiled"])

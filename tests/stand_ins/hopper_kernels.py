@@ -242,6 +242,25 @@ def decode(
     )
 
 
+def prepare_decode(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, plan: Step, *rest: Tensor | None, **options: Any
+) -> Any:
+    """Calls :func:`decode` as it was prepared, with tensors that are what they were then."""
+    names = ("lse", "page_table", "sinks", "qv", "q_descale", "k_descale", "v_descale")
+    kind = _kind(q, k, v, out, *rest)
+
+    def prepared(plan: Step, *tensors: Any) -> None:
+        assert _kind(*tensors) == kind
+        q, k, v, out, *others = tensors
+        decode(q, k, v, out, plan, **dict(zip(names, others, strict=True)), **options)
+
+    return prepared
+
+
+def _kind(*tensors: Tensor | None) -> list[Any]:
+    return [None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors]
+
+
 def _mods(p: Problem) -> ModArguments:
     return ModArguments(p.scores.score_mod, p.mask.mask_mod, p.aux_tensors)  # type: ignore[arg-type]
 
@@ -260,7 +279,7 @@ def installed() -> Iterator[None]:
         forward=forward,
         make_plan=make_plan,
         plan_decode=plan_decode,
-        decode=decode,
+        prepare_decode=prepare_decode,
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hopper.HopperProvider, "unavailable", lambda self, device: None)

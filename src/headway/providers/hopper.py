@@ -9,10 +9,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
-from collections.abc import Hashable, Mapping
+import operator
+from collections.abc import Callable, Hashable, Mapping
 from importlib import metadata
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from headway.providers.base import (
     Feature,
     HeadDims,
     Provider,
+    Runner,
     Trait,
     excludes,
 )
@@ -170,7 +172,8 @@ class HopperProvider(Provider):
 
     def prepare(self, problem: Problem) -> None:
         if problem.plan is not None and work_of(problem) != "prefill":
-            _planned_step(problem, problem.plan).fill(problem)
+            lengths = _Lengths(problem)
+            lengths.step(problem, problem.plan).fill(problem, lengths)
 
     def run(self, problem: Problem) -> tuple[Tensor, Tensor | None]:
         out = problem.empty_out()
@@ -186,13 +189,34 @@ class HopperProvider(Provider):
         to = out
         if problem.out is not None and not _writes(work, out, q.dtype):
             to = torch.empty(out.shape, dtype=q.dtype, device=out.device)
-        if work == "prefill":
-            _prefill(problem, q, to, lse)
-        elif work == "decode":
-            _decode(problem, q, to, lse)
-        else:
-            _decode_latent(problem, q, to, lse)
+        _SOLVERS[work](problem)(problem, q, to, lse)
         return out if to is out else delivered(problem, to), lse
+
+    def runner(self, problem: Problem) -> Runner:
+        work, p = work_of(problem), problem
+        plain = p.max_seqlen_q > 0 and p.scores.softmax_scale > 0 and p.append is None
+        if not plain or p.q.numel() == 0 or p.k.numel() == 0 or p.head_dim_v == 0:
+            return self.run
+        given = [t for t in (p.q, p.qv, p.out) if t is not None]
+        if not all(map(_is_aligned, given)) or not (
+            p.out is None or _writes(work, p.out, p.q.dtype)
+        ):
+            return self.run
+        solve, lse_shape = _SOLVERS[work](p), p.lse_shape
+        make_out = functools.partial(torch.empty, p.out_shape, dtype=p.out_dtype, device=p.device)
+        make_lse = functools.partial(torch.empty, lse_shape, dtype=torch.float32, device=p.device)
+
+        def run(problem: Problem) -> tuple[Tensor, Tensor | None]:
+            q, qv, out = problem.q, problem.qv, problem.out
+            if out is None:
+                out = make_out()
+            if (q.data_ptr() | out.data_ptr() | (0 if qv is None else qv.data_ptr())) & 15:
+                return self.run(problem)
+            lse = make_lse() if problem.return_lse else None
+            solve(problem, q, out, lse)
+            return out, lse
+
+        return run
 
 
 def refusals(problem: Problem) -> list[str]:
@@ -241,7 +265,7 @@ def _kernels() -> SimpleNamespace:
         forward=forward.forward,
         make_plan=decode.make_plan,
         plan_decode=decode_plan.plan_decode,
-        decode=decode.decode,
+        prepare_decode=decode.prepare,
     )
 
 
@@ -309,10 +333,18 @@ def _right(p: Problem) -> int | None:
     return 0 if p.mask.causal else p.mask.window_right
 
 
+#: Solves problems of one signature: the problem, its queries, where to put the output and the LSE.
+Solver: TypeAlias = Callable[[Problem, Tensor, Tensor, Tensor | None], None]
+
+
 # --- prefill ------------------------------------------------------------------------------------------
 
 
-def _prefill(p: Problem, q: Tensor, out: Tensor, lse: Tensor | None) -> None:
+def _prefill(_: Problem) -> Solver:
+    return _solve_prefill
+
+
+def _solve_prefill(p: Problem, q: Tensor, out: Tensor, lse: Tensor | None) -> None:
     mods = _mods(p)
     _kernels().forward(
         q,
@@ -368,36 +400,46 @@ class _Step:
     def expire(self) -> None:
         self._source = None
 
-    def fill(self, p: Problem) -> None:
+    def fill(self, p: Problem, lengths: _Lengths) -> None:
         """Plan for the problem's lengths unless that was done in this step.
 
         What is done while a CUDA graph is captured becomes part of the graph, and so every replay
         plans anew; it is not done for calls outside the graph. (Two graphs captured one right after
         the other need a ``new_step`` between them, or else the second counts on the first.)
         """
-        new, cu_new = 0, None
-        if p.append is not None:
-            new, cu_new = p.append.k.shape[1], p.append.cu_seqlens
-        lengths = p.seqlens_k, p.leftpad_k, p.cache_batch_idx, p.cu_seqlens_q, p.seqused_q, cu_new
-        source = (
-            torch.cuda.is_current_stream_capturing(),
-            _capacity(p),
-            new,
-            *[None if t is None else t.data_ptr() for t in lengths],
-        )
+        capturing = torch.cuda.is_current_stream_capturing()
+        source = (capturing, lengths.kind, *[length(p).data_ptr() for length in lengths.given])
         if source == self._source:
             return
-        if not (self._is_clear or source[0]):
+        if not (self._is_clear or capturing):
             self.plan.arrivals.zero_()
             self._is_clear = True
-        _fill(self.plan, p, _ends(p, self._ends))
+        _fill(self.plan, p, lengths, _ends(p, self._ends))
         self._source = source
 
 
-def _planned_step(p: Problem, plan: Plan) -> _Step:
-    rows = p.max_seqlen_q if p.ragged_q else p.q.shape[1]
-    margin = max(p.hints.sm_margin, plan.key.sm_margin)
-    return _step_of(plan, rows, p.k.element_size(), margin)
+class _Lengths:
+    """What the schedules of problems of one signature are made from."""
+
+    def __init__(self, p: Problem) -> None:
+        self.capacity = _capacity(p)
+        self.rows_q = p.max_seqlen_q if p.ragged_q else p.q.shape[1]
+        self.itemsize = p.k.element_size()
+        names = ["seqlens_k", "leftpad_k", "cache_batch_idx", "cu_seqlens_q", "seqused_q"]
+        new = 0
+        if p.append is not None:
+            new = p.append.k.shape[1]
+            names.append("append.cu_seqlens")
+        reads = {name: operator.attrgetter(name) for name in names}
+        given = [name for name, read in reads.items() if read(p) is not None]
+        #: how to find the tensors, where there are any
+        self.given = tuple(reads[name] for name in given)
+        self.kind = (self.capacity, new, *given)
+
+    def step(self, p: Problem, plan: Plan) -> _Step:
+        """The plan's part for calls of this kind."""
+        margin = max(p.hints.sm_margin, plan.key.sm_margin)
+        return _step_of(plan, self.rows_q, self.itemsize, margin)
 
 
 def _step_of(plan: Plan, rows_q: int, itemsize: int, sm_margin: int) -> _Step:
@@ -449,12 +491,12 @@ def _buffers(
     return made
 
 
-def _fill(plan: DecodePlan, p: Problem, ends: Tensor | None) -> None:
+def _fill(plan: DecodePlan, p: Problem, lengths: _Lengths, ends: Tensor | None) -> None:
     _kernels().plan_decode(
         plan,
         seqlens_k=ends,
-        capacity=_capacity(p),
-        rows_q=p.max_seqlen_q if p.ragged_q else p.q.shape[1],
+        capacity=lengths.capacity,
+        rows_q=lengths.rows_q,
         leftpad_k=p.leftpad_k,
         cache_batch_idx=p.cache_batch_idx,
         cu_seqlens_q=p.cu_seqlens_q,
@@ -465,75 +507,90 @@ def _fill(plan: DecodePlan, p: Problem, ends: Tensor | None) -> None:
     )
 
 
-def _plan_for(p: Problem) -> DecodePlan:
+def _plan_for(p: Problem, lengths: _Lengths) -> DecodePlan:
     """The step's plan, from the caller's or for this call alone."""
     if p.plan is not None:
-        step = _planned_step(p, p.plan)
-        step.fill(p)
+        step = lengths.step(p, p.plan)
+        step.fill(p, lengths)
         return step.plan
     made = _buffers(
         p.batch_size,
         (p.num_q_heads, p.num_kv_heads),
-        p.max_seqlen_q if p.ragged_q else p.q.shape[1],
+        lengths.rows_q,
         (p.head_dim, p.head_dim_v),
-        p.k.element_size(),
+        lengths.itemsize,
         p.page_size,
         p.hints.sm_margin,
         p.device,
     )
-    _fill(made, p, _ends(p))
+    _fill(made, p, lengths, _ends(p))
     return made
 
 
-def _decode(p: Problem, q: Tensor, out: Tensor, lse: Tensor | None) -> None:
-    q, scale = _positive(q, p.scores.softmax_scale)
-    _launch_decode(p, q, p.k, p.v, out, lse, scale, None)
+class _Decode:
+    """Solves problems of one signature with the decode kernel."""
+
+    def __init__(self, p: Problem) -> None:
+        self._lengths = _Lengths(p)
+        self._prepared: Callable[..., None] | None = None
+
+    def __call__(self, p: Problem, q: Tensor, out: Tensor, lse: Tensor | None) -> None:
+        q, scale = _positive(q, p.scores.softmax_scale)
+        self.launch(p, q, p.k, p.v, out, lse, scale, None)
+
+    def launch(
+        self,
+        p: Problem,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor | None,
+        scale: float,
+        qv: Tensor | None,
+    ) -> None:
+        plan, scales = _plan_for(p, self._lengths), p.descales
+        rest = lse, p.page_table, p.scores.sinks, qv, scales.q, scales.k, scales.v
+        prepared = self._prepared
+        if prepared is None:
+            prepared = self._prepared = _kernels().prepare_decode(
+                q,
+                k,
+                v,
+                out,
+                plan,
+                *rest,
+                softmax_scale=scale,
+                max_seqlen_q=p.max_seqlen_q,
+                leftpad=p.leftpad_k is not None,
+                window_left=p.mask.window_left,
+                window_right=_right(p),
+                chunk=p.mask.attention_chunk,
+                softcap=p.scores.softcap,
+            )
+        prepared(plan, q, k, v, out, *rest)
 
 
-def _decode_latent(p: Problem, q: Tensor, out: Tensor, lse: Tensor | None) -> None:
-    """Rope and latent parts apart, however the call came."""
-    scale, qv = p.scores.softmax_scale, p.qv
-    if qv is None:
-        q, scale = _positive(q, scale)
-        at = p.head_dim_v
-        _launch_decode(p, q[..., at:], p.k[..., at:], p.v, out, lse, scale, q[..., :at])
-        return
-    q, positive = _positive(q, scale)
-    qv, _ = _positive(_with_aligned_rows(qv), scale)
-    _launch_decode(p, q, p.k, p.v, out, lse, positive, qv)
+class _DecodeLatent(_Decode):
+    """The same for absorbed MLA: rope and latent parts apart, however the call came."""
+
+    def __call__(self, p: Problem, q: Tensor, out: Tensor, lse: Tensor | None) -> None:
+        scale, qv = p.scores.softmax_scale, p.qv
+        if qv is None:
+            q, scale = _positive(q, scale)
+            at = p.head_dim_v
+            self.launch(p, q[..., at:], p.k[..., at:], p.v, out, lse, scale, q[..., :at])
+            return
+        q, positive = _positive(q, scale)
+        qv, _ = _positive(_with_aligned_rows(qv), scale)
+        self.launch(p, q, p.k, p.v, out, lse, positive, qv)
 
 
-def _launch_decode(
-    p: Problem,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor | None,
-    scale: float,
-    qv: Tensor | None,
-) -> None:
-    _kernels().decode(
-        q,
-        k,
-        v,
-        out,
-        _plan_for(p),
-        softmax_scale=scale,
-        lse=lse,
-        page_table=p.page_table,
-        max_seqlen_q=p.max_seqlen_q,
-        leftpad=p.leftpad_k is not None,
-        window_left=p.mask.window_left,
-        window_right=_right(p),
-        chunk=p.mask.attention_chunk,
-        softcap=p.scores.softcap,
-        sinks=p.scores.sinks,
-        qv=qv,
-        q_descale=p.descales.q,
-        k_descale=p.descales.k,
-        v_descale=p.descales.v,
-    )
-
+#: What makes ready to solve problems like one.
+_SOLVERS: dict[Work, Callable[[Problem], Solver]] = {
+    "prefill": _prefill,
+    "decode": _Decode,
+    "absorbed MLA": _DecodeLatent,
+}
 
 PROVIDER = HopperProvider()

@@ -30,7 +30,7 @@ from headway.kernels.hopper.decode_consumer import Call, Parts, consume
 from headway.kernels.hopper.decode_load import allocate, produce_boxes, produce_gathered
 from headway.kernels.hopper.decode_plan import DecodePlan, empty_plan
 from headway.kernels.hopper.decode_wide import consume_wide
-from headway.kernels.hopper.direct import DirectLaunch, TensorMap, misaligned, tensor_map
+from headway.kernels.hopper.direct import DirectLaunch, TensorMap, misaligned
 
 _UNSPECIALISED = [
     "units",
@@ -220,6 +220,8 @@ def decode_kernel(
 
 
 _NO_STRIDES = (0,) * 6
+#: Pairs of caches whose descriptors a prepared call keeps: the layers of a model, and more.
+_MOST_MAPS = 1024
 _GLUON_DTYPES = {
     torch.bfloat16: gl.bfloat16,
     torch.float16: gl.float16,
@@ -273,25 +275,49 @@ def decode(
     out: Tensor,
     plan: DecodePlan,
     *,
-    softmax_scale: float,
     lse: Tensor | None = None,
     page_table: Tensor | None = None,
+    sinks: Tensor | None = None,
+    qv: Tensor | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    **options: Any,
+) -> None:
+    """Attention of a planned step: what :func:`prepare` makes of these arguments, called with them."""
+    if plan.batch_size == 0:
+        return
+    others = lse, page_table, sinks, qv, q_descale, k_descale, v_descale
+    prepare(q, k, v, out, plan, *others, **options)(plan, q, k, v, out, *others)
+
+
+def prepare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    plan: DecodePlan,
+    lse: Tensor | None = None,
+    page_table: Tensor | None = None,
+    sinks: Tensor | None = None,
+    qv: Tensor | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    *,
+    softmax_scale: float,
     max_seqlen_q: int = 1,
     leftpad: bool = False,
     window_left: int | None = None,
     window_right: int | None = None,
     chunk: int = 0,
     softcap: float = 0.0,
-    sinks: Tensor | None = None,
-    qv: Tensor | None = None,
-    q_descale: Tensor | None = None,
-    k_descale: Tensor | None = None,
-    v_descale: Tensor | None = None,
-) -> None:
-    """Attention of a planned step, written to ``out`` and ``lse``.
+) -> Prepared:
+    """Attention of planned steps, to be called: all but where tensors lie is decided.
 
-    Lengths, positions and masks are those that ``plan`` was filled with; the mask's numbers are given
-    again because rows need them.
+    Lengths, positions and masks are those that the plan was filled with; the mask's numbers are given again
+    because rows need them. The result is called with a plan of the same geometry, and with tensors of the
+    same shapes, strides, dtypes and device.
 
     Args:
         q: (B, Sq, Hq, D), or (total_q, Hq, D) where the plan was filled with ``cu_seqlens_q``.
@@ -310,11 +336,13 @@ def decode(
     Raises:
         InvalidInputError: rows of q, k, v or out do not start at multiples of 16 bytes.
     """
-    if plan.spans.shape[0] == 0:
-        return
-    ragged = q.dim() == 3
-    rows = (max_seqlen_q if ragged else q.shape[1]) * (q.shape[-2] // k.shape[2])
-    launch = _launch_for(
+    named = {"q": q, "k": k, "v": v, "out": out} | ({} if qv is None else {"qv": qv})
+    for name, t in named.items():
+        if not _is_aligned(t):
+            raise misaligned(name, t.data_ptr(), t.stride(), t.element_size())
+    group = q.shape[-2] // k.shape[2]
+    rows = (max_seqlen_q if q.dim() == 3 else q.shape[1]) * group
+    kernel = _kernel_for(
         q.device.index,
         q.dtype,
         k.dtype,
@@ -322,7 +350,7 @@ def decode(
         plan.tile,
         q.shape[-1],
         v.shape[-1],
-        q.shape[-2] // k.shape[2],
+        group,
         rows,
         0 if page_table is None else k.shape[1],
         window_left is not None,
@@ -337,120 +365,127 @@ def decode(
         k_descale is not None,
         v_descale is not None,
     )
-    launch(
-        plan,
-        q,
-        qv,
-        k,
-        v,
-        out,
-        lse,
-        sinks,
-        (q_descale, k_descale, v_descale),
-        page_table,
+    numbers = (
+        plan.units,
         rows,
+        k.shape[0],
+        *_row_strides(q),
+        *((0, 0, 0) if qv is None else _row_strides(qv)),
+        *(_NO_STRIDES if not kernel.cfg.gathered else (*k.stride()[:3], *v.stride()[:3])),
+        *_row_strides(out),
+        *_lse_strides(lse),
+        0 if page_table is None else page_table.stride(0),
+        *_descale_strides((q_descale, k_descale, v_descale)),
         softmax_scale,
         softcap,
         window_left or 0,
         window_right or 0,
         chunk or 1,
     )
+    return Prepared(kernel, q.device.index, k, v, numbers)
 
 
-class _Launch:
-    """One compiled decode kernel, and the arguments it is started with."""
+class Prepared:
+    """Decode calls that differ in where their tensors lie, and in nothing else."""
 
-    def __init__(self, cfg: DecodeConfig) -> None:
-        self.cfg = cfg
-        self._direct: DirectLaunch | None = None
+    def __init__(
+        self, kernel: _Kernel, device_index: int, k: Tensor, v: Tensor, numbers: tuple[float, ...]
+    ) -> None:
+        self._kernel = kernel
+        self._device_index = device_index
+        self._caches = tuple((t.dtype, *_as_boxes(t)) for t in (k, v))
+        self._numbers = numbers
+        self._maps: dict[tuple[int, int], TensorMap] = {}
+        self._aligned: DirectLaunch | None = None  # for small tensors at multiples of 16 bytes
 
     def __call__(
         self,
         plan: DecodePlan,
         q: Tensor,
-        qv: Tensor | None,
         k: Tensor,
         v: Tensor,
         out: Tensor,
-        lse: Tensor | None,
-        sinks: Tensor | None,
-        descales: tuple[Tensor | None, Tensor | None, Tensor | None],
-        page_table: Tensor | None,
-        rows: int,
-        softmax_scale: float,
-        softcap: float,
-        window_left: int,
-        window_right: int,
-        chunk: int,
+        lse: Tensor | None = None,
+        page_table: Tensor | None = None,
+        sinks: Tensor | None = None,
+        qv: Tensor | None = None,
+        q_descale: Tensor | None = None,
+        k_descale: Tensor | None = None,
+        v_descale: Tensor | None = None,
     ) -> None:
-        if not (_is_aligned(q) and _is_aligned(out)):
-            raise _misaligned(("out", out) if _is_aligned(q) else ("q", q))
-        if qv is not None and not _is_aligned(qv):
-            raise _misaligned(("qv", qv))
-        if self.cfg.gathered and not (_is_aligned(k) and _is_aligned(v)):
-            raise _misaligned(("v", v) if _is_aligned(k) else ("k", k))
-        numbers = (
-            plan.units,
-            rows,
-            k.shape[0],
-            *_row_strides(q),
-            *((0, 0, 0) if qv is None else _row_strides(qv)),
-            *(_NO_STRIDES if not self.cfg.gathered else (*k.stride()[:3], *v.stride()[:3])),
-            *_row_strides(out),
-            *_lse_strides(lse),
-            0 if page_table is None else page_table.stride(0),
-            *_descale_strides(descales),
-            softmax_scale,
-            softcap,
-            window_left,
-            window_right,
-            chunk,
-        )
-        plan_tensors = (
-            plan.spans,
-            plan.works,
-            plan.share,
-            plan.arrivals,
-            plan.parts,
-            plan.part_sums,
-        )
-        if self.cfg.gathered:
-            keys: tuple[Any, ...] = (None, None)
-        else:
-            keys = (*self._map(k, self.cfg.k_width), *self._map(v, self.cfg.v_box_width))
-        if self._direct is None:
-            self._direct = self._compile(
-                (q, qv, k, v, out, lse, sinks, *descales, page_table), plan_tensors, numbers
-            )
-        self._direct(
-            plan.workers * plan.m_tiles,
-            q.device.index,
-            *keys,
-            q.data_ptr(),
-            None if qv is None else qv.data_ptr(),
-            k.data_ptr(),
-            v.data_ptr(),
-            out.data_ptr(),
-            None if lse is None else lse.data_ptr(),
-            None if sinks is None else sinks.data_ptr(),
-            *(None if descale is None else descale.data_ptr() for descale in descales),
-            None if page_table is None else page_table.data_ptr(),
+        q_at, k_at, v_at, out_at = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
+        qv_at = 0 if qv is None else qv.data_ptr()
+        if (q_at | k_at | v_at | out_at | qv_at) & 15:
+            raise _misaligned_address(q=q_at, k=k_at, v=v_at, out=out_at, qv=qv_at)
+        lse_at = 0 if lse is None else lse.data_ptr()
+        sinks_at = 0 if sinks is None else sinks.data_ptr()
+        q_descale_at = 0 if q_descale is None else q_descale.data_ptr()
+        k_descale_at = 0 if k_descale is None else k_descale.data_ptr()
+        v_descale_at = 0 if v_descale is None else v_descale.data_ptr()
+        table_at = 0 if page_table is None else page_table.data_ptr()
+        small = lse_at | sinks_at | q_descale_at | k_descale_at | v_descale_at | table_at
+        launch = self._aligned
+        if launch is None or small & 15:
+            pointers = (q, qv, k, v, out, lse, sinks, q_descale, k_descale, v_descale, page_table)
+            launch = self._kernel.compiled(pointers, plan.buffers, self._numbers)
+            if not small & 15:
+                self._aligned = launch
+        launch(
+            plan.grid,
+            self._device_index,
+            *(self._maps.get((k_at, v_at)) or self._encoded(launch, k_at, v_at)),
+            q_at,
+            qv_at or None,
+            k_at,
+            v_at,
+            out_at,
+            lse_at or None,
+            sinks_at or None,
+            q_descale_at or None,
+            k_descale_at or None,
+            v_descale_at or None,
+            table_at or None,
             *plan.addresses,
-            *numbers,
+            *self._numbers,
             None,
             None,
         )
 
-    def _map(self, cache: Tensor, width: int) -> TensorMap:
-        pages, rows, heads, columns = cache.shape
-        page, row, head, column = cache.stride()
-        return tensor_map(
-            cache.data_ptr(),
-            cache.dtype,
-            (pages, heads, rows, columns),
-            (page, head, row, column),
-            (1, 1, self.cfg.box_rows, width),
-        )
+    def _encoded(self, launch: DirectLaunch, k_at: int, v_at: int) -> TensorMap:
+        """The descriptors of keys and values at these addresses, in a table of limited size."""
+        cfg, maps = self._kernel.cfg, (None, None)
+        if not cfg.gathered:
+            k, v = (
+                launch.tensor_map(at, *cache, (1, 1, cfg.box_rows, width))
+                for at, cache, width in zip(
+                    (k_at, v_at), self._caches, (cfg.k_width, cfg.v_box_width), strict=True
+                )
+            )
+            maps = (*k, *v)
+        if len(self._maps) >= _MOST_MAPS:
+            self._maps.clear()
+        self._maps[k_at, v_at] = maps
+        return maps
+
+
+class _Kernel:
+    """A decode kernel of one configuration, compiled as it is needed for the alignment of its tensors."""
+
+    def __init__(self, cfg: DecodeConfig) -> None:
+        self.cfg = cfg
+        self._compiled: dict[tuple[bool, ...], DirectLaunch] = {}
+
+    def compiled(
+        self,
+        tensors: tuple[Tensor | None, ...],
+        plan_tensors: tuple[Tensor, ...],
+        numbers: tuple[float, ...],
+    ) -> DirectLaunch:
+        kind = tuple(t is None or t.data_ptr() % 16 == 0 for t in tensors)
+        found = self._compiled.get(kind)
+        if found is None:
+            found = self._compiled[kind] = self._compile(tensors, plan_tensors, numbers)
+        return found
 
     def _compile(
         self,
@@ -489,7 +524,7 @@ class _Launch:
 
 
 @functools.lru_cache(maxsize=1024)
-def _launch_for(
+def _kernel_for(
     device_index: int,
     q_dtype: torch.dtype,
     kv_dtype: torch.dtype,
@@ -511,9 +546,9 @@ def _launch_for(
     has_q_descale: bool,
     has_k_descale: bool,
     has_v_descale: bool,
-) -> _Launch:
+) -> _Kernel:
     """Compiled kernels by everything they depend on, dtypes and presence of every tensor included."""
-    return _Launch(
+    return _Kernel(
         DecodeConfig(
             q_dtype=_GLUON_DTYPES[q_dtype],
             kv_dtype=_GLUON_DTYPES[kv_dtype],
@@ -552,11 +587,16 @@ def _descale_strides(descales: tuple[Tensor | None, ...]) -> tuple[int, ...]:
     return tuple(n for d in descales for n in (d.stride() if d is not None else (0, 0)))
 
 
-def _descriptor(cache: Tensor, box: list[int], layout: Any) -> TensorDescriptor:
+def _as_boxes(cache: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape and strides of a cache with heads before rows, as boxes are cut from it."""
     pages, rows, heads, columns = cache.shape
-    page, row, head, _ = cache.stride()
-    shape, strides = [pages, heads, rows, columns], [page, head, row, 1]
-    return TensorDescriptor(cache, shape, strides, box, layout)
+    page, row, head, column = cache.stride()
+    return (pages, heads, rows, columns), (page, head, row, column)
+
+
+def _descriptor(cache: Tensor, box: list[int], layout: Any) -> TensorDescriptor:
+    shape, strides = _as_boxes(cache)
+    return TensorDescriptor(cache, list(shape), [*strides[:-1], 1], box, layout)
 
 
 def _is_aligned(t: Tensor) -> bool:
@@ -566,6 +606,8 @@ def _is_aligned(t: Tensor) -> bool:
     return last == 1 and not (t.data_ptr() | together * t.element_size()) & 15
 
 
-def _misaligned(named: tuple[str, Tensor]) -> InvalidInputError:
-    name, t = named
-    return misaligned(name, t.data_ptr(), t.stride(), t.element_size())
+def _misaligned_address(**addresses: int) -> InvalidInputError:
+    name, at = next((name, at) for name, at in addresses.items() if at % 16)
+    return InvalidInputError(
+        name, f"an address {at % 16} bytes above a multiple of 16", "a multiple of 16"
+    )

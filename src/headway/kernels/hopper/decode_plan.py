@@ -9,8 +9,8 @@ lengths change: a CUDA graph may replay a plan.
 
 # Gluon reads the annotations of aggregates as classes: no postponed evaluation here.
 import functools
+import itertools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from headway.kernels._triton import aggregate, cta_barrier, gl, gluon, next_power_of_2
 from headway.kernels.hopper.decode_config import DecodeTile
+from headway.kernels.hopper.direct import DirectLaunch
 from headway.kernels.hopper.masks import row_limits
 
 #: Fields of a sequence's record, int32; a worker's record goes on with where its share begins.
@@ -317,6 +318,49 @@ def plan_kernel(
     gl.store(record + LEFT, left, mask=inside)
 
 
+#: Buffers begin at multiples of this many elements, 128 bytes.
+_LINE = 32
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """How large the buffers of a step are, and where they lie in the two allocations that hold them."""
+
+    ints: dict[str, tuple[int, ...]]  # shapes
+    floats: dict[str, tuple[int, ...]]
+
+    @functools.cached_property
+    def int_places(self) -> dict[str, int]:
+        return _places(self.ints)
+
+    @functools.cached_property
+    def float_places(self) -> dict[str, int]:
+        return _places(self.floats)
+
+
+def _places(shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
+    """Where each buffer begins, in elements, and under "" where the last one ends."""
+    ends = itertools.accumulate(-(-math.prod(shape) // _LINE) * _LINE for shape in shapes.values())
+    return dict(zip((*shapes, ""), (0, *ends), strict=True))
+
+
+@functools.lru_cache(maxsize=1024)
+def _sizes(
+    batch_size: int, units: int, m_tiles: int, rows: int, head_dim_v: int, workers: int
+) -> _Sizes:
+    slots = 2 * workers * m_tiles
+    return _Sizes(
+        {
+            "spans": (batch_size, FIELDS),
+            "works": (workers, FIELDS),
+            "share": (1,),
+            "starts": (batch_size,),
+            "arrivals": (batch_size * units * m_tiles * 2,),
+        },
+        {"parts": (slots, rows, head_dim_v), "part_sums": (slots, 2, rows)},
+    )
+
+
 @dataclass(frozen=True)
 class DecodePlan:
     """Device buffers of a step, reused by every layer and every step of the same geometry.
@@ -327,25 +371,78 @@ class DecodePlan:
     worker and tile: (2 · workers · m_tiles, rows, head_dim_v) float32, and ``part_sums`` (.., 2, rows)
     their row maxima (base 2) and sums. ``arrivals`` (B · units · m_tiles · 2,) counts workers that have
     left theirs, by consumer; the last one merges and resets it.
+
+    The integers are one allocation and the floats another: a call without a plan of its own waits for them.
     """
 
     tile: DecodeTile
+    batch_size: int
     units: int
     m_tiles: int
     workers: int
-    spans: Tensor
-    works: Tensor
-    share: Tensor
-    starts: Tensor
-    arrivals: Tensor
-    parts: Tensor
-    part_sums: Tensor
+    sizes: _Sizes
+    ints: Tensor
+    floats: Tensor
+
+    @property
+    def spans(self) -> Tensor:
+        return self._int("spans")
+
+    @property
+    def works(self) -> Tensor:
+        return self._int("works")
+
+    @property
+    def share(self) -> Tensor:
+        return self._int("share")
+
+    @property
+    def starts(self) -> Tensor:
+        return self._int("starts")
+
+    @property
+    def arrivals(self) -> Tensor:
+        return self._int("arrivals")
+
+    @property
+    def parts(self) -> Tensor:
+        return self._float("parts")
+
+    @property
+    def part_sums(self) -> Tensor:
+        return self._float("part_sums")
+
+    def _int(self, name: str) -> Tensor:
+        shape = self.sizes.ints[name]
+        return self.ints.narrow(0, self.sizes.int_places[name], math.prod(shape)).view(shape)
+
+    def _float(self, name: str) -> Tensor:
+        shape = self.sizes.floats[name]
+        return self.floats.narrow(0, self.sizes.float_places[name], math.prod(shape)).view(shape)
+
+    @property
+    def buffers(self) -> tuple[Tensor, ...]:
+        """As the decode kernel takes them."""
+        return self.spans, self.works, self.share, self.arrivals, self.parts, self.part_sums
+
+    @functools.cached_property
+    def grid(self) -> tuple[int, int, int]:
+        """Of the decode kernel."""
+        return self.workers * self.m_tiles, 1, 1
 
     @functools.cached_property
     def addresses(self) -> tuple[int, ...]:
-        """Where the buffers lie, as the decode kernel takes them."""
-        buffers = self.spans, self.works, self.share, self.arrivals, self.parts, self.part_sums
-        return tuple(buffer.data_ptr() for buffer in buffers)
+        """Where ``buffers`` lie."""
+        ints, at = self.ints.data_ptr(), self.sizes.int_places
+        floats, float_at = self.floats.data_ptr(), self.sizes.float_places
+        return (
+            ints + 4 * at["spans"],
+            ints + 4 * at["works"],
+            ints + 4 * at["share"],
+            ints + 4 * at["arrivals"],
+            floats + 4 * float_at["parts"],
+            floats + 4 * float_at["part_sums"],
+        )
 
 
 def empty_plan(
@@ -361,46 +458,11 @@ def empty_plan(
 ) -> DecodePlan:
     """Buffers for steps of ``batch_size`` sequences of ``units`` units, each of ``m_tiles`` tiles of up to
     ``rows`` query rows."""
-
-    slots = 2 * workers * m_tiles
+    sizes = _sizes(batch_size, units, m_tiles, rows, head_dim_v, workers)
     # Zeros: a worker of a plan that was never filled has nothing to do.
-    spans, works, share, starts, arrivals = _views(
-        functools.partial(torch.zeros, dtype=torch.int32, device=device),
-        (batch_size, FIELDS),
-        (workers, FIELDS),
-        (1,),
-        (batch_size,),
-        (batch_size * units * m_tiles * 2,),
-    )
-    parts, part_sums = _views(
-        functools.partial(torch.empty, dtype=torch.float32, device=device),
-        (slots, rows, head_dim_v),
-        (slots, 2, rows),
-    )
-    return DecodePlan(
-        tile=tile,
-        units=units,
-        m_tiles=m_tiles,
-        workers=workers,
-        spans=spans,
-        works=works,
-        share=share,
-        starts=starts,
-        arrivals=arrivals,
-        parts=parts,
-        part_sums=part_sums,
-    )
-
-
-def _views(make: Callable[[int], Tensor], *shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
-    """Tensors in one allocation, each from a multiple of 128 bytes: a call without a plan of its own waits
-    for allocations."""
-    sizes = [math.prod(shape) for shape in shapes]
-    room = [-(-size // 32) * 32 for size in sizes]
-    pieces = make(sum(room)).split(room)
-    return tuple(
-        piece[:size].view(shape) for piece, size, shape in zip(pieces, sizes, shapes, strict=True)
-    )
+    ints = torch.zeros(sizes.int_places[""], dtype=torch.int32, device=device)
+    floats = torch.empty(sizes.float_places[""], dtype=torch.float32, device=device)
+    return DecodePlan(tile, batch_size, units, m_tiles, workers, sizes, ints, floats)
 
 
 def plan_decode(
@@ -426,20 +488,12 @@ def plan_decode(
         window_left, window_right, chunk: the mask, as :class:`headway.problem.Mask` has it.
         min_share: places of the line below which work is not cut further.
     """
-    batch_size = plan.spans.shape[0]
-    if batch_size == 0:
+    if plan.batch_size == 0:
         return
-    plan_kernel[(1,)](
-        seqlens_k,
-        leftpad_k,
-        cache_batch_idx,
-        cu_seqlens_q,
-        seqused_q,
-        plan.spans,
-        plan.works,
-        plan.share,
-        plan.starts,
-        batch_size,
+    lengths = seqlens_k, leftpad_k, cache_batch_idx, cu_seqlens_q, seqused_q
+    addresses = [None if t is None else t.data_ptr() for t in lengths]
+    numbers = (
+        plan.batch_size,
         rows_q,
         capacity,
         plan.units,
@@ -448,14 +502,89 @@ def plan_decode(
         window_left or 0,
         window_right or 0,
         max(chunk, 1),
-        PlanConfig(
-            block_n=plan.tile.block_n,
-            unit_cost=plan.tile.unit_cost,
-            at_once=min(max(next_power_of_2(batch_size), 256), AT_ONCE),
-            workers=max(next_power_of_2(plan.workers), 256),
-            has_left=window_left is not None,
-            has_right=window_right is not None,
-            has_chunk=chunk > 0,
-        ),
-        num_warps=8,
     )
+    launches = _launches_for(
+        plan.ints.device.index,
+        plan.tile.block_n,
+        plan.tile.unit_cost,
+        plan.batch_size,
+        plan.workers,
+        window_left is not None,
+        window_right is not None,
+        chunk > 0,
+    )
+    launches(plan, lengths, addresses, numbers)
+
+
+class _Launches:
+    """Planning kernels of one configuration, by which lengths there are and how they are aligned."""
+
+    def __init__(self, cfg: PlanConfig) -> None:
+        self._cfg = cfg
+        self._compiled: dict[tuple[int | None, ...], DirectLaunch] = {}
+
+    def __call__(
+        self,
+        plan: DecodePlan,
+        lengths: tuple[Tensor | None, ...],
+        addresses: list[int | None],
+        numbers: tuple[int, ...],
+    ) -> None:
+        kind = tuple([None if at is None else at & 15 for at in addresses])
+        launch = self._compiled.get(kind)
+        if launch is None:
+            launch = self._compiled[kind] = self._compile(plan, lengths, numbers)
+        spans, works, share, *_ = plan.addresses
+        starts = plan.ints.data_ptr() + 4 * plan.sizes.int_places["starts"]
+        launch(
+            (1, 1, 1),
+            plan.ints.device.index,
+            *addresses,
+            spans,
+            works,
+            share,
+            starts,
+            *numbers,
+            None,
+            None,
+        )
+
+    def _compile(
+        self, plan: DecodePlan, lengths: tuple[Tensor | None, ...], numbers: tuple[int, ...]
+    ) -> DirectLaunch:
+        buffers = plan.spans, plan.works, plan.share, plan.starts
+        compiled = plan_kernel.warmup(
+            *lengths, *buffers, *numbers, self._cfg, num_warps=8, grid=(1,)
+        )
+        return DirectLaunch(compiled)
+
+
+@functools.lru_cache(maxsize=1024)
+def _launches_for(
+    device_index: int,
+    block_n: int,
+    unit_cost: int,
+    batch_size: int,
+    workers: int,
+    has_left: bool,
+    has_right: bool,
+    has_chunk: bool,
+) -> _Launches:
+    return _planner(
+        device_index,
+        PlanConfig(
+            block_n=block_n,
+            unit_cost=unit_cost,
+            at_once=min(max(next_power_of_2(batch_size), 256), AT_ONCE),
+            workers=max(next_power_of_2(workers), 256),
+            has_left=has_left,
+            has_right=has_right,
+            has_chunk=has_chunk,
+        ),
+    )
+
+
+@functools.cache
+def _planner(device_index: int, cfg: PlanConfig) -> _Launches:
+    """One for all batch sizes that the configuration serves."""
+    return _Launches(cfg)

@@ -2,22 +2,29 @@
 
 Triton's own launch path binds, specialises and hashes every argument, and encodes every tensor descriptor,
 on each call: tens of microseconds, more than a decode kernel takes. A :class:`DirectLaunch` hands the
-arguments of an already compiled kernel to the C function underneath. Encoded descriptors are values that
-depend on nothing but their numbers, so they are kept.
+arguments of an already compiled kernel to the C function underneath, where it knows that function: for a
+Triton that is newer than those it was written against, it takes Triton's own path. Encoded descriptors are
+values that depend on nothing but their numbers, so they are kept.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from headway.errors import InvalidInputError
-from headway.kernels._triton import triton
+from headway.kernels._triton import descriptor, triton
 
-#: A descriptor as kernels take it: the encoded map, then its shape, then its strides.
+#: A descriptor as launches take it: the encoded map, then its shape, then its strides; or, on Triton's own
+#: path, one object.
 TensorMap = tuple[Any, ...]
+
+#: Versions of Triton from this one on are not known to have the C function that they had before.
+_UNKNOWN_FROM = (3, 10)
 
 #: CUtensorMapDataType, CUtensorMapSwizzle
 _MAP_DTYPES = {torch.float8_e4m3fn: 0, torch.float16: 6, torch.bfloat16: 9}
@@ -53,8 +60,7 @@ def tensor_map(
     Raises:
         InvalidInputError: address or strides are not as above.
     """
-    if address % 16 or strides[-1] != 1 or any(n * dtype.itemsize % 16 for n in strides[:-1]):
-        raise misaligned("k and v", address, strides, dtype.itemsize)
+    _check_alignment(address, dtype, strides)
     row_bytes = min(box[-1] * dtype.itemsize, 128)
     utils = triton.runtime.driver.active.utils
     encode = getattr(utils, "fill_tma_descriptor_tiled", None) or utils.fill_tma_descriptor
@@ -71,34 +77,63 @@ def tensor_map(
     return (encoded, *shape, *strides)
 
 
+def _check_alignment(address: int, dtype: torch.dtype, strides: tuple[int, ...]) -> None:
+    if address % 16 or strides[-1] != 1 or any(n * dtype.itemsize % 16 for n in strides[:-1]):
+        raise misaligned("k and v", address, strides, dtype.itemsize)
+
+
 class DirectLaunch:
     """A compiled kernel. Called with its arguments in order: addresses, numbers, tensor maps expanded."""
 
     def __init__(self, kernel: Any) -> None:
-        run = kernel.run  # loads the module on first use
-        head = (kernel.function, run.launch_cooperative_grid, run.launch_pdl)
-        no_hooks_or_scratch = (None, None, None, None, None)
-        self._as_tuple = hasattr(run, "kernel_signature")
-        if self._as_tuple:  # from 3.7: one C function, told what the arguments are
-            self._launch = triton.runtime.driver.active.utils.launch
-            told = (run.arg_annotations, run.kernel_signature)
-            self._head: tuple[Any, ...] = (
-                *head,
-                kernel.packed_metadata,
-                *no_hooks_or_scratch,
-                *told,
-            )
-            return
-        launch = run.launch
-        if launch.__class__.__name__ == "function":  # wraps the C function to encode descriptors
-            cells = dict(zip(launch.__code__.co_freevars, launch.__closure__, strict=True))
-            launch = cells["launcher"].cell_contents
-        self._launch = launch
-        self._head = (*head, None, None, kernel.packed_metadata, None, None, None)
+        self._kernel = kernel
+        self._known = _c_function(kernel)
+        self.is_direct = self._known is not None
 
-    def __call__(self, programs: int, device_index: int, *args: Any) -> None:
+    def tensor_map(
+        self,
+        address: int,
+        dtype: torch.dtype,
+        shape: tuple[int, ...],
+        strides: tuple[int, ...],
+        box: tuple[int, ...],
+    ) -> TensorMap:
+        """The arguments that stand for a descriptor; see :func:`tensor_map`."""
+        if self.is_direct:
+            return tensor_map(address, dtype, shape, strides, box)
+        _check_alignment(address, dtype, strides)
+        base: Any = SimpleNamespace(data_ptr=lambda: address)
+        return (descriptor(base, list(shape), list(strides), list(box), None),)
+
+    def __call__(self, grid: tuple[int, int, int], device_index: int, *args: Any) -> None:
+        if self._known is None:
+            self._kernel[grid](*args)
+            return
+        launch, head, as_tuple = self._known
         stream = torch._C._cuda_getCurrentRawStream(device_index)
-        if self._as_tuple:
-            self._launch(programs, 1, 1, stream, *self._head, args)
+        if as_tuple:
+            launch(*grid, stream, *head, args)
         else:
-            self._launch(programs, 1, 1, stream, *self._head, *args)
+            launch(*grid, stream, *head, *args)
+
+
+def _c_function(kernel: Any) -> tuple[Callable[..., None], tuple[Any, ...], bool] | None:
+    """What starts a kernel, its arguments between the stream and the kernel's own, and whether those are
+    given as one tuple. None where that is not known, or where Triton's path does more than start it."""
+    run = kernel.run  # loads the module on first use
+    version = tuple(int(n) for n in triton.__version__.split(".")[:2])
+    needs = ("global_scratch_size", "profile_scratch_size", "gsan_enabled")
+    if version >= _UNKNOWN_FROM or any(getattr(run, name, 0) for name in needs):
+        return None
+    head: tuple[Any, ...] = (kernel.function, run.launch_cooperative_grid, run.launch_pdl)
+    if hasattr(run, "kernel_signature"):  # from 3.7: one C function, told what the arguments are
+        told = (run.arg_annotations, run.kernel_signature)
+        head = (*head, kernel.packed_metadata, None, None, None, None, None, *told)
+        return triton.runtime.driver.active.utils.launch, head, True
+    launch = run.launch
+    if launch.__class__.__name__ == "function":  # wraps the C function to encode descriptors
+        cells = dict(zip(launch.__code__.co_freevars, launch.__closure__ or (), strict=True))
+        if "launcher" not in cells:
+            return None
+        launch = cells["launcher"].cell_contents
+    return launch, (*head, None, None, kernel.packed_metadata, None, None, None), False
