@@ -23,6 +23,8 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     module._kernel_for.cache_clear()
 
     class Launch:
+        is_direct = True
+
         def tensor_map(self, *key: Any) -> tuple[Any, ...]:
             return ("map", *key[2], *key[3])
 

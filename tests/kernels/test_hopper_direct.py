@@ -103,7 +103,6 @@ def test_an_unknown_launcher_is_left_to_triton(
 def test_descriptors_are_encoded_under_either_name(
     monkeypatch: pytest.MonkeyPatch, started: list[Call], name: str
 ) -> None:
-    direct.tensor_map.cache_clear()
     utils = SimpleNamespace(**{name: lambda *args: ("map", *args)})
     monkeypatch.setattr(triton.runtime.driver.active, "utils", utils)
     made = direct.tensor_map(
@@ -111,3 +110,22 @@ def test_descriptors_are_encoded_under_either_name(
     )
     encoded = ("map", 4096, 3, 2, 9, [1, 1, 16, 64], [9, 2, 16, 128], [4096, 128, 256, 1], 0)
     assert made == (encoded, 9, 2, 16, 128, 4096, 128, 256, 1)
+
+
+def test_descriptors_are_kept_by_address_up_to_a_number(
+    monkeypatch: pytest.MonkeyPatch, started: list[Call]
+) -> None:
+    encoded: list[int] = []
+
+    def encode(address: int, *rest: Any) -> int:
+        encoded.append(address)
+        return address
+
+    utils = SimpleNamespace(fill_tma_descriptor=encode)
+    monkeypatch.setattr(triton.runtime.driver.active, "utils", utils)
+    monkeypatch.setattr(direct, "_MOST_MAPS", 2)
+    launch = direct.DirectLaunch(kernel_of(launch=SimpleNamespace()))
+    boxes = direct.Boxes(torch.bfloat16, (9, 2, 16, 64), (2048, 64, 128, 1), (1, 1, 16, 64), None)
+    for address in (16, 32, 16, 32, 48, 16):
+        assert boxes(launch, address) == (address, 9, 2, 16, 64, 2048, 64, 128, 1)
+    assert encoded == [16, 32, 48, 16]

@@ -257,6 +257,20 @@ def prepare_decode(
     return prepared
 
 
+def prepare_forward(*given: Tensor | None, **options: Any) -> Any:
+    """The same with :func:`forward`."""
+    lengths = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "leftpad_k")
+    names = ("out", "lse", *lengths, "cache_batch_idx", "page_table", "sinks")
+    kind = _kind(*given)
+
+    def prepared(*tensors: Any) -> None:
+        assert _kind(*tensors) == kind
+        q, k, v, *others = tensors
+        forward(q, k, v, **dict(zip(names, others, strict=True)), **options)
+
+    return prepared
+
+
 def _kind(*tensors: Tensor | None) -> list[Any]:
     return [None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors]
 
@@ -276,7 +290,7 @@ def installed() -> Iterator[None]:
 
     launchers = SimpleNamespace(
         append=reference.append,
-        forward=forward,
+        prepare_forward=prepare_forward,
         make_plan=make_plan,
         plan_decode=plan_decode,
         prepare_decode=prepare_decode,

@@ -195,6 +195,7 @@ class HopperProvider(Provider):
     def runner(self, problem: Problem) -> Runner:
         work, p = work_of(problem), problem
         plain = p.max_seqlen_q > 0 and p.scores.softmax_scale > 0 and p.append is None
+        plain &= p.scores.score_mod is None and p.mask.mask_mod is None
         if not plain or p.q.numel() == 0 or p.k.numel() == 0 or p.head_dim_v == 0:
             return self.run
         given = [t for t in (p.q, p.qv, p.out) if t is not None]
@@ -262,7 +263,7 @@ def _kernels() -> SimpleNamespace:
 
     return SimpleNamespace(
         append=append.append,
-        forward=forward.forward,
+        prepare_forward=forward.prepare,
         make_plan=decode.make_plan,
         plan_decode=decode_plan.plan_decode,
         prepare_decode=decode.prepare,
@@ -340,39 +341,51 @@ Solver: TypeAlias = Callable[[Problem, Tensor, Tensor, Tensor | None], None]
 # --- prefill ------------------------------------------------------------------------------------------
 
 
-def _prefill(_: Problem) -> Solver:
-    return _solve_prefill
+class _Prefill:
+    """Solves problems of one signature with the forward kernel."""
 
+    def __init__(self, _: Problem) -> None:
+        self._prepared: Callable[..., None] | None = None
 
-def _solve_prefill(p: Problem, q: Tensor, out: Tensor, lse: Tensor | None) -> None:
-    mods = _mods(p)
-    _kernels().forward(
-        q,
-        p.k,
-        p.v,
-        out=out,
-        lse=lse,
-        cu_seqlens_q=p.cu_seqlens_q,
-        cu_seqlens_k=p.cu_seqlens_k,
-        seqused_q=p.seqused_q,
-        seqused_k=_ends(p),
-        leftpad_k=p.leftpad_k,
-        cache_batch_idx=p.cache_batch_idx,
-        page_table=p.page_table,
-        max_seqlen_q=p.max_seqlen_q if p.ragged_q else q.shape[1],
-        max_seqlen_k=_capacity(p) if p.seqlens_k is None else p.max_seqlen_k,
-        softmax_scale=p.scores.softmax_scale,
-        causal=p.mask.causal,
-        window_left=p.mask.window_left,
-        window_right=_right(p),
-        attention_chunk=p.mask.attention_chunk,
-        softcap=p.scores.softcap,
-        sinks=p.scores.sinks,
-        score_mod=None if mods is None else mods.score_mod,
-        mask_mod=None if mods is None else mods.mask_mod,
-        aux=None if mods is None else mods.aux,
-        num_splits=p.hints.num_splits,
-    )
+    def __call__(self, p: Problem, q: Tensor, out: Tensor, lse: Tensor | None) -> None:
+        given = (
+            q,
+            p.k,
+            p.v,
+            out,
+            lse,
+            p.cu_seqlens_q,
+            p.cu_seqlens_k,
+            p.seqused_q,
+            _ends(p),
+            p.leftpad_k,
+            p.cache_batch_idx,
+            p.page_table,
+            p.scores.sinks,
+        )
+        prepared = self._prepared
+        if prepared is None:
+            prepared = self._prepared = self._prepare(p, given)
+        prepared(*given)
+
+    def _prepare(self, p: Problem, given: tuple[Tensor | None, ...]) -> Callable[..., None]:
+        mods = _mods(p)
+        prepared: Callable[..., None] = _kernels().prepare_forward(
+            *given,
+            max_seqlen_q=p.max_seqlen_q if p.ragged_q else p.q.shape[1],
+            max_seqlen_k=_capacity(p) if p.seqlens_k is None else p.max_seqlen_k,
+            softmax_scale=p.scores.softmax_scale,
+            causal=p.mask.causal,
+            window_left=p.mask.window_left,
+            window_right=_right(p),
+            attention_chunk=p.mask.attention_chunk,
+            softcap=p.scores.softcap,
+            score_mod=None if mods is None else mods.score_mod,
+            mask_mod=None if mods is None else mods.mask_mod,
+            aux=None if mods is None else mods.aux,
+            num_splits=p.hints.num_splits,
+        )
+        return prepared
 
 
 def _mods(p: Problem) -> ModArguments | None:
@@ -588,7 +601,7 @@ class _DecodeLatent(_Decode):
 
 #: What makes ready to solve problems like one.
 _SOLVERS: dict[Work, Callable[[Problem], Solver]] = {
-    "prefill": _prefill,
+    "prefill": _Prefill,
     "decode": _Decode,
     "absorbed MLA": _DecodeLatent,
 }

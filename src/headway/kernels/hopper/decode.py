@@ -18,7 +18,6 @@ from torch import Tensor
 
 from headway.errors import InvalidInputError
 from headway.kernels._triton import (
-    TensorDescriptor,
     cdiv,
     gdc_launch_dependents,
     gdc_wait,
@@ -30,7 +29,7 @@ from headway.kernels.hopper.decode_consumer import Call, Parts, consume
 from headway.kernels.hopper.decode_load import allocate, produce_boxes, produce_gathered
 from headway.kernels.hopper.decode_plan import DecodePlan, empty_plan
 from headway.kernels.hopper.decode_wide import consume_wide
-from headway.kernels.hopper.direct import DirectLaunch, TensorMap, misaligned
+from headway.kernels.hopper.direct import Boxes, DirectLaunch, misaligned
 
 _UNSPECIALISED = [
     "units",
@@ -220,8 +219,6 @@ def decode_kernel(
 
 
 _NO_STRIDES = (0,) * 6
-#: Pairs of caches whose descriptors a prepared call keeps: the layers of a model, and more.
-_MOST_MAPS = 1024
 _GLUON_DTYPES = {
     torch.bfloat16: gl.bfloat16,
     torch.float16: gl.float16,
@@ -393,9 +390,8 @@ class Prepared:
     ) -> None:
         self._kernel = kernel
         self._device_index = device_index
-        self._caches = tuple((t.dtype, *_as_boxes(t)) for t in (k, v))
+        self._boxes = None if kernel.cfg.gathered else _boxes(k, v, kernel.cfg)
         self._numbers = numbers
-        self._maps: dict[tuple[int, int], TensorMap] = {}
         self._aligned: DirectLaunch | None = None  # for small tensors at multiples of 16 bytes
 
     def __call__(
@@ -424,7 +420,7 @@ class Prepared:
         v_descale_at = 0 if v_descale is None else v_descale.data_ptr()
         table_at = 0 if page_table is None else page_table.data_ptr()
         small = lse_at | sinks_at | q_descale_at | k_descale_at | v_descale_at | table_at
-        launch = self._aligned
+        launch, boxes = self._aligned, self._boxes
         if launch is None or small & 15:
             pointers = (q, qv, k, v, out, lse, sinks, q_descale, k_descale, v_descale, page_table)
             launch = self._kernel.compiled(pointers, plan.buffers, self._numbers)
@@ -433,7 +429,11 @@ class Prepared:
         launch(
             plan.grid,
             self._device_index,
-            *(self._maps.get((k_at, v_at)) or self._encoded(launch, k_at, v_at)),
+            *(
+                (None, None)
+                if boxes is None
+                else (*boxes[0](launch, k_at), *boxes[1](launch, v_at))
+            ),
             q_at,
             qv_at or None,
             k_at,
@@ -450,22 +450,6 @@ class Prepared:
             None,
             None,
         )
-
-    def _encoded(self, launch: DirectLaunch, k_at: int, v_at: int) -> TensorMap:
-        """The descriptors of keys and values at these addresses, in a table of limited size."""
-        cfg, maps = self._kernel.cfg, (None, None)
-        if not cfg.gathered:
-            k, v = (
-                launch.tensor_map(at, *cache, (1, 1, cfg.box_rows, width))
-                for at, cache, width in zip(
-                    (k_at, v_at), self._caches, (cfg.k_width, cfg.v_box_width), strict=True
-                )
-            )
-            maps = (*k, *v)
-        if len(self._maps) >= _MOST_MAPS:
-            self._maps.clear()
-        self._maps[k_at, v_at] = maps
-        return maps
 
 
 class _Kernel:
@@ -499,10 +483,8 @@ class _Kernel:
         assert v is not None
         descriptors: tuple[Any, Any] = (None, None)
         if not cfg.gathered:
-            descriptors = (
-                _descriptor(k, [1, 1, cfg.box_rows, cfg.k_width], cfg.k_boxes),
-                _descriptor(v, [1, 1, cfg.box_rows, cfg.v_box_width], cfg.v_boxes),
-            )
+            k_boxes, v_boxes = _boxes(k, v, cfg)
+            descriptors = k_boxes.described(k), v_boxes.described(v)
             k = v = None
         compiled = decode_kernel.warmup(
             *descriptors,
@@ -587,16 +569,15 @@ def _descale_strides(descales: tuple[Tensor | None, ...]) -> tuple[int, ...]:
     return tuple(n for d in descales for n in (d.stride() if d is not None else (0, 0)))
 
 
-def _as_boxes(cache: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shape and strides of a cache with heads before rows, as boxes are cut from it."""
-    pages, rows, heads, columns = cache.shape
-    page, row, head, column = cache.stride()
-    return (pages, heads, rows, columns), (page, head, row, column)
+def _boxes(k: Tensor, v: Tensor, cfg: DecodeConfig) -> tuple[Boxes, Boxes]:
+    """Keys and values with heads before rows, as they are copied."""
 
+    def boxes(t: Tensor, width: int, layout: Any) -> Boxes:
+        (pages, rows, heads, columns), (page, row, head, column) = t.shape, t.stride()
+        shape, strides = (pages, heads, rows, columns), (page, head, row, column)
+        return Boxes(t.dtype, shape, strides, (1, 1, cfg.box_rows, width), layout)
 
-def _descriptor(cache: Tensor, box: list[int], layout: Any) -> TensorDescriptor:
-    shape, strides = _as_boxes(cache)
-    return TensorDescriptor(cache, list(shape), [*strides[:-1], 1], box, layout)
+    return boxes(k, cfg.k_width, cfg.k_boxes), boxes(v, cfg.v_box_width, cfg.v_boxes)
 
 
 def _is_aligned(t: Tensor) -> bool:

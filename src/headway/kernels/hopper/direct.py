@@ -4,17 +4,17 @@ Triton's own launch path binds, specialises and hashes every argument, and encod
 on each call: tens of microseconds, more than a decode kernel takes. A :class:`DirectLaunch` hands the
 arguments of an already compiled kernel to the C function underneath, where it knows that function: for a
 Triton that is newer than those it was written against, it takes Triton's own path. Encoded descriptors are
-values that depend on nothing but their numbers, so they are kept.
+values that depend on nothing but their numbers, so :class:`Boxes` keep them.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from headway.errors import InvalidInputError
 from headway.kernels._triton import descriptor, triton
@@ -25,6 +25,9 @@ TensorMap = tuple[Any, ...]
 
 #: Versions of Triton from this one on are not known to have the C function that they had before.
 _UNKNOWN_FROM = (3, 10)
+
+#: Addresses whose encoded descriptors are kept for one kind of tensor.
+_MOST_MAPS = 256
 
 #: CUtensorMapDataType, CUtensorMapSwizzle
 _MAP_DTYPES = {torch.float8_e4m3fn: 0, torch.float16: 6, torch.bfloat16: 9}
@@ -42,7 +45,6 @@ def misaligned(
     )
 
 
-@functools.lru_cache(maxsize=4096)
 def tensor_map(
     address: int,
     dtype: torch.dtype,
@@ -117,6 +119,39 @@ class DirectLaunch:
             launch(*grid, stream, *head, *args)
 
 
+class Boxes:
+    """Tensors of one dtype, shape and strides, as boxes of them are copied; see :func:`tensor_map`."""
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        shape: tuple[int, ...],
+        strides: tuple[int, ...],
+        box: tuple[int, ...],
+        layout: Any,
+    ) -> None:
+        self._form = dtype, shape, strides, box
+        self._layout = layout  # of a box in shared memory
+        self._maps: dict[int, TensorMap] = {}
+
+    def __call__(self, launch: DirectLaunch, address: int) -> TensorMap:
+        """The arguments that stand for the descriptor of the tensor that begins here."""
+        found = self._maps.get(address)
+        if found is not None and launch.is_direct:
+            return found
+        made = launch.tensor_map(address, *self._form)
+        if launch.is_direct:
+            if len(self._maps) >= _MOST_MAPS:
+                self._maps.clear()
+            self._maps[address] = made
+        return made
+
+    def described(self, t: Tensor) -> Any:
+        """The descriptor of such a tensor as kernels are compiled for it."""
+        _, shape, strides, box = self._form
+        return descriptor(t, list(shape), list(strides), list(box), self._layout)
+
+
 def _c_function(kernel: Any) -> tuple[Callable[..., None], tuple[Any, ...], bool] | None:
     """What starts a kernel, its arguments between the stream and the kernel's own, and whether those are
     given as one tuple. None where that is not known, or where Triton's path does more than start it."""
@@ -124,6 +159,8 @@ def _c_function(kernel: Any) -> tuple[Callable[..., None], tuple[Any, ...], bool
     version = tuple(int(n) for n in triton.__version__.split(".")[:2])
     needs = ("global_scratch_size", "profile_scratch_size", "gsan_enabled")
     if version >= _UNKNOWN_FROM or any(getattr(run, name, 0) for name in needs):
+        return None
+    if not hasattr(run, "launch_pdl"):  # another vendor's
         return None
     head: tuple[Any, ...] = (kernel.function, run.launch_cooperative_grid, run.launch_pdl)
     if hasattr(run, "kernel_signature"):  # from 3.7: one C function, told what the arguments are

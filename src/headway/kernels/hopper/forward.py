@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Hashable
+import operator
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,10 +18,11 @@ import torch
 from torch import Tensor
 
 from headway.errors import UnsupportedError
-from headway.kernels._triton import cdiv, descriptor, gdc_launch_dependents, gl, gluon, launch
+from headway.kernels._triton import cdiv, gdc_launch_dependents, gl, gluon
 from headway.kernels.hopper import pipeline
 from headway.kernels.hopper.config import ForwardConfig, box_rows
 from headway.kernels.hopper.consumer import consume
+from headway.kernels.hopper.direct import Boxes, DirectLaunch
 from headway.kernels.hopper.merge import merge
 from headway.kernels.hopper.producer import produce
 from headway.kernels.hopper.schedule import max_tiles, order_tiles
@@ -213,6 +215,9 @@ def forward_kernel(
 _SECTION_BYTES = 32 << 20
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
+#: Compiled kernels by everything that they depend on.
+_LAUNCHES: dict[Hashable, DirectLaunch] = {}
+
 
 def forward(
     q: Tensor,
@@ -228,6 +233,49 @@ def forward(
     leftpad_k: Tensor | None = None,
     cache_batch_idx: Tensor | None = None,
     page_table: Tensor | None = None,
+    sinks: Tensor | None = None,
+    schedule: Tensor | None = None,
+    **options: Any,
+) -> None:
+    """Attention now: what :func:`prepare` makes of these arguments, called with them."""
+    if out.numel() == 0:
+        return
+    if k.numel() == 0:
+        _fill_empty(out, lse, sinks, cu_seqlens_q, seqused_q)
+        return
+    given = (
+        q,
+        k,
+        v,
+        out,
+        lse,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        seqused_q,
+        seqused_k,
+        leftpad_k,
+        cache_batch_idx,
+        page_table,
+        sinks,
+    )
+    prepare(*given, **options)(*given, schedule)
+
+
+def prepare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    page_table: Tensor | None = None,
+    sinks: Tensor | None = None,
+    *,
     max_seqlen_q: int,
     max_seqlen_k: int,
     softmax_scale: float,
@@ -236,15 +284,16 @@ def forward(
     window_right: int | None = None,
     attention_chunk: int = 0,
     softcap: float = 0.0,
-    sinks: Tensor | None = None,
     score_mod: Any = None,
     mask_mod: Any = None,
     aux: Any = None,
     num_splits: int = 0,
-    schedule: Tensor | None = None,
     tile: ForwardTile | None = None,
-) -> None:
-    """Attention of ``q`` over ``k`` and ``v`` into ``out`` (and ``lse``).
+) -> Prepared:
+    """Attention of ``q`` over ``k`` and ``v`` into ``out`` (and ``lse``), all but where they lie decided.
+
+    The result is called with tensors of the same shapes, strides, dtypes and device, in the same order, and
+    with a schedule, if there is one.
 
     - q, out: (B, Sq, Hq, D | Dv), or (total_q, Hq, D | Dv) with ``cu_seqlens_q``; bfloat16 or float16.
     - k, v: (B, Sk, Hkv, D | Dv); (total_k, Hkv, D | Dv) with ``cu_seqlens_k``; (num_pages, page_size, Hkv,
@@ -266,12 +315,6 @@ def forward(
     Raises:
         UnsupportedError: head dims or strides this kernel does not take.
     """
-    if out.numel() == 0:
-        return
-    if k.numel() == 0:
-        _fill_empty(out, lse, sinks, cu_seqlens_q, seqused_q)
-        return
-    right = _tighter(window_right, 0 if causal else None)
     batch_size = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     plan = _plan(
         q.dtype,
@@ -286,7 +329,7 @@ def forward(
         max_seqlen_q,
         max_seqlen_k,
         window_left,
-        right,
+        _tighter(window_right, 0 if causal else None),
         attention_chunk,
         softcap > 0,
         softmax_scale > 0,
@@ -296,62 +339,74 @@ def forward(
         tile,
         q.device,
     )
-    cfg = plan.cfg
-    if schedule is None and cfg.work_list:
-        schedule = order_tiles(
-            batch_size=batch_size,
-            total_rows=q.shape[0] * cfg.pack,
-            block_m=cfg.block_m,
-            pack=cfg.pack,
-            max_seqlen_q=max_seqlen_q,
-            max_seqlen_k=max_seqlen_k,
-            cu_seqlens_q=cu_seqlens_q,
-            seqused_q=seqused_q,
-            cu_seqlens_k=cu_seqlens_k,
-            seqused_k=seqused_k,
-            causal=cfg.has_right,
-            window_tokens=plan.window_tokens,
-            device=q.device,
-        )
-    elif schedule is None and cfg.dynamic:
-        schedule = torch.zeros(2, dtype=torch.int32, device=q.device)
-    parts = _partials(out, plan.splits) if cfg.split else None
-    pointers = (
-        *(parts or (out, lse)),
-        None if parts else sinks,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        seqused_q,
-        seqused_k,
-        leftpad_k,
-        cache_batch_idx,
-        page_table,
-        schedule,
+    order = functools.partial(
+        order_tiles,
+        batch_size=batch_size,
+        total_rows=q.shape[0] * plan.cfg.pack,
+        block_m=plan.cfg.block_m,
+        pack=plan.cfg.pack,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        causal=plan.cfg.has_right,
+        window_tokens=plan.window_tokens,
+        device=q.device,
     )
-    addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
-    if (addresses[0] | addresses[1] | addresses[2] | addresses[3]) % 16:
-        raise UnsupportedError("hopper forward: q, k, v and out need addresses at multiples of 16")
-    args = (
-        descriptor(q, *plan.q_spec),
-        k if cfg.gathered else descriptor(k, *plan.k_spec),
-        v if cfg.gathered else descriptor(v, *plan.v_spec),
-        descriptor(out, *plan.out_spec),
-        *pointers,
-        plan.key_strides,
-        aux,
-        *plan.numbers,
-        softmax_scale,
-        softcap,
-        score_mod,
-        mask_mod,
-        cfg,
-        4,
-    )
-    kind = [None if p is None else p.data_ptr() % 16 == 0 for p in pointers[1:]]
-    sink_dtype = None if sinks is None else sinks.dtype
-    key = (plan.key, *kind, sink_dtype, score_mod, mask_mod, _kind_of(aux))
-    launch(forward_kernel, plan.grid, key, args)
-    if parts:
+    scalars = (softmax_scale, softcap, score_mod, mask_mod)
+    return Prepared(plan, order, max_seqlen_q, aux, scalars)
+
+
+class Prepared:
+    """Calls of the forward kernel that differ in where their tensors lie, and in nothing else."""
+
+    def __init__(
+        self,
+        plan: _Plan,
+        order: Callable[..., Tensor],
+        max_seqlen_q: int,
+        aux: Any,
+        scalars: tuple[Any, ...],
+    ) -> None:
+        self._plan = plan
+        self._order = order
+        self._max_seqlen_q = max_seqlen_q
+        self._aux = aux
+        self._scalars = scalars
+        self._aligned: DirectLaunch | None = None  # for small tensors at multiples of 16 bytes
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor | None = None,
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
+        seqused_q: Tensor | None = None,
+        seqused_k: Tensor | None = None,
+        leftpad_k: Tensor | None = None,
+        cache_batch_idx: Tensor | None = None,
+        page_table: Tensor | None = None,
+        sinks: Tensor | None = None,
+        schedule: Tensor | None = None,
+    ) -> None:
+        plan = self._plan
+        if schedule is None and plan.cfg.work_list:
+            schedule = self._order(
+                cu_seqlens_q=cu_seqlens_q,
+                seqused_q=seqused_q,
+                cu_seqlens_k=cu_seqlens_k,
+                seqused_k=seqused_k,
+            )
+        elif schedule is None and plan.cfg.dynamic:
+            schedule = torch.zeros(2, dtype=torch.int32, device=q.device)
+        lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
+        rest = *lengths, leftpad_k, cache_batch_idx, page_table, schedule
+        if plan.splits == 1:
+            self._start(q, k, v, out, (out, lse, sinks, *rest))
+            return
+        parts = _partials(out, plan.splits)
+        self._start(q, k, v, out, (*parts, None, *rest))
         merge(
             *parts,
             out,
@@ -359,8 +414,65 @@ def forward(
             sinks=sinks,
             cu_seqlens_q=cu_seqlens_q,
             seqused_q=seqused_q,
-            max_seqlen_q=max_seqlen_q,
+            max_seqlen_q=self._max_seqlen_q,
         )
+
+    def _start(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, pointers: tuple[Tensor | None, ...]
+    ) -> None:
+        plan = self._plan
+        q_at, k_at, v_at, out_at = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
+        if (q_at | k_at | v_at | out_at) & 15:
+            raise UnsupportedError(
+                "hopper forward: q, k, v and out need addresses at multiples of 16"
+            )
+        addresses = [None if t is None else t.data_ptr() for t in pointers]
+        odd = functools.reduce(operator.or_, filter(None, addresses), 0) & 15
+        launch = self._aligned
+        if launch is None or odd:
+            launch = self._compiled(q, k, v, out, pointers)
+            if not odd:
+                self._aligned = launch
+        launch(
+            plan.grid,
+            q.device.index,
+            *plan.q_boxes(launch, q_at),
+            *((k_at,) if plan.cfg.gathered else plan.k_boxes(launch, k_at)),
+            *((v_at,) if plan.cfg.gathered else plan.v_boxes(launch, v_at)),
+            *plan.out_boxes(launch, out_at),
+            *addresses,
+            plan.key_strides,
+            self._aux,
+            *plan.numbers,
+            *self._scalars,
+            None,
+            None,
+        )
+
+    def _compiled(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, pointers: tuple[Tensor | None, ...]
+    ) -> DirectLaunch:
+        plan, cfg = self._plan, self._plan.cfg
+        kinds = (None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in pointers)
+        key = (plan.key, *kinds, *self._scalars[2:], _kind_of(self._aux))
+        found = _LAUNCHES.get(key)
+        if found is None:
+            compiled = forward_kernel.warmup(
+                plan.q_boxes.described(q),
+                k if cfg.gathered else plan.k_boxes.described(k),
+                v if cfg.gathered else plan.v_boxes.described(v),
+                plan.out_boxes.described(out),
+                *pointers,
+                plan.key_strides,
+                self._aux,
+                *plan.numbers,
+                *self._scalars,
+                cfg,
+                num_warps=4,
+                grid=plan.grid,
+            )
+            found = _LAUNCHES[key] = DirectLaunch(compiled)
+        return found
 
 
 @dataclass(frozen=True)
@@ -375,10 +487,10 @@ class _Plan:
     key_strides: (
         tuple[int, ...] | None
     )  # page, row and head of k, then of v, where rows are gathered
-    q_spec: tuple[Any, ...]  # arguments of descriptor(), after the tensor
-    k_spec: tuple[Any, ...]
-    v_spec: tuple[Any, ...]
-    out_spec: tuple[Any, ...]
+    q_boxes: Boxes
+    k_boxes: Boxes
+    v_boxes: Boxes
+    out_boxes: Boxes
     window_tokens: int | None  # keys that a tile sees at most, for ordering tiles
 
 
@@ -481,10 +593,10 @@ def _plan(
         numbers=numbers,
         splits=splits,
         key_strides=key_strides,
-        q_spec=_query_spec("q", q_shape, q_stride, cfg),
-        k_spec=_key_spec("k", k_shape, k_stride, ragged_k, cfg),
-        v_spec=_key_spec("v", v_shape, v_stride, ragged_k, cfg),
-        out_spec=_query_spec("out", out_shape, out_stride, cfg),
+        q_boxes=_query_boxes("q", dtype, q_shape, q_stride, cfg),
+        k_boxes=_key_boxes("k", dtype, k_shape, k_stride, ragged_k, cfg),
+        v_boxes=_key_boxes("v", dtype, v_shape, v_stride, ragged_k, cfg),
+        out_boxes=_query_boxes("out", dtype, out_shape, out_stride, cfg),
         window_tokens=window_tokens,
     )
 
@@ -626,9 +738,13 @@ def _check_strides(name: str, strides: tuple[int, ...]) -> None:
         )
 
 
-def _query_spec(
-    name: str, shape: tuple[int, ...], strides: tuple[int, ...], cfg: ForwardConfig
-) -> tuple[Any, ...]:
+def _query_boxes(
+    name: str,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    cfg: ForwardConfig,
+) -> Boxes:
     """q or out as (batch, head, row, column), or (batch, KV head, row, head in group, column)."""
     _check_strides(name, strides)
     rows, heads, dim = shape[-3:]
@@ -639,15 +755,21 @@ def _query_spec(
     else:
         dims = [batch, heads // cfg.pack, rows, cfg.pack, dim]
         steps = [batch_stride, head * cfg.pack, row, head, 1]
-    return dims, steps, cfg.q_box, cfg.q_box_smem
+    return Boxes(dtype, tuple(dims), tuple(steps), tuple(cfg.q_box), cfg.q_box_smem)
 
 
-def _key_spec(
-    name: str, shape: tuple[int, ...], strides: tuple[int, ...], ragged: bool, cfg: ForwardConfig
-) -> tuple[Any, ...]:
+def _key_boxes(
+    name: str,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    ragged: bool,
+    cfg: ForwardConfig,
+) -> Boxes:
     """k or v as (batch entry or page, head, row, column)."""
     _check_strides(name, strides)
     rows, heads, dim = shape[-3:]
     row, head, _ = strides[-3:]
     batch, batch_stride = (1, rows * row) if ragged else (shape[0], strides[0])
-    return [batch, heads, rows, dim], [batch_stride, head, row, 1], cfg.k_box, cfg.k_box_smem
+    dims, steps = (batch, heads, rows, dim), (batch_stride, head, row, 1)
+    return Boxes(dtype, dims, steps, tuple(cfg.k_box), cfg.k_box_smem)
