@@ -5,6 +5,7 @@ Nothing heavy is imported before a command needs it, so that help and mistakes a
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import sys
@@ -97,18 +98,44 @@ def serve(
 
     names = tuple(served_model_name or (_display_name(config.model),))
     settings = ServerSettings(served_model_names=names, api_key=api_key)
+    if config.tensor_parallel_size > 1:
+        _serve_together(config)
     listener = run.bind(host, port)
     llm = _load(config)
     _warm_up(llm)
+    leader = _lead(llm)
     port = listener.getsockname()[1]
     shown = host if ":" not in host else f"[{host}]"
 
     def ready() -> None:
         _introduce(llm, names, f"http://{shown}:{port}/v1", api_key is not None)
 
-    run.serve(
-        llm, settings, listener, drain_timeout=drain_timeout, access_log=access_log, ready=ready
-    )
+    with leader:
+        run.serve(
+            llm, settings, listener, drain_timeout=drain_timeout, access_log=access_log, ready=ready
+        )
+
+
+def _serve_together(config: EngineConfig) -> None:
+    """Returns in the process that clients talk to; the others end here, after it."""
+    from headway.engine import parallel
+
+    parallel.launch(config.tensor_parallel_size)
+    if parallel.launched_rank() == 0:
+        return
+    from headway.engine.lead import follow
+
+    llm = _load(config)
+    _warm_up(llm)
+    follow(llm)
+    raise typer.Exit
+
+
+def _lead(llm: LLM) -> contextlib.AbstractContextManager[object]:
+    """While it lasts, other processes of the engine do what this one is told."""
+    from headway.engine.lead import Leader
+
+    return llm if isinstance(llm, Leader) else contextlib.nullcontext()
 
 
 def _display_name(model: str) -> str:
@@ -122,6 +149,12 @@ def _display_name(model: str) -> str:
 def _load(config: EngineConfig) -> LLM:
     # Tokenizers warn about forks at every turn otherwise; the engine has threads of its own.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if config.tensor_parallel_size > 1:
+        from headway.engine import parallel
+        from headway.engine.lead import Leader
+
+        if parallel.launched_rank() == 0:
+            return Leader(config, progress=True)
     from headway.engine.llm import LLM
 
     return LLM(config, progress=True)
@@ -142,11 +175,9 @@ def _warm_up(llm: LLM) -> None:
 def _introduce(llm: LLM, names: tuple[str, ...], url: str, key: bool) -> None:
     """What is being served, and how."""
     from headway.engine import describe
-    from headway.engine.attention import probe_layers
 
     stats = llm.stats()
-    probe = probe_layers(llm.model, llm.model_config)
-    attention = describe.chosen(describe.explain(llm.config, probe, llm.dtype))
+    attention = describe.chosen(describe.explain(llm.config, llm.probe, llm.dtype))
     page_size = llm.config.page_size
     dtype = str(llm.dtype).removeprefix("torch.")
     lines = (

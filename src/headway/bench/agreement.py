@@ -47,7 +47,8 @@ _COMMON: dict[str, Any] = {
     "eos_token_id": None,
     "pad_token_id": None,
     "tie_word_embeddings": False,
-    "initializer_range": 0.1,
+    # Larger, and attention looks at one token alone: what is then rounded differently is another token.
+    "initializer_range": 0.04,
 }
 
 
@@ -61,7 +62,8 @@ def _config(kind: str, **fields: Any) -> Callable[[], transformers.PretrainedCon
     return make
 
 
-#: Small models with the head dims of the real ones.
+#: Small models with the head dims of the real ones. Every token goes to every expert: which ones it goes to
+#: has near-ties of its own, whose outcome is no rounding.
 MODELS: Mapping[str, Callable[[], transformers.PretrainedConfig]] = {
     "smollm2": _config(
         "LlamaConfig", hidden_size=576, num_attention_heads=9, num_key_value_heads=3, head_dim=64
@@ -81,7 +83,7 @@ MODELS: Mapping[str, Callable[[], transformers.PretrainedConfig]] = {
         sliding_window=40,
         layer_types=["sliding_attention", "full_attention"] * 2,
         num_local_experts=4,
-        num_experts_per_tok=2,
+        num_experts_per_tok=4,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     ),
     "deepseek_v3": _config(
@@ -95,7 +97,7 @@ MODELS: Mapping[str, Callable[[], transformers.PretrainedConfig]] = {
         qk_rope_head_dim=64,
         v_head_dim=128,
         n_routed_experts=4,
-        num_experts_per_tok=2,
+        num_experts_per_tok=4,
         moe_intermediate_size=128,
         n_group=1,
         topk_group=1,

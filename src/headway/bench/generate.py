@@ -23,6 +23,7 @@ from headway import __version__, flags
 from headway.bench import report
 from headway.bench.peers import Peer, Run, TransformersPeer, VllmPeer, export
 from headway.bench.serving import Sample, summarise
+from headway.engine import parallel
 from headway.engine.config import EngineConfig
 from headway.engine.request import SamplingParams
 from headway.errors import HeadwayError, InvalidInputError
@@ -172,6 +173,7 @@ def command(
     ] = None,
 ) -> None:
     """Measure a model in this process: greedy generation for batches of random prompts."""
+    parallel.launch(config.tensor_parallel_size)
     wanted_shapes = [Shape(size, input_len, output_len) for size in _sizes(batch_sizes)]
     if shapes:
         wanted_shapes = [_shape(text) for text in shapes.split(",")]
@@ -204,6 +206,8 @@ def command(
             torch.cuda.empty_cache()
     if not facts:
         raise HeadwayError("no backend could run the model")
+    if parallel.rank() > 0:
+        return
     title = f"{Path(config.model).stem}, {facts['dtype']}, {facts['device']}"
     measured = [row for row in rows if "error" not in row]
     console.print(report.table(measured, COLUMNS, title))

@@ -31,12 +31,13 @@ class EngineConfig:
         mla_prefill_dtype: bfloat16 or float8 products in the prefill of latent attention (DeepSeek); auto
             as HEADWAY_FP8_PREFILL says.
         mem_fraction: share of the free memory that the KV cache takes; None: 0.4 on a CPU, 0.85 on a GPU.
-        chunked_prefill_size: most new prompt tokens computed in one step; None: 512 on a CPU, 8192 on
+        chunked_prefill_size: most new prompt tokens computed in one step; None: 512 on a CPU, 16384 on
             a GPU.
         max_running_requests: most requests decoded together; None: 64 on a CPU, 256 on a GPU.
         disable_prefix_cache: compute every prompt from its beginning, also what requests share.
         cuda_graphs: replay decode steps as CUDA graphs where there is a GPU.
         overlap: prepare a step while the device computes the one before; None: on a GPU.
+        tensor_parallel_size: processes that share every layer, with a GPU each.
         speculative: ngram guesses tokens from what the sequence has said before and checks several in
             one step, for greedy requests; off does not.
         num_draft_tokens: most tokens guessed in a step.
@@ -65,6 +66,7 @@ class EngineConfig:
     disable_prefix_cache: bool = False
     cuda_graphs: bool = True
     overlap: bool | None = None
+    tensor_parallel_size: int = 1
     speculative: Literal["off", "ngram"] = "off"
     num_draft_tokens: int = 4
     acceleration: Literal["auto", "off"] = "auto"
@@ -75,7 +77,7 @@ class EngineConfig:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("page_size", "num_draft_tokens"):
+        for name in ("page_size", "num_draft_tokens", "tensor_parallel_size"):
             if getattr(self, name) < 1:
                 raise InvalidInputError(name, getattr(self, name), "at least 1")
         for name in (
@@ -99,7 +101,7 @@ class EngineConfig:
         gpu = device_type == "cuda"
         defaults: dict[str, Any] = {
             "mem_fraction": 0.85 if gpu else 0.4,
-            "chunked_prefill_size": 8192 if gpu else 512,
+            "chunked_prefill_size": 16384 if gpu else 512,
             "max_running_requests": 256 if gpu else 64,
             "overlap": gpu and self.speculative == "off",
         }

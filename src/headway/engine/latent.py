@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from headway.engine import parallel
 from headway.engine.expansion import EXPANSION, Expansion
 from headway.engine.trial import TRIAL_ROWS, agree, random_like
 
@@ -76,7 +77,7 @@ def _expansion_in(module: nn.Module) -> Expansion | None:
     nope, value = widths
     if not isinstance(nope, int) or not isinstance(value, int) or not hasattr(module, EXPAND):
         return None
-    weight = product.weight.detach()
+    weight = parallel.local(product.weight).detach()
     if weight.shape[0] % (nope + value):
         return None
     w_uk, w_uv = weight.unflatten(0, (-1, nope + value)).split((nope, value), dim=1)

@@ -15,7 +15,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from headway.engine import kv_cache, loader, sampler
+from headway.engine import kv_cache, loader, parallel, sampler
 from headway.engine.acceleration import Acceleration, accelerate
 from headway.engine.attention import PagedAttention, probe_layers
 from headway.engine.calibration import kv_scales
@@ -134,7 +134,7 @@ class LLM:
         self.model = loaded.model
         keep_latent(self.model)
         self.acceleration = self._accelerate()
-        probe = probe_layers(self.model, loaded.config)
+        self.probe = probe = probe_layers(self.model, loaded.config)
         (self.dtype,) = probe.dtypes
         layers = probe.layers
         self.backend = backend_for(layers.values(), config)
@@ -173,6 +173,8 @@ class LLM:
 
     def _accelerate(self) -> Acceleration | Fusion:
         """Exchange parts of the model for faster ones, as its device wants it."""
+        if self.config.tensor_parallel_size > 1:  # its modules are those that talk to each other
+            return Acceleration(left_alone={"": "tensor parallel keeps the model's own modules"})
         if self.device.type == "cuda" and self.config.acceleration == "auto":
             from headway.engine.fusion import fuse
 
@@ -381,8 +383,9 @@ class LLM:
             drawn = len(sequence.tokens) - sequence.num_prompt_tokens
             for index in range(drawn, drawn + 1 + len(one.drafts)):
                 rows.append(sampler.Row(one.request.params, one.request.seed, index))
+        settle = parallel.share if self.config.tensor_parallel_size > 1 else None
         try:
-            return sampler.draw(logits, rows)
+            return sampler.draw(logits, rows, settle)
         except Exception:
             logger.exception("drawing %d tokens together failed", len(rows))
             return DrawsAlone(logits, rows)
@@ -597,6 +600,7 @@ class LLM:
                 # No more than everything that could run at once would fill.
                 most = config.max_running_requests or 1
                 pages = min(pages, most * kv_cache.pages_for(limit, size))
+        pages = parallel.agreed(pages, config.tensor_parallel_size, self.device)
         if pages < 1:
             raise InvalidInputError("kv_cache_tokens", f"{pages} pages", f"a page of {size} tokens")
         if pages * size >= limit:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -20,8 +21,10 @@ from transformers import (
     GgufConfig,
     PretrainedConfig,
 )
+from transformers.distributed import DistributedConfig
 from transformers.utils import logging as transformers_logging
 
+from headway.engine import parallel
 from headway.engine.attention import ATTENTION_NAME
 from headway.engine.config import EngineConfig
 from headway.errors import InvalidInputError, UnsupportedError
@@ -63,12 +66,15 @@ def load(config: EngineConfig, *, progress: bool = False) -> LoadedModel:
         UnsupportedError: a model the engine cannot run.
     """
     source = find(config)
-    device = choose_device(config.device)
+    device = parallel.join(config.tensor_parallel_size, choose_device(config.device))
+    config = dataclasses.replace(config, device=str(device))
     with _progress(f"Loading {Path(config.model).name}", show=progress), _shared_gguf_reader():
         model_config = load_config(config, source)
         tokenizer = _load_tokenizer(config, source)
         model = load_model(config, source, model_config)
-    nn.Module.to(model, device).eval().requires_grad_(False)
+    if config.tensor_parallel_size == 1:  # parts are where they belong
+        nn.Module.to(model, device)
+    model.eval().requires_grad_(False)
     text_config = model.config.get_text_config()
     return LoadedModel(
         model=model,
@@ -163,7 +169,11 @@ def _build_model(
         place = choose_device(config.device) if torch.get_default_device().type == "cpu" else None
         with torch.random.fork_rng(), place or contextlib.nullcontext():
             torch.manual_seed(config.seed)
-            return AutoModelForCausalLM.from_config(model_config, **arguments)
+            model = AutoModelForCausalLM.from_config(model_config, **arguments)
+        return _distributed(model, config.tensor_parallel_size)
+    if config.tensor_parallel_size > 1:
+        layout = DistributedConfig(tp_size=config.tensor_parallel_size)
+        arguments |= {"distributed_config": layout}
     with _hub_errors(config):
         return AutoModelForCausalLM.from_pretrained(
             source.name_or_path,
@@ -173,6 +183,14 @@ def _build_model(
             **arguments,
             **_unpacked(source),
         )
+
+
+def _distributed(model: transformers.PreTrainedModel, size: int) -> transformers.PreTrainedModel:
+    """This process's part of a model that every one of them has drawn alike."""
+    if size == 1:
+        return model
+    layout, _, mesh = model.prepare_distribute_model(DistributedConfig(tp_size=size))
+    return model.maybe_distribute_model(model, layout, mesh)
 
 
 def _unpacked(source: Source) -> dict[str, Any]:

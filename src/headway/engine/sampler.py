@@ -10,7 +10,7 @@ Filters apply in this order: temperature, top-k, top-p (on what top-k left), min
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,9 @@ HEAD_SIZES = (64, 1024)
 
 #: Kinds of rows beside those with a top-k.
 WHOLE, NUCLEUS = 0, -1
+
+#: Tokens (rows,) int64 to those that count.
+Settle = Callable[[Tensor], Tensor]
 
 #: Width of the blocks in which wide rows are searched.
 BLOCK = 64
@@ -51,10 +54,10 @@ class Sampled:
 class Drawn:
     """Tokens that a device has been asked for: ``tokens`` (rows,) int64 are there, or will be.
 
-    ``collect`` waits for them.
+    ``collect`` waits for them. ``settle`` may change them before anyone sees them.
     """
 
-    def __init__(self, logits: Tensor, rows: Sequence[Row]) -> None:
+    def __init__(self, logits: Tensor, rows: Sequence[Row], settle: Settle | None = None) -> None:
         self._rows = rows
         # NaN and +inf come out as such; all -inf is no distribution
         largest, self.tokens = _largest(logits)
@@ -72,6 +75,8 @@ class Drawn:
                 subset = subset.masked_fill(sick[:, None], 0.0)
             picked = _draw(subset, [rows[i] for i in drawn])
             self.tokens = picked if index is None else self.tokens.index_copy(0, index, picked)
+        if settle is not None:
+            self.tokens = settle(self.tokens)
         self._wanted = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
         told = _logprobs(logits, rows, self.tokens, self._wanted) if self._wanted else ()
         self._download = Download([self.tokens, healthy, *told])
@@ -103,9 +108,9 @@ def _largest(logits: Tensor) -> tuple[Tensor, Tensor]:
     return argmax(logits)
 
 
-def draw(logits: Tensor, rows: Sequence[Row]) -> Drawn:
+def draw(logits: Tensor, rows: Sequence[Row], settle: Settle | None = None) -> Drawn:
     """:func:`sample` without waiting for the result."""
-    return Drawn(logits, rows)
+    return Drawn(logits, rows, settle)
 
 
 def sample(logits: Tensor, rows: Sequence[Row]) -> list[Sampled]:

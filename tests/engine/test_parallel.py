@@ -1,0 +1,99 @@
+"""Two processes with half of every layer each say what one model says, and agree with each other."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from headway.engine import parallel
+from headway.engine.config import EngineConfig
+from headway.engine.llm import LLM
+from headway.errors import InvalidInputError
+from tests.engine.conftest import TinyModel, engine
+from tests.engine.parallel_run import GREEDY, PROMPTS
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def ranks(
+    tiny: Callable[[str], TinyModel], tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
+    """What both processes found."""
+    folder = tiny("llama").path.parent
+    assert tiny("deepseek_v3").path.parent == folder
+    output = tmp_path_factory.mktemp("parallel") / "found"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "tests.engine.parallel_run",
+        str(folder),
+        str(output),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(Path(f"{output}.{rank}").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("name", "heads"), [("llama", 2), ("deepseek_v3", 4)]
+)  # transformers shares out the feed-forward blocks alone where keys are latent
+def test_equals_transformers(
+    name: str, heads: int, ranks: list[dict[str, Any]], tiny: Callable[[str], TinyModel]
+) -> None:
+    wanted = [tiny(name).greedy(prompt, GREEDY.max_tokens) for prompt in PROMPTS]
+    for found in ranks:
+        assert found[name] == wanted
+        assert set(found[f"{name} heads"]) == {heads}
+
+
+@pytest.mark.timeout(300)
+def test_leader_and_follower(ranks: list[dict[str, Any]], llama: TinyModel) -> None:
+    first, second = ranks
+    assert first["lead"] == [llama.greedy(prompt, GREEDY.max_tokens) for prompt in PROMPTS]
+    assert second["left"] == 0
+
+
+@pytest.mark.timeout(300)
+def test_what_is_drawn_is_the_same(ranks: list[dict[str, Any]], llama: TinyModel) -> None:
+    first, second = ranks
+    assert first["sampled"] == second["sampled"]
+    assert first["dummy"] == second["dummy"]
+    alone = engine(llama, load_format="dummy").generate(PROMPTS, GREEDY)
+    assert first["dummy"] == [list(one.token_ids) for one in alone]
+
+
+def test_one_process_cannot_be_two(llama: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(InvalidInputError, match="torchrun --nproc-per-node 2"):
+        LLM(EngineConfig(model=str(llama.path), device="cpu", tensor_parallel_size=2))
+
+
+def test_launching_becomes_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    became: list[list[str]] = []
+    monkeypatch.setattr(os, "execv", lambda path, words: became.append(words))
+    monkeypatch.setattr(sys, "argv", ["headway", "serve", "m", "--tensor-parallel-size", "2"])
+    monkeypatch.delenv("RANK", raising=False)
+    parallel.launch(1)
+    assert not became
+    parallel.launch(2)
+    assert became[0][1:] == [
+        *("-m", "torch.distributed.run", "--nproc-per-node", "2", "--module", "headway"),
+        *("serve", "m", "--tensor-parallel-size", "2"),
+    ]
+    monkeypatch.setenv("RANK", "1")
+    parallel.launch(2)
+    assert len(became) == 1
