@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -125,6 +126,8 @@ def _serve_together(config: EngineConfig) -> None:
         return
     from headway.engine.lead import follow
 
+    for number in (signal.SIGTERM, signal.SIGINT):  # the leader drains, and says when that was all
+        signal.signal(number, signal.SIG_IGN)
     llm = _load(config)
     _warm_up(llm)
     follow(llm)
