@@ -173,3 +173,77 @@ def test_inside_debug_checks_nothing_is_recalled(monkeypatch: pytest.MonkeyPatch
         "v": k,
     }
     assert interface._DENSE.calls.recall(arguments) == (None, None)
+
+
+@pytest.fixture(params=["torch's guards", "no guards of torch's"])
+def guards(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "no guards of torch's":
+        monkeypatch.setattr(recall, "_compiled_guards", lambda: None)
+
+
+def test_torchs_guards_are_what_recall_takes_them_for() -> None:
+    assert recall._compiled_guards() is not None
+
+
+def test_guards_see_every_difference(guards: None) -> None:
+    q, k = torch.zeros(2, 3, 1, 8), torch.zeros(2, 5, 1, 8, dtype=torch.bfloat16)
+    alike = recall._guard((q, k))
+    assert alike(torch.ones(2, 3, 1, 8), k.clone())
+    others: list[Any] = [
+        torch.zeros(2, 3, 1, 9),
+        torch.zeros(2, 3, 8),
+        torch.zeros(2, 3, 2, 8)[:, :, :1],
+        torch.zeros(2, 1, 3, 8).transpose(1, 2),
+        q.double(),
+        q.to("meta"),
+        torch.nn.Parameter(q),
+        None,
+        3,
+    ]
+    for other in others:
+        assert not alike(other, k), other
+    assert not alike(q, q)
+
+
+def test_calls_in_turn_are_all_known(guards: None) -> None:
+    """More of them than are compared with one after the other."""
+    lengths = [*range(1, 8)] * 3
+    for seqlen in lengths:
+        q = torch.randn(2, seqlen, 2, 8)
+        k, v = torch.randn(2, 5, 2, 8), torch.randn(2, 5, 2, 8)
+        out = headway.flash_attn_func(q, k, v, backend="reference")
+        assert isinstance(out, torch.Tensor)
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        )
+        torch.testing.assert_close(out, expected.transpose(1, 2))
+    assert len(recall._CALLS) == 7
+    assert len(interface._DENSE.calls.recent) == recall._MOST_RECENT
+
+
+def test_tensors_of_inference_mode_are_known_the_second_time() -> None:
+    """torch's guards tell them from others; their calls are the same."""
+    memory = interface._DENSE.calls
+    headway.flash_attn_func(**dense())
+    with torch.inference_mode():
+        for _ in range(3):
+            headway.flash_attn_func(**dense())
+    assert len(recall._CALLS) == len(memory.recent) == 1
+
+
+@pytest.mark.parametrize("odd", [torch.zeros(3), torch.zeros(2, 2), "a"], ids=str)
+def test_what_cannot_be_compared_is_looked_at(odd: Any) -> None:
+    headway.flash_attn_func(**dense())
+    for _ in range(2):
+        with pytest.raises((InvalidInputError, RuntimeError, ValueError, TypeError)):
+            headway.flash_attn_func(**dense(softmax_scale=odd))
+
+
+def test_the_environment_counts_in_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = dense(backend=None)
+    monkeypatch.setenv("HEADWAY_BACKEND", "reference")
+    for _ in range(2):
+        headway.flash_attn_func(**arguments)
+    monkeypatch.setenv("HEADWAY_BACKEND", "nobody")
+    with pytest.raises(InvalidInputError, match="HEADWAY_BACKEND"):
+        headway.flash_attn_func(**arguments)

@@ -18,17 +18,25 @@ class Variable:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._key: Any = name if _TABLE is os.environ else os.environ.encodekey(name)
+        self.key: Any = name if _TABLE is os.environ else os.environ.encodekey(name)
 
     def raw(self) -> Any:
         """None where it is not set; otherwise a hashable value."""
-        return _TABLE.get(self._key)
+        return _TABLE.get(self.key)
 
     def get(self) -> str | None:
         """Its text, None where it is not set."""
-        return None if _TABLE.get(self._key) is None else os.environ.get(self.name)
+        return None if _TABLE.get(self.key) is None else os.environ.get(self.name)
 
 
 BACKEND = Variable("HEADWAY_BACKEND")
 VERSION = Variable("HEADWAY_FLASH_ATTN_VERSION")
 DEBUG_CHECKS = Variable("HEADWAY_DEBUG_CHECKS")
+
+_KEYS = tuple(variable.key for variable in (BACKEND, VERSION, DEBUG_CHECKS))
+
+
+def raw() -> tuple[Any, ...]:
+    """The raw values of all of them."""
+    backend, version, debug_checks = _KEYS
+    return _TABLE.get(backend), _TABLE.get(version), _TABLE.get(debug_checks)

@@ -34,7 +34,8 @@ FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ScoreMod = Callable[..., Any]
 MaskMod = Callable[..., Any]
 
-_debug = contextvars.ContextVar("headway_debug_checks", default=False)
+#: Whether this is inside :func:`debug_checks`.
+debug_context = contextvars.ContextVar("headway_debug_checks", default=False)
 
 
 class KVLayout(enum.Enum):
@@ -212,16 +213,16 @@ def debug_checks(enabled: bool = True) -> Iterator[None]:
     Lengths against capacities, order of cu_seqlens, page numbers against the pool. Slow on a GPU, and
     not allowed under CUDA graph capture. ``HEADWAY_DEBUG_CHECKS=1`` switches it on for a process.
     """
-    token = _debug.set(enabled)
+    token = debug_context.set(enabled)
     try:
         yield
     finally:
-        _debug.reset(token)
+        debug_context.reset(token)
 
 
 def values_visible(device: torch.device) -> bool:
     """Whether checks look at the values of tensors on this device."""
-    return device.type == "cpu" or _debug.get() or environ.DEBUG_CHECKS.get() == "1"
+    return device.type == "cpu" or debug_context.get() or environ.DEBUG_CHECKS.get() == "1"
 
 
 # --- normalisation of arguments ---------------------------------------------------------------------

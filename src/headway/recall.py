@@ -9,18 +9,20 @@ tensors that are not the caller's, or numbers that were read from tensors.
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from headway import environ
 from headway.plan import Plan
-from headway.problem import Problem, values_visible
+from headway.problem import Problem, debug_context, values_visible
 from headway.providers.base import Runner
 
 _TENSORS = frozenset({Tensor, Parameter})
@@ -47,10 +49,11 @@ class _Recipe:
         return made
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Call:
     """A remembered call: its Problem but for the tensors, and what runs it."""
 
+    form: _Form
     recipe: _Recipe
     run: Runner
 
@@ -59,9 +62,97 @@ class Call:
         problem: Problem = self.recipe.make(arguments)
         return self.run(problem)
 
+    def seen_as(self, form: _Form) -> Call:
+        return Call(form, self.recipe, self.run)
+
+
+class _Form:
+    """The signature of one call, as a thing to compare others with: that is faster than hashing theirs."""
+
+    def __init__(self, arguments: dict[str, Any], k: str, v: str) -> None:
+        tensors = [name for name, x in arguments.items() if isinstance(x, Tensor)]
+        plans = [name for name, x in arguments.items() if isinstance(x, Plan)]
+        rest = (name for name in arguments if name not in (*tensors, *plans))
+        self._k, self._v = k, v
+        self._tensors = operator.itemgetter(*tensors)
+        self._alike = _guard(self._tensors(arguments))
+        self._rest = operator.itemgetter(*rest)
+        self._values = self._rest(arguments)
+        self._plan = plans[0] if plans else None
+        self._geometry = arguments[plans[0]].key.geometry if plans else None
+        self._around = self._circumstances(arguments)
+
+    def fits(self, arguments: dict[str, Any]) -> bool:
+        """Whether these arguments have the same signature."""
+        if not self._alike(*self._tensors(arguments)):
+            return False
+        if self._plan is not None:
+            plan = arguments[self._plan]
+            if plan.__class__ is not Plan or plan.key.geometry != self._geometry:
+                return False
+        same: bool = self._rest(arguments) == self._values
+        return same and self._circumstances(arguments) == self._around
+
+    def _circumstances(self, arguments: dict[str, Any]) -> tuple[Any, ...]:
+        """What counts besides the arguments' own forms; see :meth:`Memory._signature`."""
+        k_at, v_at = arguments[self._k].data_ptr(), arguments[self._v].data_ptr()
+        return (k_at | v_at) & 15, k_at == v_at, environ.raw()
+
+
+def _guard(examples: tuple[Tensor, ...]) -> Callable[..., bool]:
+    """Whether as many tensors are of the same classes, dtypes, devices, shapes and strides."""
+    shapes, strides = [t.shape for t in examples], [t.stride() for t in examples]
+    compiled = _compiled_guards()
+    if compiled is not None:
+        return compiled(examples, shapes, strides)
+    forms = [(t.__class__, t.dtype, t.device, t.shape, t.stride()) for t in examples]
+
+    def alike(*tensors: Any) -> bool:
+        for t, (kind, dtype, device, shape, stride) in zip(tensors, forms, strict=True):
+            if t.__class__ is not kind or t.shape != shape or t.stride() != stride:
+                return False
+            if t.dtype != dtype or t.device != device:
+                return False
+        return True
+
+    return alike
+
+
+def _torch_guard(
+    examples: Sequence[Tensor], shapes: Sequence[Sequence[int]], strides: Sequence[Sequence[int]]
+) -> Callable[..., bool]:
+    """torch.compile's own guard of tensors."""
+    guards: Any = torch._C._dynamo.guards.TensorGuards
+    sizes, steps = [*map(list, shapes)], [*map(list, strides)]
+    made = guards(*examples, dynamic_dims_sizes=sizes, dynamic_dims_strides=steps)
+    check: Callable[..., bool] = made.check
+    return check
+
+
+@functools.cache
+def _compiled_guards() -> Callable[..., Callable[..., bool]] | None:
+    """:func:`_torch_guard`, if it does what this module takes it for: it may change with torch."""
+    example, like = torch.empty(2, 3, 4), torch.ones(2, 3, 4)
+    others = (
+        torch.empty(2, 3, 5),
+        torch.empty(2, 4, 3).transpose(1, 2),
+        torch.empty(2, 3, 4, dtype=torch.int32),
+        torch.empty(2, 3, 4, device="meta"),
+        None,
+    )
+    try:
+        check = _torch_guard((like, like), [like.shape] * 2, [like.stride()] * 2)
+        works = check(like, example) and not any(check(example, other) for other in others)
+    except Exception:
+        return None
+    return _torch_guard if works else None
+
 
 _CALLS: dict[Hashable, Call] = {}
 _MOST_CALLS = 4096
+
+#: Calls that others are compared with before they are hashed: those of a step's layers, if these differ.
+_MOST_RECENT = 4
 
 
 class Memory:
@@ -75,26 +166,46 @@ class Memory:
         tensors = [n for n, kind in kinds.items() if "Sequence" not in kind and "Tensor" in kind]
         tensors += [n for n, kind in kinds.items() if "Plan" in kind]
         self._name = function.__name__
-        self._keys_and_values = operator.itemgetter(k, v)
+        self._k, self._v = k, v
         self._tensors = operator.itemgetter(*tensors)
         self._options = operator.itemgetter(*(n for n in kinds if n not in tensors))
+        _MEMORIES.append(self)
+        self.recent: tuple[Call, ...] = ()
 
     def recall(self, arguments: dict[str, Any]) -> tuple[Hashable | None, Call | None]:
-        """The signature of a call, None where it is not to be remembered, and the call known by it."""
+        """The signature of a call, None where it is not needed any more, and the call known by it."""
+        if debug_context.get():
+            return None, None
+        for call in self.recent:
+            try:
+                if call.form.fits(arguments):
+                    return None, call
+            except (TypeError, ValueError, RuntimeError):  # not to be compared with a number
+                break
+        return self._look_up(arguments)
+
+    def _look_up(self, arguments: dict[str, Any]) -> tuple[Hashable | None, Call | None]:
         key = self._signature(arguments)
         try:
-            return key, _CALLS.get(key)
+            found = _CALLS.get(key)
         except TypeError:  # unhashable
             if not any(x.__class__ is list for x in arguments.values()):
                 return None, None
-        return self.recall(
-            {n: tuple(x) if x.__class__ is list else x for n, x in arguments.items()}
-        )
+            given = {n: tuple(x) if x.__class__ is list else x for n, x in arguments.items()}
+            return self._look_up(given)
+        if found is not None:
+            if any(
+                call is found for call in self.recent
+            ):  # torch looks at its tensors otherwise now
+                found = _CALLS[key] = found.seen_as(_Form(arguments, self._k, self._v))
+            others = [call for call in self.recent if call.run is not found.run]
+            self.recent = (found, *others[: _MOST_RECENT - 1])
+        return key, found
 
     def _signature(self, arguments: dict[str, Any]) -> tuple[Any, ...] | None:
         """Of the addresses of keys and values it holds what a choice may depend on, their alignment and
         whether they are one (see :func:`headway.providers.base.kind_of`)."""
-        k, v = self._keys_and_values(arguments)
+        k, v = arguments[self._k], arguments[self._v]
         if k.__class__ not in _TENSORS or v.__class__ not in _TENSORS or values_visible(k.device):
             return None
         k_at, v_at = k.data_ptr(), v.data_ptr()
@@ -102,8 +213,7 @@ class Memory:
             self._name,
             (k_at | v_at) & 15,
             k_at == v_at,
-            environ.BACKEND.raw(),
-            environ.VERSION.raw(),
+            environ.raw(),
             self._options(arguments),
             *[
                 x if x is None
@@ -126,8 +236,9 @@ class Memory:
         if recipe is None:
             return
         if len(_CALLS) >= _MOST_CALLS:
-            _CALLS.clear()
-        _CALLS[key] = Call(recipe, run)
+            forget()
+        arguments = {n: tuple(x) if x.__class__ is list else x for n, x in arguments.items()}
+        _CALLS[key] = Call(_Form(arguments, self._k, self._v), recipe, run)
 
     def _is_repeatable(self, arguments: dict[str, Any]) -> bool:
         """Whether equal signatures mean equal calls: no callables, no tensors that stand for numbers."""
@@ -138,9 +249,14 @@ class Memory:
         )
 
 
+_MEMORIES: list[Memory] = []
+
+
 def forget() -> None:
     """Look at every call anew."""
     _CALLS.clear()
+    for memory in _MEMORIES:
+        memory.recent = ()
 
 
 def _recipe(made: Any, names: dict[int, str]) -> _Recipe | None:

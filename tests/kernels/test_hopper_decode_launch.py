@@ -28,8 +28,8 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         def tensor_map(self, *key: Any) -> tuple[Any, ...]:
             return ("map", *key[2], *key[3])
 
-        def __call__(self, *args: Any) -> None:
-            calls.append(args)
+        def __call__(self, grid: Any, device_index: Any, args: Any) -> None:
+            calls.append((grid, device_index, *args))
 
     monkeypatch.setattr(module._Kernel, "_compile", lambda *_: Launch())
     return calls

@@ -49,14 +49,14 @@ def test_one_function_per_signature(started: list[Call]) -> None:
             started.append(args)
 
     for launch in (Launch(), encoding(Launch())):
-        direct.DirectLaunch(kernel_of(launch=launch))((132, 2, 1), 3, 11, None, 2.5)
+        direct.DirectLaunch(kernel_of(launch=launch))((132, 2, 1), 3, (11, None, 2.5))
     wanted = (132, 2, 1, 73, 1234, False, True, None, None, (4, 1, 5000), None, None, None)
     assert started == [(*wanted, 11, None, 2.5)] * 2
 
 
 def test_one_function_told_the_signature(started: list[Call]) -> None:
     kernel = kernel_of(launch=None, arg_annotations=["a"], kernel_signature=b"s")
-    direct.DirectLaunch(kernel)((132, 2, 1), 3, 11, None, 2.5)
+    direct.DirectLaunch(kernel)((132, 2, 1), 3, (11, None, 2.5))
     wanted = (132, 2, 1, 73, 1234, False, True, (4, 1, 5000), *[None] * 5, ["a"], b"s")
     assert started == [(*wanted, (11, None, 2.5))]
 
@@ -93,7 +93,7 @@ def test_an_unknown_launcher_is_left_to_triton(
     cache = 4096, torch.bfloat16, (9, 2, 16, 128), (4096, 128, 256, 1), (1, 1, 16, 128)
     (made,) = launch.tensor_map(*cache)
     assert (made.base.data_ptr(), made.shape, made.strides) == (4096, [*cache[2]], [*cache[3]])
-    launch((132, 2, 1), 3, made, 11, None, 2.5)
+    launch((132, 2, 1), 3, (made, 11, None, 2.5))
     assert started == [((132, 2, 1), made, 11, None, 2.5)]
     with pytest.raises(InvalidInputError, match="multiples of 16 bytes"):
         launch.tensor_map(4100, *cache[1:])

@@ -426,14 +426,9 @@ class Prepared:
             launch = self._kernel.compiled(pointers, plan.buffers, self._numbers)
             if not small & 15:
                 self._aligned = launch
-        launch(
-            plan.grid,
-            self._device_index,
-            *(
-                (None, None)
-                if boxes is None
-                else (*boxes[0](launch, k_at), *boxes[1](launch, v_at))
-            ),
+        args = (
+            *((None,) if boxes is None else boxes[0](launch, k_at)),
+            *((None,) if boxes is None else boxes[1](launch, v_at)),
             q_at,
             qv_at or None,
             k_at,
@@ -450,6 +445,7 @@ class Prepared:
             None,
             None,
         )
+        launch(plan.grid, self._device_index, args)
 
 
 class _Kernel:

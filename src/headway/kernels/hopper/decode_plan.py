@@ -536,18 +536,8 @@ class _Launches:
             launch = self._compiled[kind] = self._compile(plan, lengths, numbers)
         spans, works, share, *_ = plan.addresses
         starts = plan.ints.data_ptr() + 4 * plan.sizes.int_places["starts"]
-        launch(
-            (1, 1, 1),
-            plan.ints.device.index,
-            *addresses,
-            spans,
-            works,
-            share,
-            starts,
-            *numbers,
-            None,
-            None,
-        )
+        args = (*addresses, spans, works, share, starts, *numbers, None, None)
+        launch((1, 1, 1), plan.ints.device.index, args)
 
     def _compile(
         self, plan: DecodePlan, lengths: tuple[Tensor | None, ...], numbers: tuple[int, ...]

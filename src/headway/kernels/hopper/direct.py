@@ -9,7 +9,7 @@ values that depend on nothing but their numbers, so :class:`Boxes` keep them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from headway.errors import InvalidInputError
-from headway.kernels._triton import descriptor, triton
+from headway.kernels._triton import INTERPRETED, descriptor, triton
 
 #: A descriptor as launches take it: the encoded map, then its shape, then its strides; or, on Triton's own
 #: path, one object.
@@ -85,7 +85,7 @@ def _check_alignment(address: int, dtype: torch.dtype, strides: tuple[int, ...])
 
 
 class DirectLaunch:
-    """A compiled kernel. Called with its arguments in order: addresses, numbers, tensor maps expanded."""
+    """A compiled kernel. Called with its arguments in order: addresses, numbers, tensor maps' arguments."""
 
     def __init__(self, kernel: Any) -> None:
         self._kernel = kernel
@@ -107,7 +107,9 @@ class DirectLaunch:
         base: Any = SimpleNamespace(data_ptr=lambda: address)
         return (descriptor(base, list(shape), list(strides), list(box), None),)
 
-    def __call__(self, grid: tuple[int, int, int], device_index: int, *args: Any) -> None:
+    def __call__(
+        self, grid: tuple[int, int, int], device_index: int, args: tuple[Any, ...]
+    ) -> None:
         if self._known is None:
             self._kernel[grid](*args)
             return
@@ -150,6 +152,34 @@ class Boxes:
         """The descriptor of such a tensor as kernels are compiled for it."""
         _, shape, strides, box = self._form
         return descriptor(t, list(shape), list(strides), list(box), self._layout)
+
+
+#: Kernels that :func:`launch` has started, by its keys.
+_STARTED: dict[Hashable, DirectLaunch] = {}
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    key: Hashable,
+    args: tuple[Any, ...],
+    **options: Any,
+) -> None:
+    """Launch a jit kernel on ``args``, all its parameters in order, of which num_warps is the last.
+
+    ``key`` stands for everything the compiled code depends on, the device, the alignment of pointers and
+    the compiler's ``options`` included: equal keys skip Triton's own look at the arguments. The first of
+    ``args`` is a tensor, on the device that is meant; none is a descriptor.
+    """
+    if INTERPRETED.value:
+        kernel[grid](*args[:-1], num_warps=args[-1])
+        return
+    found = _STARTED.get(key)
+    if found is None:
+        compiled = kernel.warmup(*args[:-1], num_warps=args[-1], grid=grid, **options)
+        found = _STARTED[key] = DirectLaunch(compiled)
+    addresses = tuple([a.data_ptr() if isinstance(a, Tensor) else a for a in args])
+    found(grid, args[0].device.index, addresses)
 
 
 def _c_function(kernel: Any) -> tuple[Callable[..., None], tuple[Any, ...], bool] | None:

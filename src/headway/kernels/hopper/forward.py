@@ -433,9 +433,7 @@ class Prepared:
             launch = self._compiled(q, k, v, out, pointers)
             if not odd:
                 self._aligned = launch
-        launch(
-            plan.grid,
-            q.device.index,
+        args = (
             *plan.q_boxes(launch, q_at),
             *((k_at,) if plan.cfg.gathered else plan.k_boxes(launch, k_at)),
             *((v_at,) if plan.cfg.gathered else plan.v_boxes(launch, v_at)),
@@ -448,6 +446,7 @@ class Prepared:
             None,
             None,
         )
+        launch(plan.grid, q.device.index, args)
 
     def _compiled(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, pointers: tuple[Tensor | None, ...]
