@@ -322,7 +322,7 @@ def run(
                 dtype=str(dtype).removeprefix("torch."),  # type: ignore[arg-type]
                 device=str(device),
                 kv_cache_tokens=4096,
-                max_model_len=1024,
+                max_model_len=512,
                 max_running_requests=16,
             )
             for row in compare(name, config, judge, asked, wanted, ways):
