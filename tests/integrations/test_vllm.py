@@ -38,10 +38,9 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 from headway import flash_attn_func
 from headway.errors import UnsupportedError
 from headway.integrations import vllm as integration
-from headway.integrations.vllm import (
-    HeadwayBackend,
-    HeadwayBuilder,
-    HeadwayImpl,
+from headway.integrations.vllm import HeadwayBackend, HeadwayBuilder, HeadwayImpl
+from headway.integrations.vllm_mla import (
+    HeadwayMLABackend,
     HeadwayMLADecode,
     HeadwayMLAImpl,
     HeadwayMLAPrefill,
@@ -172,7 +171,7 @@ def test_registration_may_be_repeated() -> None:
     integration.register()
     assert AttentionBackendEnum.CUSTOM.get_class() is HeadwayBackend
     assert AttentionBackendEnum["HEADWAY"].get_class() is HeadwayBackend
-    assert AttentionBackendEnum["HEADWAY_MLA"].get_class() is integration.HeadwayMLABackend
+    assert AttentionBackendEnum["HEADWAY_MLA"].get_class() is HeadwayMLABackend
     assert MLAPrefillBackendEnum.CUSTOM.get_class() is HeadwayMLAPrefill
 
 
@@ -186,7 +185,7 @@ def test_the_cpu_platform_takes_the_flag_at_its_word() -> None:
     assert current_platform.get_attn_backend_cls(None, config) == own
     config = config._replace(use_mla=True)
     chosen = current_platform.get_attn_backend_cls(AttentionBackendEnum.CUSTOM, config)
-    assert chosen == "headway.integrations.vllm.HeadwayMLABackend"
+    assert chosen == "headway.integrations.vllm_mla.HeadwayMLABackend"
 
 
 def test_vllm_is_told_what_is_supported() -> None:

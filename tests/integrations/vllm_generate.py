@@ -53,7 +53,8 @@ def main() -> None:
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
     from vllm.v1.attention.backends.mla.cpu_mla import CPUMLAImpl
 
-    from headway.integrations.vllm import HeadwayImpl, HeadwayMLAImpl
+    from headway.integrations.vllm import HeadwayImpl
+    from headway.integrations.vllm_mla import HeadwayMLAImpl
 
     for one in (HeadwayImpl, CPUAttentionBackendImpl):
         spy_on(one, "forward", layers)

@@ -13,7 +13,7 @@ from typing import Any
 
 from vllm.platforms.cpu import CpuPlatform
 
-_BACKENDS = "headway.integrations.vllm"
+_PACKAGE = "headway.integrations"
 
 
 def platform() -> str | None:
@@ -34,8 +34,9 @@ class HeadwayCpuPlatform(CpuPlatform):
     ) -> str:
         if not _is_ours(selected_backend):
             return super().get_attn_backend_cls(selected_backend, attn_selector_config, num_heads)
-        name = "HeadwayMLABackend" if attn_selector_config.use_mla else "HeadwayBackend"
-        return f"{_BACKENDS}.{name}"
+        if attn_selector_config.use_mla:
+            return f"{_PACKAGE}.vllm_mla.HeadwayMLABackend"
+        return f"{_PACKAGE}.vllm.HeadwayBackend"
 
     @classmethod
     def get_mla_prefill_backend_cls(cls, mla_selector_config: Any) -> Any:
@@ -43,10 +44,10 @@ class HeadwayCpuPlatform(CpuPlatform):
 
         if not _is_ours(get_current_vllm_config().attention_config.backend):
             return super().get_mla_prefill_backend_cls(mla_selector_config)
-        from headway.integrations.vllm import HeadwayMLAPrefill
+        from headway.integrations.vllm_mla import HeadwayMLAPrefill
 
         return HeadwayMLAPrefill
 
 
 def _is_ours(backend: Any) -> bool:
-    return backend is not None and str(backend.get_path()).startswith(f"{_BACKENDS}.")
+    return backend is not None and str(backend.get_path()).startswith(f"{_PACKAGE}.")
