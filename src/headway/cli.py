@@ -520,6 +520,7 @@ def _compile(cases: tuple[Case, ...], targets: tuple[str, ...], jobs: int) -> Pr
 _BENCHES = {
     "attention": "headway.bench.attention",
     "cpu": "headway.bench.cpu",
+    "first-call": "headway.bench.first_call",
     "generate": "headway.bench.generate",
     "mla": "headway.bench.mla",
     "overhead": "headway.bench.overhead",

@@ -186,6 +186,15 @@ def test_bars_of_two_panels(tmp_path: Path) -> None:
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
+def test_views_of_inputs_are_made_once() -> None:
+    """Host times of calls are not to be those of views."""
+    inputs = participants.make_inputs(small(overhead.CASES[2], 20, 30), CPU)
+    assert inputs.q_rows is inputs.q_rows
+    for i in range(len(inputs.sets)):
+        for mine, again in zip(inputs.pages(i, 16), inputs.pages(i, 16), strict=True):
+            assert mine is again
+
+
 def test_forms_of_a_call() -> None:
     decode = participants.make_inputs(small(overhead.CASES[2], 20, 30), CPU)
     assert list(overhead.forms(decode, "portable")) == [

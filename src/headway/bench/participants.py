@@ -61,7 +61,7 @@ class Inputs:
     def max_seqlen_k(self) -> int:
         return max(self.case.seqlens_k)
 
-    @property
+    @functools.cached_property
     def q_rows(self) -> Tensor:
         """(B, Sq, Hq, D), where all sequences are alike."""
         return self.q.view(self.case.batch_size, self.max_seqlen_q, *self.q.shape[1:])
@@ -75,9 +75,17 @@ class Inputs:
         return self._cut(i, (-1, size))
 
     def _cut(self, i: int, sizes: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        k, v = self.sets[i]
-        k = k.unflatten(0, sizes)
-        return k, k[..., : v.shape[-1]] if self.case.latent else v.unflatten(0, sizes)
+        """Made once: a call's host time is not to be that of views."""
+        if (i, sizes) not in self._views:
+            k, v = self.sets[i]
+            k = k.unflatten(0, sizes)
+            v = k[..., : v.shape[-1]] if self.case.latent else v.unflatten(0, sizes)
+            self._views[i, sizes] = k, v
+        return self._views[i, sizes]
+
+    @functools.cached_property
+    def _views(self) -> dict[tuple[int, tuple[int, int]], tuple[Tensor, Tensor]]:
+        return {}
 
     def table_in_order(self, size: int) -> Tensor:
         """The page table that reads keys where they lie."""
