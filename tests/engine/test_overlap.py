@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from torch import Tensor
 
-from headway.engine.graphs import DecodeGraphs, batch_sizes
-from headway.engine.kv_cache import pages_for
+from headway.engine.graphs import batch_sizes
 from headway.engine.llm import LLM
 from headway.engine.request import FinishReason, SamplingParams
-from headway.serving.base import GraphLimits
+from headway.serving.base import AttentionBackend
 from headway.serving.flash import FlashAttentionBackend
 from headway.serving.mla import MLABackend
 from tests.engine.conftest import VOCABULARY, TinyModel, engine
@@ -21,37 +21,44 @@ PROMPTS.append(list(PROMPTS[4]))
 GREEDY = SamplingParams(max_tokens=20, temperature=0)
 
 
-def replaying(llm: LLM, most: int = 12) -> LLM:
+def dense(backend: AttentionBackend) -> FlashAttentionBackend:
+    """Where captured decode steps are kept."""
+    found = backend._absorbed if isinstance(backend, MLABackend) else backend
+    assert isinstance(found, FlashAttentionBackend)
+    return found
+
+
+def replaying(llm: LLM, most: int = 12, drafts: int = 0) -> LLM:
     """The engine with decode steps that go the way of CUDA graphs: recorded once per size, then fed
     through buffers that stay where they are. Recording here is remembering; replaying, doing it again."""
-    backend = llm.backend
-    dense = backend._absorbed if isinstance(backend, MLABackend) else backend
-    assert isinstance(dense, FlashAttentionBackend)
-    dense._fused_append = False
-    limits = GraphLimits(
-        max_batch_size=most,
-        max_pages=pages_for(llm.max_model_len, llm.config.page_size),
-        max_seqlen_k=llm.max_model_len,
-        padding_page=llm._kv.num_pages - 1,
-        device=llm.device,
-    )
+    dense(llm.backend)._fused_append = False
+    llm._scheduler.uniform_drafts = drafts
 
-    def record(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        held = dense._batch, dense._decode
+    def record(function: Any) -> Callable[[], Tensor]:
+        backend = function.func.__self__._backend
+        inner = dense(backend)
+        held = inner._batch, inner._decode
         function()
 
         def replay() -> Tensor:
-            (dense._batch, dense._decode), dense._extend = held, None
+            (inner._batch, inner._decode), inner._extend = held, None
             backend._batch = held[0]
-            return function()
+            REPLAYED.append(held[0].max_seqlen_q)
+            out: Tensor = function()
+            return out
 
         return replay
 
     sizes = [size for size in (1, 2, 4) if size < most] + [most]
-    graphs = DecodeGraphs(llm._forward, llm.backend, limits, sizes, record)
-    graphs.capture()
-    llm._runner.graphs = graphs
+    padding = llm._kv.num_pages - 1
+    llm._runner.graphs = [
+        llm.graphs_of(tokens, padding, sizes, record) for tokens in sorted({1, 1 + drafts})
+    ]
     return llm
+
+
+#: New tokens per sequence of the steps that were replayed.
+REPLAYED: list[int] = []
 
 
 @pytest.mark.parametrize("graphs", [False, True])
@@ -68,6 +75,19 @@ def test_equals_transformers(
     assert found == [model.greedy(prompt, 20) for prompt in PROMPTS]
     assert llm.stats().pages_used == 0
     assert llm.stats().prefix_cache_hit_tokens > 0
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "deepseek_v3"])
+def test_guesses_are_checked_by_graphs(name: str, tiny: Callable[[str], TinyModel]) -> None:
+    """Sequences without guesses get wrong ones, beyond their limits too, and say what they said."""
+    model = tiny(name)
+    loops = [[1, 2, 3, 4, 5, 6] * 6, [9, 8, 7] * 11 + [5], list(range(40)) * 2]
+    llm = replaying(engine(model, speculative="ngram", num_draft_tokens=3), drafts=3)
+    REPLAYED.clear()
+    found = [list(one.token_ids) for one in llm.generate([*PROMPTS, *loops], GREEDY)]
+    assert found == [model.greedy(prompt, 20) for prompt in [*PROMPTS, *loops]]
+    assert {4} <= set(REPLAYED) <= {1, 4}
+    assert llm.stats().pages_used == 0
 
 
 @pytest.mark.parametrize("page_size", [1, 16])

@@ -92,16 +92,14 @@ class DecodeGraphs:
         self._backend.init_forward_metadata_in_graph()
         return self._forward(ids, positions)
 
-    def covers(self, batch: ForwardBatch) -> bool:
-        """Whether there is a graph for such a step."""
-        return (
-            batch.num_decodes == batch.batch_size
-            and batch.max_seqlen_q == self._limits.tokens_per_sequence
-            and batch.batch_size <= self._sizes[-1]
-        )
+    def covers(self, batch: ForwardBatch, num_tokens: int) -> bool:
+        """Whether there is a graph for such a step, of so many tokens in all."""
+        each = self._limits.tokens_per_sequence
+        alike = batch.max_seqlen_q == each and num_tokens == each * batch.batch_size
+        return alike and batch.batch_size <= self._sizes[-1]
 
     def run(self, ids: Tensor, positions: Tensor, batch: ForwardBatch) -> Tensor:
-        """Logits (tokens, vocabulary) of a step that is covered, until the next call.
+        """Logits (tokens, vocabulary) of all tokens of a step that is covered, until the next call.
 
         Args:
             ids, positions: (tokens,) int32.

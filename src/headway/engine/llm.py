@@ -21,7 +21,7 @@ from headway.engine.attention import PagedAttention, probe_layers
 from headway.engine.calibration import kv_scales
 from headway.engine.config import EngineConfig
 from headway.engine.detokenizer import Decode, Detokenizer
-from headway.engine.graphs import CudaRecorder, DecodeGraphs, batch_sizes
+from headway.engine.graphs import CudaRecorder, DecodeGraphs, Record, batch_sizes
 from headway.engine.kv_cache import KVCache, PagePool
 from headway.engine.latent import keep_latent
 from headway.engine.prefix_cache import PrefixCache
@@ -155,7 +155,9 @@ class LLM:
             chunked_prefill_size=config.chunked_prefill_size,
             max_running_requests=config.max_running_requests,
             propose=self._propose if config.speculative == "ngram" else lambda sequence: (),
+            uniform_drafts=self._uniform_drafts(),
         )
+        self._layers = layers
         self._attention = PagedAttention(self.backend, layers, self._kv)
         self._runner = ModelRunner(
             self.model,
@@ -184,7 +186,7 @@ class LLM:
     @property
     def has_graphs(self) -> bool:
         """Whether decode steps are replayed as CUDA graphs."""
-        return self._runner.graphs is not None
+        return bool(self._runner.graphs)
 
     @property
     def kv_dtype(self) -> torch.dtype:
@@ -275,6 +277,13 @@ class LLM:
 
     def _speculates(self, params: SamplingParams) -> bool:
         return self.config.speculative == "ngram" and params.temperature == 0
+
+    def _uniform_drafts(self) -> int:
+        """How many guesses every sequence of a step has, right or not, so that a graph covers it."""
+        config = self.config
+        return (
+            config.num_draft_tokens if config.speculative == "ngram" and config.cuda_graphs else 0
+        )
 
     def _propose(self, sequence: TokenSequence) -> tuple[int, ...]:
         """Guesses at what a sequence says next."""
@@ -558,33 +567,47 @@ class LLM:
             output_tokens=self._output_tokens,
         )
 
-    def _capture(self, padding_page: int, most: int) -> DecodeGraphs | None:
-        """The decode steps as CUDA graphs; None where they are off, or the model cannot be captured."""
+    def _capture(self, padding_page: int, most: int) -> list[DecodeGraphs]:
+        """Decode steps as CUDA graphs, with and without guesses; none where they are off, or the model
+        cannot be captured."""
         if not self.config.cuda_graphs:
-            return None
+            return []
+        record = CudaRecorder(self.device)
+        try:
+            return [
+                self.graphs_of(tokens, padding_page, batch_sizes(most), record)
+                for tokens in sorted({1, 1 + self._scheduler.uniform_drafts})
+            ]
+        except Exception as error:  # whatever a model does that cannot be captured
+            logger.warning("decode runs without CUDA graphs: %s: %s", type(error).__name__, error)
+            return []
+
+    def graphs_of(
+        self, tokens_per_sequence: int, padding_page: int, sizes: Sequence[int], record: Record
+    ) -> DecodeGraphs:
+        """Captured steps in which every sequence has so many new tokens."""
         limits = GraphLimits(
-            max_batch_size=most,
+            max_batch_size=sizes[-1],
             max_pages=kv_cache.pages_for(self.max_model_len, self.config.page_size),
             max_seqlen_k=self.max_model_len,
             padding_page=padding_page,
             device=self.device,
+            tokens_per_sequence=tokens_per_sequence,
         )
-        record = CudaRecorder(self.device)
-        graphs = DecodeGraphs(self._forward, self.backend, limits, batch_sizes(most), record)
-        try:
-            graphs.capture()
-        except Exception as error:  # whatever a model does that cannot be captured
-            logger.warning("decode runs without CUDA graphs: %s: %s", type(error).__name__, error)
-            return None
-        return graphs
+        backend, attention = self.backend, self._attention
+        if tokens_per_sequence > 1:  # a backend holds what the captured steps of one kind read
+            backend = backend_for(self._layers.values(), self.config)
+            attention = PagedAttention(backend, self._layers, self._kv)
 
-    def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """The model call that is captured: logits of all rows."""
-        output = self.model(
-            input_ids=ids, position_ids=positions, use_cache=False, headway=self._attention
-        )
-        logits: Tensor = output.logits[0]
-        return logits
+        def forward(ids: Tensor, positions: Tensor) -> Tensor:
+            logits: Tensor = self.model(
+                input_ids=ids, position_ids=positions, use_cache=False, headway=attention
+            ).logits[0]
+            return logits
+
+        graphs = DecodeGraphs(forward, backend, limits, sizes, record)
+        graphs.capture()
+        return graphs
 
     def _cache_size(self, shapes: Sequence[kv_cache.KVShape], limit: int) -> tuple[int, int]:
         """Number of pages, and the longest sequence they allow (at most ``limit``)."""

@@ -62,7 +62,7 @@ class ModelRunner:
     Args:
         model: a transformers causal language model whose attention is ``headway_paged``.
         max_sequences: most sequences in a step; max_pages: most pages of a sequence.
-        graphs: captured decode steps; without, every step is launched kernel by kernel.
+        graphs: captured steps; those that none of them covers are launched kernel by kernel.
     """
 
     def __init__(
@@ -73,11 +73,11 @@ class ModelRunner:
         *,
         max_sequences: int,
         max_pages: int,
-        graphs: DecodeGraphs | None = None,
+        graphs: Seq[DecodeGraphs] = (),
     ) -> None:
         self.model = model
         self.device = next(model.parameters()).device
-        self.graphs = graphs
+        self.graphs = list(graphs)
         self._attention = attention
         self._backend = backend
         self._pages = PageTable(max_sequences, max_pages)
@@ -133,8 +133,10 @@ class ModelRunner:
             assert self._drawn is not None
             drawn = self._drawn[1][sources_there.clamp(min=0)]
             ids_there = torch.where(sources_there >= 0, drawn, ids_there)
-        if self.graphs is not None and self.graphs.covers(batch):
-            return self.graphs.run(ids_there, positions_there, batch)
+        if len(rows) == len(ids):
+            for graphs in self.graphs:
+                if graphs.covers(batch, len(ids)):
+                    return graphs.run(ids_there, positions_there, batch)
         return self._run_eagerly(ids_there, positions_there, batch, rows_there, len(rows))
 
     def _run_eagerly(

@@ -60,6 +60,11 @@ class Sequence:
         return self.num_known - self.num_prompt_tokens
 
     @property
+    def is_decoding(self) -> bool:
+        """Whether its last token alone is to be computed, and another one wanted."""
+        return self.num_remaining == 1 and not self.is_ending
+
+    @property
     def is_ending(self) -> bool:
         """Whether its last token is drawn, only not known yet."""
         return self.num_pending > 0 and self.limit is not None and len(self.tokens) >= self.limit
@@ -111,6 +116,8 @@ class Scheduler:
     Args:
         max_model_len: longest sequence, in tokens, that will ever be asked for; must fit the pool.
         propose: guesses at what follows a decoding sequence, computed along with its last token.
+        uniform_drafts: where a step guesses for anyone, so many guesses for everyone, if there is room:
+            graphs want sequences that are alike. A wrong guess costs hardly anything.
     """
 
     def __init__(
@@ -122,6 +129,7 @@ class Scheduler:
         chunked_prefill_size: int,
         max_running_requests: int,
         propose: Propose = lambda sequence: (),
+        uniform_drafts: int = 0,
     ) -> None:
         if pages_for(max_model_len, page_size) > cache.pool.num_pages:
             raise InvalidInputError(
@@ -134,6 +142,8 @@ class Scheduler:
         self.chunked_prefill_size = chunked_prefill_size
         self.max_running_requests = max_running_requests
         self._propose = propose
+        self._max_model_len = max_model_len
+        self.uniform_drafts = uniform_drafts
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
@@ -188,29 +198,44 @@ class Scheduler:
 
     def _decodes(self) -> list[Chunk]:
         """One token for each sequence that is past its prompt, making room by preemption."""
+        guesses = self._guesses()
         chunks = []
         index = 0
         while index < len(self.running):  # preemption shortens the list, from its end
             sequence = self.running[index]
-            ready = sequence.num_remaining == 1 and not sequence.is_ending
-            if ready and self._grow(sequence):
-                drafts = self._drafts(sequence)
+            if sequence.is_decoding and self._grow(sequence):
+                drafts = self._drafts(sequence, guesses.get(sequence, ()))
                 chunks.append(Chunk(sequence, 1 + len(drafts), drafts))
             index += 1
         return chunks
 
-    def _drafts(self, sequence: Sequence) -> tuple[int, ...]:
-        """Guesses that the sequence has room for, with the pages they need; no one gives way to them."""
-        drafts = tuple(self._propose(sequence))
-        if sequence.limit is not None:
-            drafts = drafts[: max(0, sequence.limit - len(sequence.tokens) - 1)]
-        wanted = pages_for(len(sequence.tokens) + len(drafts), self.page_size)
+    def _guesses(self) -> dict[Sequence, tuple[int, ...]]:
+        """What decoding sequences may say next; as many guesses for each where they have to be alike."""
+        decoding = [sequence for sequence in self.running if sequence.is_decoding]
+        guesses = {sequence: tuple(self._propose(sequence)) for sequence in decoding}
+        if not self.uniform_drafts or not any(guesses.values()):
+            return {sequence: self._wanted(sequence, g) for sequence, g in guesses.items()}
+        longest = max(len(sequence.tokens) for sequence in decoding)
+        if longest + self.uniform_drafts > self._max_model_len:
+            return {sequence: self._wanted(sequence, g) for sequence, g in guesses.items()}
+        filler = (0,) * self.uniform_drafts
+        return {sequence: (*g, *filler)[: self.uniform_drafts] for sequence, g in guesses.items()}
+
+    def _wanted(self, sequence: Sequence, guesses: tuple[int, ...]) -> tuple[int, ...]:
+        """Those before the sequence's end."""
+        if sequence.limit is None:
+            return guesses
+        return guesses[: max(0, sequence.limit - len(sequence.tokens) - 1)]
+
+    def _drafts(self, sequence: Sequence, guesses: tuple[int, ...]) -> tuple[int, ...]:
+        """The guesses, with the pages they need, if there is room; no one gives way to them."""
+        wanted = pages_for(len(sequence.tokens) + len(guesses), self.page_size)
         missing = wanted - len(sequence.pages)
-        if not drafts or missing + len(self.running) > self.cache.num_available:
+        if not guesses or missing + len(self.running) > self.cache.num_available:
             return ()
         if missing > 0:
             sequence.pages += self.cache.allocate(missing)
-        return drafts
+        return guesses
 
     def _grow(self, sequence: Sequence) -> bool:
         """Get the page for the sequence's next token; false if the sequence itself had to go."""
