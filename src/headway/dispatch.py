@@ -17,6 +17,7 @@ import torch
 from headway import devices, environ, providers, recall
 from headway.errors import InvalidInputError, UnsupportedError
 from headway.problem import KVLayout, Problem
+from headway.providers import base
 from headway.providers.base import Provider, kind_of
 from headway.providers.order import Work, order_for
 
@@ -104,6 +105,7 @@ def forget() -> None:
     """Choose anew from now on, among what is installed by now."""
     _CHOSEN.clear()
     recall.forget()
+    base.forget()
     providers.forget()
 
 

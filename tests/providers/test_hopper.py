@@ -17,8 +17,8 @@ import headway
 from headway import UnsupportedError, dispatch, providers
 from headway import plan as plan_module
 from headway.plan import Plan, PlanKey
-from headway.providers import hopper
-from tests.calls import Call, assert_matches, calls
+from headway.providers import base, hopper
+from tests.calls import UNWRITTEN, Call, Result, assert_matches, calls
 from tests.providers import honoured
 from tests.stand_ins import hopper_kernels
 from tests.stand_ins.hopper_kernels import RAN
@@ -71,6 +71,54 @@ def test_any_call_is_honoured_or_refused(kernels: None) -> None:
     check()
     honoured.enough_ran("hopper", 40)
     assert {"forward", "decode", "plan"} <= set(RAN)
+
+
+def test_problems_of_one_signature_share_what_is_ready(kernels: None) -> None:
+    """The second of two such problems is solved from its own tensors, wherever they lie."""
+    shared = 0
+
+    @settings(honoured.many, max_examples=60, database=None)
+    @given(call=calls((torch.bfloat16,), head_dims=(8, 64), page_sizes=(1, 16)))
+    def check(call: Call) -> None:
+        nonlocal shared
+        if hopper.refusals(call.problem()):
+            return
+        other = call.copy()
+        for name in ("q", "qv", "sinks", "k", "v"):
+            given = other.kwargs.get(name)
+            if isinstance(given, Tensor) and given.dtype == torch.bfloat16:
+                other.kwargs[name] = -given.flip(-1)
+        base.forget()
+        for one in (call, other, call):
+            assert_matches(_run_as_problem(one), one.run("reference"), one)
+        shared += len(hopper._RUNNERS._made)
+        assert len(hopper._RUNNERS._made) <= 1
+
+    check()
+    assert shared > 20
+
+
+def _run_as_problem(call: Call) -> Result:
+    mine = call.copy()
+    problem = mine.problem()
+    out = torch.full(problem.out_shape, UNWRITTEN, dtype=problem.out_dtype)
+    _, lse = hopper.PROVIDER.run(dataclasses.replace(problem, out=out, return_lse=True))
+    assert lse is not None
+    caches = tuple(mine.kwargs[n] for n in ("k_cache", "v_cache") if n in mine.kwargs)
+    return Result(out, lse, caches, call.run("reference").used)
+
+
+def test_queries_at_odd_addresses_are_run_by_what_is_ready_for_others(kernels: None) -> None:
+    call = dense(sq=1)
+    problem = call.problem()
+    flat = torch.zeros(problem.q.numel() + 1, dtype=problem.q.dtype)
+    odd = flat[1:].view(problem.q.shape)
+    odd.copy_(problem.q)
+    run = hopper.PROVIDER.runner(problem)
+    expected, _ = run(problem)
+    assert odd.data_ptr() % 16
+    out, _ = run(dataclasses.replace(problem, q=odd))
+    torch.testing.assert_close(out, expected)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import operator
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
@@ -431,6 +432,78 @@ def _kind_of_mods(p: Problem) -> Hashable | None:
 
 #: Runs a problem: ``(out, lse)``, the latter None unless the problem asks for it.
 Runner: TypeAlias = Callable[[Problem], tuple[Tensor, Tensor | None]]
+
+
+class Runners:
+    """What a provider made ready, by the signature of the problems that it is for; see ``runner``."""
+
+    def __init__(self, make: Callable[[Problem], Runner]) -> None:
+        self._make = make
+        self._made: dict[Hashable, Runner] = {}
+        _ALL_RUNNERS.append(self)
+
+    def __call__(self, problem: Problem) -> Runner:
+        """The runner for a problem, made when one of its signature comes first."""
+        key = signature_of(problem)
+        if key is None:
+            return self._make(problem)
+        found = self._made.get(key)
+        if found is None:
+            if len(self._made) >= _MOST_RUNNERS:
+                self._made.clear()
+            found = self._made[key] = self._make(problem)
+        return found
+
+    def forget(self) -> None:
+        self._made.clear()
+
+
+_MOST_RUNNERS = 4096
+_ALL_RUNNERS: list[Runners] = []
+
+
+def forget() -> None:
+    """Make everything ready anew."""
+    for runners in _ALL_RUNNERS:
+        runners.forget()
+
+
+#: What of a problem's tensors, and what else of it, a runner may depend on. Layouts follow from both.
+_TENSORS_OF = operator.attrgetter(
+    *("q", "k", "v", "qv", "out", "cu_seqlens_q", "seqused_q", "cu_seqlens_k", "seqlens_k"),
+    *("leftpad_k", "cache_batch_idx", "page_table", "scores.sinks"),
+    *("descales.q", "descales.k", "descales.v"),
+)
+_VALUES_OF = operator.attrgetter(
+    *("batch_size", "max_seqlen_q", "max_seqlen_k", "return_lse"),
+    *("mask.causal", "mask.window_left", "mask.window_right", "mask.attention_chunk"),
+    *("scores.softmax_scale", "scores.softcap"),
+    *("hints.num_splits", "hints.pack_gqa", "hints.sm_margin", "hints.deterministic"),
+)
+
+
+def signature_of(problem: Problem) -> Hashable | None:
+    """Equal for problems that one runner runs; None for those with mods, and where nothing runs."""
+    p = problem
+    if p.scores.score_mod is not None or p.mask.mask_mod is not None or p.q.is_meta:
+        return None
+    k_at, v_at = p.k.data_ptr(), p.v.data_ptr()
+    tensors: tuple[Tensor | None, ...] = _TENSORS_OF(p)
+    new: Hashable = None
+    if p.append is not None:
+        new, rotary = p.append.cu_seqlens is p.cu_seqlens_q, p.append.rotary
+        tensors = (*tensors, p.append.k, p.append.v, p.append.cu_seqlens)
+        if rotary is not None:
+            new = new, rotary.interleaved
+            tensors = (*tensors, rotary.cos, rotary.sin, rotary.seqlens)
+    return (
+        (k_at | v_at) & 15,
+        k_at == v_at,
+        _VALUES_OF(p),
+        None if p.plan is None else p.plan.key.geometry,
+        new,
+        *[None if t is None else (t.dtype, t.shape, t.stride(), t.device) for t in tensors],
+    )
 
 
 class Repeat(Protocol):

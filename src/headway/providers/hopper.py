@@ -32,6 +32,7 @@ from headway.providers.base import (
     HeadDims,
     Provider,
     Runner,
+    Runners,
     Trait,
     excludes,
 )
@@ -177,6 +178,10 @@ class HopperProvider(Provider):
             lengths.step(problem, problem.plan).fill(problem, lengths)
 
     def run(self, problem: Problem) -> tuple[Tensor, Tensor | None]:
+        return _RUNNERS(problem)(problem)
+
+    def _run_any(self, problem: Problem) -> tuple[Tensor, Tensor | None]:
+        """Problems in any form, brought into the one that kernels take."""
         out = problem.empty_out()
         lse = problem.empty_lse() if problem.return_lse else None
         q = problem.q
@@ -197,16 +202,16 @@ class HopperProvider(Provider):
 
     def runner(self, problem: Problem) -> Runner:
         work, p = work_of(problem), problem
-        plain = p.max_seqlen_q > 0 and p.scores.softmax_scale > 0 and p.append is None
+        plain = p.max_seqlen_q > 0 and p.scores.softmax_scale > 0
         plain &= p.scores.score_mod is None and p.mask.mask_mod is None
         if not plain or p.q.numel() == 0 or p.k.numel() == 0 or p.head_dim_v == 0:
-            return self.run
+            return self._run_any
         given = [t for t in (p.q, p.qv, p.out) if t is not None]
         if not all(map(_is_aligned, given)) or not (
             p.out is None or _writes(work, p.out, p.q.dtype)
         ):
-            return self.run
-        solve = _SOLVERS[work](p)
+            return self._run_any
+        solve, kernels = _SOLVERS[work](p), _kernels()
         make_out = _maker(p.out_shape, p.out_dtype, p.device)
         make_lse = _maker(p.lse_shape, torch.float32, p.device)
 
@@ -215,7 +220,9 @@ class HopperProvider(Provider):
             if out is None:
                 out = make_out()
             if (q.data_ptr() | out.data_ptr() | (0 if qv is None else qv.data_ptr())) & 15:
-                return self.run(problem)
+                return self._run_any(problem)
+            if problem.append is not None:
+                q = kernels.append(problem, problem.append)
             lse = make_lse() if problem.return_lse else None
             solve(problem, q, out, lse)
             return out, lse
@@ -614,3 +621,4 @@ _SOLVERS: dict[Work, Callable[[Problem], Solver]] = {
 }
 
 PROVIDER = HopperProvider()
+_RUNNERS = Runners(PROVIDER.runner)
