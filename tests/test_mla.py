@@ -118,10 +118,10 @@ def test_chunks_of_a_prefix_merge_to_the_whole():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"plan": mla.plan_prefill(CU_Q, CU_K, num_heads_k=2)}, "plan_prefill for 4 KV heads"),
+        ({"plan": mla.plan_prefill(CU_Q, CU_K, num_heads_k=2)}, "plan_prefill for 4 and 4,"),
         (
             {"plan": mla.plan_prefill(CU_Q, CU_K, num_heads_k=4, causal=False)},
-            "plan_prefill for 4 KV heads, causal=True",
+            "plan_prefill for 4 and 4, causal=True",
         ),
         ({"plan": mla.plan_prefill(CU_Q, CU_Q, num_heads_k=4)}, "43 query tokens and 43 keys"),
         ({"k": torch.zeros(117, 4, 128, dtype=torch.bfloat16)}, "one width"),

@@ -6,8 +6,10 @@ Absorbed decode (576/512 against one latent cache) is an ordinary attention call
 
 from __future__ import annotations
 
+import functools
 import os
-from typing import TypeAlias
+from dataclasses import replace
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -162,6 +164,7 @@ def plan_prefill(
     cu_seqlens_k: Tensor,
     *,
     num_heads_k: int,
+    num_heads_q: int | None = None,
     causal: bool = True,
     device: torch.device | None = None,
     num_cu: int | None = None,
@@ -173,7 +176,7 @@ def plan_prefill(
     Args:
         cu_seqlens_q, cu_seqlens_k: (B + 1) first tokens of each request; on the host, or it costs a
             synchronisation.
-        num_heads_k: KV heads, after the up-projection as many as query heads.
+        num_heads_k, num_heads_q: KV heads, and query heads if there are more of them.
         device: where the layers run; default: that of cu_seqlens_q.
         num_cu: programs that share the work, default the multiprocessors of the device.
         with_lse: whether layers ask for the LSE. Where they do not, aiter's kernels save a pass.
@@ -183,7 +186,8 @@ def plan_prefill(
         InvalidInputError: lengths that do not fit together; causal with more query tokens than keys.
     """
     device = cu_seqlens_q.device if device is None else device
-    on_aiter = _aiter_has(device, num_heads_k)
+    group = 1 if num_heads_q is None else num_heads_q // num_heads_k
+    on_aiter = group == 1 and _aiter_has(device, num_heads_k)
     qo, kv = (t.cpu().numpy() for t in (cu_seqlens_q, cu_seqlens_k))
     return persistent.plan_on_device(
         qo,
@@ -192,9 +196,10 @@ def plan_prefill(
         device,
         num_heads_k=num_heads_k,
         num_cu=_compute_units(device) if num_cu is None else num_cu,
-        granularity=_tile(device, num_heads_k),
+        granularity=_tile(device, num_heads_k, group),
         is_causal=causal,
         with_lse=with_lse and on_aiter,
+        whole_tiles=not on_aiter,
         staging=staging,
     )
 
@@ -210,10 +215,10 @@ def _aiter_has(device: torch.device, num_heads: int) -> bool:
     return usable and aiter.has_float8_prefill(what.kind) and num_heads in aiter.PREFILL_HEADS
 
 
-def _tile(device: torch.device, num_heads: int) -> Granularity:
-    """How finely plans are cut: as aiter wants it where it has a kernel. Headway's runs any plan."""
-    if not _aiter_has(device, num_heads):
-        return TILE
+def _tile(device: torch.device, num_heads_k: int, group: int) -> Granularity:
+    """How finely plans are cut: as aiter wants it where it has a kernel. Headway's run any plan."""
+    if group > 1 or not _aiter_has(device, num_heads_k):
+        return replace(TILE, qhead=group)
     from headway.providers import aiter
 
     return aiter.TILE
@@ -237,6 +242,7 @@ def prefill(
     plan: DeviceWork | None = None,
     out: Tensor | None = None,
     return_lse: bool = False,
+    backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Prefill attention after the up-projection of latent keys and values, heads 192 and 128 wide.
 
@@ -254,6 +260,8 @@ def prefill(
             means.
         plan: from :func:`plan_prefill`, made once per step; without, made here, which reads cu_seqlens.
         out: (total_q, Hq, Dv), where to put the result.
+        backend: whose kernels run it: in float8 "hopper" or "portable", by default the fastest that takes
+            the call; otherwise as for :func:`headway.flash_attn_varlen_func`.
 
     Returns:
         out, bfloat16 (or as q or ``out`` is), or (out, lse) with lse float32 (Hq, total_q), natural log.
@@ -278,13 +286,16 @@ def prefill(
             causal=causal,
             out=out,
             return_attn_probs=return_lse,
+            backend=backend,
         )
+    _check_backend(backend)
     _check_prefill(q, k, v, plan, causal)
     if plan is None:
         plan = plan_prefill(
             cu_seqlens_q,
             cu_seqlens_k,
             num_heads_k=k.shape[1],
+            num_heads_q=q.shape[1],
             causal=causal,
             device=q.device,
             with_lse=return_lse,
@@ -297,8 +308,10 @@ def prefill(
         out = torch.empty(*q.shape[:2], v.shape[2], dtype=dtype, device=q.device)
     lse = torch.empty(q.shape[1], q.shape[0], device=q.device) if return_lse else None
     scales = (q_scale, k_scale, v_scale)
-    run = _float8_on_cpu if q.device.type == "cpu" else _float8_on_kernels
-    if _runs_on_aiter(plan, (q, k, v), scales, return_lse):
+    run = _float8_on_cpu
+    if q.device.type != "cpu":
+        run = functools.partial(_float8_on_kernels, backend=backend)
+    if backend is None and _runs_on_aiter(plan, (q, k, v), scales, return_lse):
         run = _float8_on_aiter
     run(plan, (q, k, v), scales, scale, out, lse)
     return out if lse is None else (out, lse)
@@ -334,6 +347,11 @@ def _wants_float8(q: Tensor, num_heads_k: int, fp8: bool | None) -> bool:
     return fp8
 
 
+def _check_backend(backend: str | None) -> None:
+    if backend not in (None, "hopper", "portable"):
+        raise InvalidInputError("backend", repr(backend), '"hopper" or "portable" for float8')
+
+
 def _check_prefill(q: Tensor, k: Tensor, v: Tensor, plan: DeviceWork | None, causal: bool) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dim() != 3 or tensor.stride(-1) != 1 or tensor.dtype != q.dtype:
@@ -347,9 +365,11 @@ def _check_prefill(q: Tensor, k: Tensor, v: Tensor, plan: DeviceWork | None, cau
     if plan is None:
         return
     made_for = (plan.num_heads_k, plan.is_causal, plan.granularity, plan.block_size)
-    if made_for != (k.shape[1], causal, _tile(q.device, k.shape[1]), 1):
-        given = f"one for {plan.num_heads_k} KV heads, causal={plan.is_causal}"
-        wanted = f"one from plan_prefill for {k.shape[1]} KV heads, causal={causal}"
+    group = q.shape[1] // k.shape[1]
+    if made_for != (k.shape[1], causal, _tile(q.device, k.shape[1], group), 1):
+        heads = plan.num_heads_k * plan.granularity.qhead, plan.num_heads_k
+        given = f"one for {heads[0]} query and {heads[1]} KV heads, causal={plan.is_causal}"
+        wanted = f"one from plan_prefill for {q.shape[1]} and {k.shape[1]}, causal={causal}"
         raise InvalidInputError("plan", given, wanted)
 
 
@@ -360,6 +380,14 @@ def _quantised(x: Tensor, scale: Tensor | None, dtype: torch.dtype, group: int) 
     scale = scale.reshape(-1).float()
     for_heads = scale.repeat_interleave(group) if scale.numel() > 1 else scale
     return quant.Quantised(quant.quantise(x, dtype, scale=for_heads).values, scale)
+
+
+def _scales_of(inputs: Inputs, given: InputScales, dtype: torch.dtype) -> InputScales:
+    """Scales as given, float32 (1,) or (Hkv,), or of the tensors' own largest magnitudes."""
+    lacking = [x for x, scale in zip(inputs, given, strict=True) if scale is None]
+    found = iter(quant.amax_scales(lacking, dtype) if lacking else ())
+    q, k, v = (next(found) if scale is None else scale.reshape(-1).float() for scale in given)
+    return q, k, v
 
 
 def _runs_on_aiter(plan: DeviceWork, inputs: Inputs, scales: InputScales, return_lse: bool) -> bool:
@@ -403,18 +431,21 @@ def _float8_on_kernels(
     softmax_scale: float,
     out: Tensor,
     lse: Tensor | None,
+    *,
+    backend: str | None = None,
 ) -> None:
     from headway.kernels.portable.mla_prefill import Scales, mla_prefill
     from headway.kernels.portable.quantise import transpose_values
 
     q, k, v = inputs
-    q_scale, k_scale, v_scale = scales
     stored = q.dtype in FLOAT8_DTYPES
     dtype = q.dtype if stored else quant.native_float8(q.device)
     if not stored:
-        q, q_scale = _quantised(q, q_scale, dtype, q.shape[1] // k.shape[1])
-        k, k_scale = _quantised(k, k_scale, dtype, 1)
-        v_scale = quant.amax_scale(v, dtype) if v_scale is None else v_scale.reshape(-1).float()
+        scales = _scales_of(inputs, scales, dtype)
+    q_scale, k_scale, v_scale = scales
+    if not stored:
+        q = _quantised(q, q_scale, dtype, q.shape[1] // k.shape[1]).values
+        k = _quantised(k, k_scale, dtype, 1).values
     values = torch.empty(*v.shape[1:], plan.padded_keys, dtype=dtype, device=v.device)
     transpose_values(
         v,
@@ -425,17 +456,32 @@ def _float8_on_kernels(
         plan.max_seqlen_k,
         plan.granularity.kvlen,
     )
-    mla_prefill(
-        plan,
-        q,
-        k,
-        values,
-        out,
-        None if lse is None else lse.T,
-        softmax_scale=softmax_scale,
-        scales=Scales(q_scale, k_scale, v_scale),
-        v_transposed=True,
-    )
+    options: dict[str, Any] = {
+        "softmax_scale": softmax_scale,
+        "scales": Scales(q_scale, k_scale, v_scale),
+    }
+    lse_rows = None if lse is None else lse.T
+    if _runs_on_hopper(backend, plan, q, k, out):
+        from headway.kernels.hopper import mla_prefill as hopper
+
+        hopper.mla_prefill(plan, q, k, values, out, lse_rows, **options)
+    else:
+        mla_prefill(plan, q, k, values, out, lse_rows, v_transposed=True, **options)
+
+
+def _runs_on_hopper(
+    backend: str | None, plan: DeviceWork, q: Tensor, k: Tensor, out: Tensor
+) -> bool:
+    """Whether the kernel for Hopper runs a call. Asked for by name, it says what it does not take."""
+    from headway.kernels.portable.operands import device_of
+
+    if backend is not None:
+        return backend == "hopper"
+    if device_of(q.device).arch != "sm90":
+        return False
+    from headway.kernels.hopper.mla_prefill import refusal
+
+    return refusal(plan, q, k, out) is None
 
 
 def _float8_on_cpu(

@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -122,6 +122,78 @@ def plan(
     reduce_indptr, final_map, partial_map = _reduce_lists(base)
     partial_rows = int(np.count_nonzero(base[:, 1] >= 0)) * granularity.qlen
     return WorkList(indptr, info, reduce_indptr, final_map, partial_map, partial_rows)
+
+
+#: Costs in units of the schedule (readings: docs/notes/mla.md): a tile of one head, beside its units; a
+#: part, whose rows go to the partial buffers and come back; the launch of a merge.
+_TILE_UNITS, _PART_UNITS, _MERGE_UNITS = 0.7, 3, 6
+#: Keys, times heads, whose tiles are interleaved: in float8 at 192/128 they take most of an L2 cache.
+_SECTION_KEYS = 1 << 17
+#: Items for each compute unit, at least, before heads share one.
+_ITEMS_EACH = 16
+
+
+def plan_whole_tiles(
+    qo_indptr: Sequence[int] | Ints,
+    kv_indptr: Sequence[int] | Ints,
+    context_lens: Sequence[int] | Ints,
+    *,
+    num_heads_k: int,
+    num_cu: int,
+    granularity: Granularity,
+    block_size: int = 1,
+    is_causal: bool = True,
+) -> WorkList | None:
+    """:func:`plan` without parts, so without a merge; None where that would take longer.
+
+    Within sections of heads whose keys a cache holds, tiles are dealt out longest first, to the compute
+    units that have least to do.
+    """
+    granularity.check(block_size)
+    qo, kv = np.asarray(qo_indptr, np.int64), np.asarray(kv_indptr, np.int64)
+    lens = np.asarray(context_lens, np.int64)
+    _check_lengths(qo, kv, lens, block_size, is_causal)
+    tiles = _tiles(qo, lens, granularity, is_causal)
+    count = len(tiles.units)
+    share = _heads_per_item(count, num_heads_k, num_cu)
+    section = max(min(_SECTION_KEYS // max(int(lens.sum()), 1), num_heads_k) // share, 1) * share
+    tile = np.tile(np.arange(count), num_heads_k // share)
+    head = np.repeat(np.arange(0, num_heads_k, share), count)
+    order = np.lexsort((head, -tiles.units[tile], head // section))
+    tile, head = tile[order], head[order]
+    worker, load = _evened((tiles.units[tile] + _TILE_UNITS) * share, num_cu)
+    parts_each = 2 * num_heads_k // clusters(num_heads_k, num_cu)[0]
+    if load.max(initial=0) > load.mean() + parts_each * _PART_UNITS + _MERGE_UNITS:
+        return None
+    whole = _Parts(np.arange(count), np.zeros(count, np.int64), 0 * tiles.units, tiles.units)
+    base = _items(whole, tiles, kv, lens, granularity, block_size, False)
+    packed = head * granularity.qhead | (head + share) * granularity.qhead << 16
+    mine = np.argsort(worker, kind="stable")
+    info = np.concatenate((base[tile], packed[:, None]), axis=1)[mine].astype(np.int32)
+    indptr = np.concatenate(([0], np.cumsum(np.bincount(worker, minlength=num_cu))))
+    return WorkList(indptr.astype(np.int32), info, *_reduce_lists(base), 0)
+
+
+def _evened(costs: np.ndarray, workers: int) -> tuple[Ints, np.ndarray]:
+    """(a worker for each cost, what each has to do): by handfuls in order, to those who have least."""
+    worker, load = np.empty(len(costs), np.int64), np.zeros(workers)
+    handful = -(-workers // 4)
+    for first in range(0, len(costs), handful):
+        dearest = first + np.argsort(-costs[first : first + handful], kind="stable")
+        idlest = np.argsort(load, kind="stable")[: len(dearest)]
+        worker[dearest] = idlest
+        load[idlest] += costs[dearest]
+    return worker, load
+
+
+def _heads_per_item(tiles: int, num_heads_k: int, num_cu: int) -> int:
+    """Heads that share an item, so that lists stay short where there are many tiles: a power of two."""
+    share = 1
+    while (
+        num_heads_k % (2 * share) == 0 and tiles * num_heads_k >= 2 * share * _ITEMS_EACH * num_cu
+    ):
+        share *= 2
+    return share
 
 
 def _check_lengths(qo: Ints, kv: Ints, lens: Ints, block_size: int, is_causal: bool) -> None:
@@ -379,23 +451,25 @@ def plan_on_device(
     block_size: int = 1,
     is_causal: bool = True,
     with_lse: bool = False,
+    whole_tiles: bool = False,
     staging: Staging | None = None,
 ) -> DeviceWork:
     """:func:`plan`, copied to a device in one piece, on its current stream and without waiting for it.
 
+    ``whole_tiles``: as :func:`plan_whole_tiles` where that is faster, for kernels that run any list.
     ``staging``: what the steps of one backend are copied through; default: memory of this call's own.
     """
-    work = plan(
-        qo_indptr,
-        kv_indptr,
-        context_lens,
-        num_heads_k=num_heads_k,
-        num_cu=num_cu,
-        granularity=granularity,
-        block_size=block_size,
-        is_causal=is_causal,
-        with_lse=with_lse,
-    )
+    lengths = qo_indptr, kv_indptr, context_lens
+    how: dict[str, Any] = {
+        "num_heads_k": num_heads_k,
+        "num_cu": num_cu,
+        "granularity": granularity,
+        "block_size": block_size,
+        "is_causal": is_causal,
+    }
+    work = plan_whole_tiles(*lengths, **how) if whole_tiles and not with_lse else None
+    if work is None:
+        work = plan(*lengths, **how, with_lse=with_lse)
     lens = np.asarray(context_lens, np.int64)
     values = np.concatenate(([0], np.cumsum(-(-lens // granularity.kvlen) * granularity.kvlen)))
     lists = (

@@ -6,6 +6,7 @@ nothing overflows; given scales saturate. A plain cast would turn 449 into NaN (
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -44,10 +45,23 @@ def amax_scale(x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn, per: Per = "
         float32, positive; 1 where all is zero. No device synchronisation.
     """
     _check(x, dtype, per)
-    rows = x.reshape(-1, *x.shape[-2:])
-    largest = _amax(rows)
-    if per == "tensor":
-        largest = largest.amax(0, keepdim=True)
+    largest = torch.zeros(x.shape[-2] if per == "head" else 1, device=x.device)
+    _raise_to_amax(largest, x)
+    return _scale_of(largest, dtype)
+
+
+def amax_scales(
+    tensors: Sequence[Tensor], dtype: torch.dtype = torch.float8_e4m3fn
+) -> list[Tensor]:
+    """:func:`amax_scale` per tensor of several on one device, in fewer launches."""
+    largest = torch.zeros(len(tensors), device=tensors[0].device)
+    for i, x in enumerate(tensors):
+        _check(x, dtype, "tensor")
+        _raise_to_amax(largest[i : i + 1], x)
+    return list(_scale_of(largest, dtype).split(1))
+
+
+def _scale_of(largest: Tensor, dtype: torch.dtype) -> Tensor:
     scale = largest / torch.finfo(dtype).max
     return torch.where(scale > 0, scale, 1.0)
 
@@ -95,15 +109,19 @@ def _check(x: Tensor, dtype: torch.dtype, per: str) -> None:
         raise InvalidInputError("per", per, '"tensor" or "head"')
 
 
-def _amax(rows: Tensor) -> Tensor:
+def _raise_to_amax(largest: Tensor, x: Tensor) -> None:
+    """Raise ``largest``, (1,) or (heads,), to the largest finite magnitudes of ``x``."""
+    rows = x.reshape(-1, *x.shape[-2:])
     if rows.numel() == 0:
-        return torch.zeros(rows.shape[1], device=rows.device)
+        return
     if _on_kernels(rows):
         from headway.kernels.portable import quantise as kernels
 
-        return kernels.amax(rows)
+        kernels.amax(rows, largest)
+        return
     size = rows.abs().float()
-    return torch.where(size < float("inf"), size, 0.0).amax((0, 2))
+    per_head = torch.where(size < float("inf"), size, 0.0).amax((0, 2))
+    largest.copy_(torch.maximum(largest, per_head if largest.numel() > 1 else per_head.max()))
 
 
 def _fill(rows: Tensor, scale: Tensor, values: Tensor) -> None:

@@ -231,7 +231,11 @@ def test_quantisation_kernels_equal_torch() -> None:
     x = draw(70, 3, 24, seed=5, scale=30.0)
     x[4, 1, 3], x[5, 2, 0], x[6, 0, 0] = math.inf, math.nan, 1e30
     want = torch.where(x.float().abs() < math.inf, x.float().abs(), 0).amax((0, 2))
-    assert torch.equal(quantise_kernels.amax(x), want)
+    per_head, whole = torch.zeros(len(want), device=DEVICE), torch.zeros(1, device=DEVICE)
+    quantise_kernels.amax(x, per_head)
+    quantise_kernels.amax(x, whole)
+    assert torch.equal(per_head, want)
+    assert torch.equal(whole[0], want.max())
     scale = torch.tensor([0.05, 0.3, 1e-3], device=DEVICE)
     out = torch.empty(x.shape, dtype=FLOAT8, device=DEVICE)
     quantise_kernels.quantise(x, scale, out)
@@ -267,22 +271,23 @@ def test_reduce_takes_every_mark_of_an_empty_part_and_reads_no_unwritten_row() -
     assert lse[2] == -math.inf
 
 
-@pytest.mark.parametrize("stored", [False, True])
-def test_public_float8_prefill_on_kernels(stored: bool) -> None:
+@pytest.mark.parametrize(("stored", "heads"), [(False, 2), (True, 4)])
+def test_public_float8_prefill_on_kernels(stored: bool, heads: int) -> None:
     """All of ``prefill`` but its checks, and the CPU's own path for the same call."""
     q_lens, k_lens = (70, 3), (150, 131)
-    q, k = draw(73, 2, 24, seed=1), draw(281, 2, 24, seed=2)
+    q, k = draw(73, heads, 24, seed=1), draw(281, 2, 24, seed=2)
     v = draw(281, 2, 16, seed=3)
     cu_q, cu_k = (torch.tensor(_indptr(n), dtype=torch.int32) for n in (q_lens, k_lens))
-    plan = mla.plan_prefill(cu_q, cu_k, num_heads_k=2, device=torch.device(DEVICE), num_cu=6)
-    assert plan.num_groups > 0
+    plan = mla.plan_prefill(
+        cu_q, cu_k, num_heads_k=2, num_heads_q=heads, device=torch.device(DEVICE), num_cu=6
+    )
     scales: list[Tensor | None] = [None, None, None]
     inputs = (q, k, v)
     if stored:
         (q8, s0), (k8, s1), (v8, s2) = (quant.quantise(x) for x in inputs)
         inputs, scales = (q8, k8, v8), [s0, s1, s2]
-    out = torch.empty(73, 2, 16, dtype=torch.bfloat16, device=DEVICE)
-    lse = torch.empty(2, 73, device=DEVICE)
+    out = torch.empty(73, heads, 16, dtype=torch.bfloat16, device=DEVICE)
+    lse = torch.empty(heads, 73, device=DEVICE)
     mla._float8_on_kernels(plan, inputs, (scales[0], scales[1], scales[2]), 0.2, out, lse)
     want, want_lse = mla.prefill(
         *(x.cpu() for x in (q, k, v)), cu_q, cu_k, softmax_scale=0.2, fp8=True, return_lse=True

@@ -19,11 +19,12 @@ def amax_kernel(
     rows,
     stride_row,
     stride_head,
+    PER_HEAD: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
-    """out[block, head]: largest finite magnitude of BLOCK_ROWS rows of a head."""
+    """out[head], or out[0]: at least the largest finite magnitude of BLOCK_ROWS rows of a head."""
     head = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     col = tl.arange(0, BLOCK_WIDTH)
@@ -31,7 +32,7 @@ def amax_kernel(
     at = row.to(tl.int64)[:, None] * stride_row + head * stride_head + col[None, :]
     size = tl.abs(tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32))
     size = tl.where(size < float("inf"), size, 0.0)
-    tl.store(out_ptr + tl.program_id(1) * tl.num_programs(0) + head, tl.max(tl.max(size, 1), 0))
+    tl.atomic_max(out_ptr + head * PER_HEAD, tl.max(tl.max(size, 1), 0), sem="relaxed")
 
 
 @jit
@@ -75,9 +76,9 @@ def quantise_kernel(
 
 
 @jit
-def interleaved(n):
-    """Where key n lies among transposed values: of every 16 keys, pairs 0, 4, 1, 5, 2, 6, 3, 7."""
-    return n // 16 * 16 + n % 8 // 2 * 4 + n % 16 // 8 * 2 + n % 2
+def interleaved(place):
+    """Which key lies at a place among transposed values: of every 16 keys, pairs 0, 4, 1, 5, 2, 6, 3, 7."""
+    return place // 16 * 16 + place % 4 // 2 * 8 + place % 16 // 4 * 2 + place % 2
 
 
 @jit
@@ -101,11 +102,13 @@ def transpose_values_kernel(
     """Make keys the contiguous dimension, each request's from ``value_indptr`` on, zeros behind its end."""
     b = tl.program_id(2)
     head = tl.program_id(0).to(tl.int64)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    start = tl.program_id(1) * BLOCK_N
     first = tl.load(kv_indptr + b)
     length = tl.load(kv_indptr + b + 1) - first
-    if tl.program_id(1) * BLOCK_N >= length:
+    if start >= length:
         return
+    # Rows are read in the order in which they are stored, so that stores are contiguous.
+    n = start + interleaved(tl.arange(0, BLOCK_N))
     col = tl.arange(0, BLOCK_WIDTH)
     inside = (n < length)[:, None] & (col < WIDTH)[None, :]
     at = (first + n).to(tl.int64)[:, None] * stride_row + head * stride_head + col[None, :]
@@ -116,7 +119,7 @@ def transpose_values_kernel(
     else:
         ZERO: tl.constexpr = 0 if v_ptr.dtype.element_ty.is_int() else 0.0
         x = tl.load(v_ptr + at, mask=inside, other=ZERO)
-    place = tl.load(value_indptr + b) + interleaved(n)
+    place = tl.multiple_of(tl.load(value_indptr + b) + start, BLOCK_N) + tl.arange(0, BLOCK_N)
     at = head * stride_out_head + col.to(tl.int64)[:, None] * stride_out_dim + place[None, :]
     tl.store(out_ptr + at, tl.trans(x), mask=(col < WIDTH)[:, None])
 
@@ -129,23 +132,23 @@ class QuantiseTile:
     num_warps: int = 4
 
 
-def amax(x: Tensor, tile: QuantiseTile = QuantiseTile()) -> Tensor:
-    """(heads,) float32 largest finite magnitudes of (rows, heads, width)."""
+def amax(x: Tensor, out: Tensor, tile: QuantiseTile = QuantiseTile()) -> None:
+    """Raise ``out`` (heads,) or (1,) float32 to the largest finite magnitudes of (rows, heads, width)."""
     rows, heads, width = x.shape
-    blocks = max(cdiv(rows, tile.rows), 1)
-    out = torch.empty(blocks, heads, dtype=torch.float32, device=x.device)
-    amax_kernel[(heads, blocks)](
+    if rows == 0:
+        return
+    amax_kernel[(heads, cdiv(rows, tile.rows))](
         x,
         out,
         rows,
         x.stride(0),
         x.stride(1),
+        PER_HEAD=out.numel() > 1,
         WIDTH=width,
         BLOCK_WIDTH=next_power_of_2(width),
         BLOCK_ROWS=tile.rows,
         num_warps=tile.num_warps,
     )
-    return out.amax(0)
 
 
 def quantise(x: Tensor, scale: Tensor, out: Tensor, tile: QuantiseTile = QuantiseTile()) -> None:
@@ -183,9 +186,10 @@ def transpose_values(
 ) -> None:
     """``out`` (Hkv, Dv, padded keys) from v (total_k, Hkv, Dv), quantised by ``scale`` if v is no float8.
 
-    Request b's keys go to columns ``value_indptr[b]`` on, multiples of block_n; columns behind its last
-    key, up to the next multiple, become zero. Within every 16 columns keys are in the order 0, 1, 8, 9,
-    2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15, which :func:`.mla_prefill.interleave` gives the weights too.
+    Request b's keys go to columns ``value_indptr[b]`` on, multiples of block_n, itself one of 16; columns
+    behind its last key, up to the next multiple, become zero. Within every 16 columns keys are in the order
+    0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15, which :func:`.mla_prefill.interleave` gives the
+    weights too.
     """
     native = device_of(v.device).converts_float8
     _, heads, width = v.shape
