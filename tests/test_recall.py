@@ -119,11 +119,29 @@ def test_mods_aliased_tensors_and_derived_ones_are_not_remembered() -> None:
     both = torch.randn(2, 5, 2, 8)
     assert found(**dense(k=both, v=both)) == 0
     recall.forget()
-    cache = torch.randn(2, 5, 2, 8)
-    headway.flash_attn_with_kvcache(
-        torch.randn(2, 1, 2, 8), cache, cache.clone(), cache_seqlens=3, backend="reference"
+    pages = torch.randn(4, 5, 2, 8)
+    headway.flash_attn_varlen_func(
+        torch.randn(2, 1, 2, 8),
+        pages,
+        pages.clone(),
+        cu_seqlens_k=torch.tensor([0, 3, 7], dtype=torch.int32),
+        page_table=torch.tensor([[0, 1], [2, 3]], dtype=torch.int32),
+        backend="reference",
     )
     assert not recall._CALLS
+
+
+def test_one_length_for_all_is_a_number_that_may_change() -> None:
+    q, cache = torch.randn(2, 1, 2, 8), torch.randn(2, 5, 2, 8)
+    for length in (3, 5, 1):
+        arguments: dict[str, Any] = {"q": q, "k_cache": cache, "v_cache": cache.clone()}
+        arguments["backend"] = "reference"
+        out = headway.flash_attn_with_kvcache(**arguments, cache_seqlens=length)
+        lengths = torch.full((2,), length, dtype=torch.int32)
+        torch.testing.assert_close(
+            out, headway.flash_attn_with_kvcache(**arguments, cache_seqlens=lengths)
+        )
+    assert len(recall._CALLS) == 1
 
 
 def test_a_wrong_call_is_wrong_every_time() -> None:

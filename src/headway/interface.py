@@ -277,6 +277,8 @@ def flash_attn_with_kvcache(
             mask_mod, aux_tensors, return_lse, out, ver, backend,
         )
         # fmt: on
+    if isinstance(cache_seqlens, int):
+        cache_seqlens = _one_length(cache_seqlens, q, cu_seqlens_q)
     return _solve(_KVCACHE, locals())
 
 
@@ -451,6 +453,14 @@ def _solve(entry: _Entry, arguments: dict[str, Any]) -> Tensor | tuple[Tensor, T
         entry.calls.remember(key, arguments, problem, run)
         out, lse = run(problem)
     return out if lse is None else (out, lse)
+
+
+def _one_length(length: int, q: Tensor, cu_seqlens_q: Tensor | None) -> int | Tensor | None:
+    """One length for all sequences as a tensor, so that calls which differ in it alone are alike."""
+    if not isinstance(q, Tensor) or q.dim() < 3:
+        return length  # refused for that
+    batch_size = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+    return lengths_as_tensor("cache_seqlens", length, batch_size, q.device)
 
 
 def _merges_here(part: Tensor) -> bool:
