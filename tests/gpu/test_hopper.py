@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import headway
-from headway import providers
+from headway import dispatch, providers
+from headway.kernels.hopper import decode, decode_plan, direct, forward
 from tests import calls
 from tests.calls import Call, assert_matches
 from tests.gpu.captured import Planned, assert_decode_replays, captured
@@ -260,6 +261,74 @@ def test_the_same_call_gives_the_same_bits() -> None:
         first, second = call.run("hopper", DEVICE), call.run("hopper", DEVICE)
         assert torch.equal(first.out, second.out)
         assert_matches(first, call.run("reference"), call)
+
+
+def _own_calls() -> list[Call]:
+    """One for each kernel: prefill and its order of tiles, pieces and their merge, planning and decode."""
+    torch.manual_seed(0)
+    ragged: dict[str, Any] = {
+        "cu_seqlens_q": torch.tensor([0, 70, 200], dtype=torch.int32),
+        "cu_seqlens_k": torch.tensor([0, 90, 400], dtype=torch.int32),
+        "max_seqlen_q": 130,
+        "max_seqlen_k": 310,
+        "causal": True,
+    }
+    for name, rows, heads in (("q", 200, 8), ("k", 400, 2), ("v", 400, 2)):
+        ragged[name] = torch.randn(rows, heads, 128).bfloat16()
+    return [
+        Call("varlen", ragged, "ragged"),
+        long_decode((3000,), 16, 100),
+        long_decode((1500, 7, 0, 640), 16),
+        long_decode((1500, 7, 640), 1),
+    ]
+
+
+def test_triton_starts_them_if_its_launcher_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    directly = [call.run("hopper", DEVICE) for call in _own_calls()]
+    _forget_kernels()
+    monkeypatch.setattr(direct, "_c_function", lambda kernel: None)
+    try:
+        for call, wanted in zip(_own_calls(), directly, strict=True):
+            got = call.run("hopper", DEVICE)
+            assert torch.equal(got.out, wanted.out), call.label
+            assert_matches(got, call.run("reference"), call)
+    finally:
+        _forget_kernels()
+
+
+def _forget_kernels() -> None:
+    dispatch.forget()
+    forward._LAUNCHES.clear()
+    direct._STARTED.clear()
+    for cache in (decode._kernel_for, decode_plan._launches_for, decode_plan._planner):
+        cache.cache_clear()
+
+
+def test_small_tensors_at_odd_addresses_behind_aligned_ones() -> None:
+    def shifted(t: Tensor) -> Tensor:
+        flat = torch.empty(t.numel() + 1, dtype=t.dtype, device=DEVICE)
+        return flat[1:].view(t.shape).copy_(t)
+
+    torch.manual_seed(1)
+    q = torch.randn(3, 1, 8, 128, dtype=torch.bfloat16, device=DEVICE)
+    k, v = torch.randn(2, 200, 16, 2, 128, dtype=torch.bfloat16, device=DEVICE)
+    table = torch.randperm(200, device=DEVICE)[:150].view(3, 50).int()
+    lengths = torch.tensor([800, 17, 300], dtype=torch.int32, device=DEVICE)
+    sinks = torch.randn(8, device=DEVICE)
+
+    def run(turn: Any) -> Any:
+        arguments = {
+            "cache_seqlens": turn(lengths),
+            "page_table": turn(table),
+            "sinks": turn(sinks),
+        }
+        return headway.flash_attn_with_kvcache(
+            q, k, v, **arguments, causal=True, return_lse=True, backend="hopper"
+        )
+
+    for _ in range(2):
+        for got, wanted in zip(run(shifted), run(torch.clone), strict=True):
+            assert torch.equal(got, wanted)
 
 
 def test_it_is_what_hopper_chooses() -> None:
