@@ -23,6 +23,7 @@ import typer
 from torch import Tensor
 
 from headway.bench import report
+from headway.engine import parallel
 from headway.engine.config import EngineConfig
 from headway.engine.request import SamplingParams
 from headway.errors import InvalidInputError
@@ -219,6 +220,7 @@ def random_model(name: str, folder: Path, dtype: torch.dtype, device: torch.devi
             if parameter.dim() == 1:  # norms, biases and sinks are constants as initialised
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     model.save_pretrained(folder)
+    parallel.same(None)  # one process writes for all
     return loaded_model(folder, dtype, device, attention)
 
 
@@ -304,13 +306,15 @@ def run(
     device: torch.device,
     max_tokens: int,
     model_path: Path | None = None,
+    tensor_parallel_size: int = 1,
     told: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> list[dict[str, Any]]:
     """The rows of small models, or of the one at ``model_path`` under the first name."""
     rows = []
     ways = {label: SETTINGS[label] for label in settings}
     for name in models:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as own:
+            folder = parallel.same(own)
             if model_path is None:
                 judge = random_model(name, Path(folder), dtype, device)
             else:
@@ -324,10 +328,12 @@ def run(
                 kv_cache_tokens=4096,
                 max_model_len=512,
                 max_running_requests=16,
+                tensor_parallel_size=tensor_parallel_size,
             )
             for row in compare(name, config, judge, asked, wanted, ways):
                 rows.append(row)
                 told(row)
+            parallel.same(None)  # nobody reads the folder any more
     return rows
 
 
@@ -340,6 +346,9 @@ def command(
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     device: Annotated[str, typer.Option(help="Where both run.")] = "auto",
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 24,
+    tensor_parallel_size: Annotated[
+        int, typer.Option(help="Processes of torchrun that this is one of.")
+    ] = 1,
     output: Annotated[Path | None, typer.Option(help="Write the reading here.")] = None,
 ) -> None:
     """Compare the engine's greedy answers with transformers' own."""
@@ -354,6 +363,8 @@ def command(
     if model_path is None and not set(names) <= set(MODELS):
         raise InvalidInputError("models", models, ", ".join(MODELS))
 
+    place = parallel.join(tensor_parallel_size, choose_device(device))
+
     def told(row: dict[str, Any]) -> None:
         shown = {key: value for key, value in row.items() if key != "verdicts"}
         print(shown, flush=True)
@@ -362,14 +373,18 @@ def command(
         names,
         asked,
         dtype=getattr(torch, dtype),
-        device=choose_device(device),
+        device=place,
         max_tokens=max_tokens,
         model_path=model_path,
+        tensor_parallel_size=tensor_parallel_size,
         told=told,
     )
+    if parallel.rank() > 0:
+        return
     Console().print(report.table(rows, COLUMNS, "greedy answers beside transformers'"))
     if output is not None:
         held = {"dtype": dtype, "max_tokens": max_tokens, "near": NEAR}
+        held["tensor_parallel_size"] = tensor_parallel_size
         report.Reading("agreement", held, rows).save(output)
 
 

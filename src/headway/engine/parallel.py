@@ -77,6 +77,16 @@ def share(tokens: Tensor) -> Tensor:
     return tokens
 
 
+def same(value: Any) -> Any:
+    """The first process's value, on all of them, which wait for each other here."""
+    if not dist.is_initialized():
+        return value
+    held = [value]
+    dist.broadcast_object_list(held, 0)
+    dist.barrier()
+    return held[0]
+
+
 def command_group() -> Any:
     """For messages between hosts, whatever the devices talk through."""
     return dist.new_group(backend="gloo", timeout=_FOREVER)
