@@ -154,7 +154,7 @@ class LLM:
             max_model_len=self.max_model_len,
             chunked_prefill_size=config.chunked_prefill_size,
             max_running_requests=config.max_running_requests,
-            propose=self._propose if config.speculative == "ngram" else lambda sequence: (),
+            propose=self._propose if config.speculative == "ngram" else None,
             uniform_drafts=self._uniform_drafts(),
         )
         self._layers = layers

@@ -128,7 +128,7 @@ class Scheduler:
         max_model_len: int,
         chunked_prefill_size: int,
         max_running_requests: int,
-        propose: Propose = lambda sequence: (),
+        propose: Propose | None = None,
         uniform_drafts: int = 0,
     ) -> None:
         if pages_for(max_model_len, page_size) > cache.pool.num_pages:
@@ -211,6 +211,8 @@ class Scheduler:
 
     def _guesses(self) -> dict[Sequence, tuple[int, ...]]:
         """What decoding sequences may say next; as many guesses for each where they have to be alike."""
+        if self._propose is None:
+            return {}
         decoding = [sequence for sequence in self.running if sequence.is_decoding]
         guesses = {sequence: tuple(self._propose(sequence)) for sequence in decoding}
         if not self.uniform_drafts or not any(guesses.values()):
