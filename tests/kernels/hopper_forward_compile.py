@@ -99,8 +99,8 @@ def compile_forward(head_dim: int, head_dim_v: int, features: dict[str, Any]) ->
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
 
 
-def _loops(sass: str) -> list[list[str]]:
-    """Bodies of the innermost loops that multiply matrices twice: QK and PV."""
+def inner_loops(sass: str, product: str = "HGMMA", least: int = 12) -> list[list[str]]:
+    """Bodies of the innermost loops that multiply matrices twice: at least so many of an instruction."""
     lines = re.findall(r"^\s+/\*([0-9a-f]{4,5})\*/\s+([^;]*);", sass, flags=re.M)
     place = {int(address, 16): i for i, (address, _) in enumerate(lines)}
     spans = []
@@ -108,7 +108,7 @@ def _loops(sass: str) -> list[list[str]]:
         branch = re.search(r"\bBRA\b.*0x([0-9a-f]+)", text)
         if branch and (start := int(branch[1], 16)) < int(address, 16) and start in place:
             body = [t for _, t in lines[place[start] : i + 1]]
-            if sum("HGMMA" in t for t in body) >= 12:
+            if sum(product in t for t in body) >= least:
                 spans.append((place[start], i, body))
     return [
         body
@@ -117,7 +117,8 @@ def _loops(sass: str) -> list[list[str]]:
     ]
 
 
-def measure(kernel: Any) -> dict[str, Any]:
+def machine_code(kernel: Any) -> tuple[list[str], str]:
+    """(the compiler's warnings that wgmma is serialised, SASS) of a kernel."""
     with tempfile.TemporaryDirectory() as folder:
         ptx, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
         ptx.write_text(kernel.asm["ptx"])
@@ -125,8 +126,13 @@ def measure(kernel: Any) -> dict[str, Any]:
         log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
         command = [TOOLS / "cuobjdump", "--dump-sass", cubin]
         sass = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return sorted(set(re.findall(r"C75\d\d", log))), sass
+
+
+def measure(kernel: Any) -> dict[str, Any]:
+    serialised, sass = machine_code(kernel)
     loops = []
-    for body in _loops(sass):
+    for body in inner_loops(sass):
         waits = [i for i, t in enumerate(body) if "WARPGROUP.DEPBAR" in t]
         exponentials = [i for i, t in enumerate(body) if "MUFU.EX2" in t]
         loops.append(
@@ -139,7 +145,7 @@ def measure(kernel: Any) -> dict[str, Any]:
             }
         )
     return {
-        "serialised": sorted(set(re.findall(r"C75\d\d", log))),
+        "serialised": serialised,
         "shared_bytes": kernel.metadata.shared,
         "loops": sorted(loops, key=lambda loop: loop["instructions"]),
     }

@@ -48,6 +48,7 @@ def _cases() -> tuple[Case, ...]:
         case("prefill 128 full", prefill, 128, causal=False),
         case("prefill 192/128", prefill, 192, 128),
         case("prefill 256", prefill, 256),
+        case("mla prefill float8", portable.quantised_prefill, "hopper"),
         case("chunk 128 in pieces", decode, 128, page_size=64, seqlen_q=128, batch_size=1),
         case("chunk 128 page 17", decode, 128, page_size=17, seqlen_q=512, batch_size=1),
         case("decode 64", decode, 64),

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from headway.kernels.compile import Case
-from headway.mla import plan_prefill
-from headway.persistent import DeviceWork
+from headway.mla import TILE
+from headway.persistent import DeviceWork, plan_on_device
 from headway.problem import Mask
 from headway.serving.base import AttentionLayer
 
@@ -123,13 +123,13 @@ def persistent_prefill(dtype: torch.dtype, v_transposed: bool) -> None:
     )
 
 
-def quantised_prefill() -> None:
+def quantised_prefill(backend: str = "portable") -> None:
     """All kernels of ``headway.mla.prefill`` from bfloat16 inputs."""
     from headway import mla
 
     q, k, v = (_meta(n, 16, w) for n, w in ((3000, 192), (5000, 192), (5000, 128)))
     cu = _int32(3)
-    mla.prefill(q, k, v, cu, cu, fp8=True, plan=_work(16), return_lse=True)
+    mla.prefill(q, k, v, cu, cu, fp8=True, plan=_work(16), return_lse=True, backend=backend)
 
 
 def merged(dv: int, dtype: torch.dtype) -> None:
@@ -227,9 +227,16 @@ def gates(inner: int, activation: Activation, dtype: torch.dtype) -> None:
 
 
 def _work(num_heads: int) -> DeviceWork:
-    cu_q, cu_k = torch.tensor([0, 1000, 3000]), torch.tensor([0, 2000, 5000])
-    device = torch.device("meta")
-    return plan_prefill(cu_q, cu_k, num_heads_k=num_heads, device=device, num_cu=132)
+    """A plan with parts to merge, which plans for many tiles have not."""
+    return plan_on_device(
+        [0, 1000, 3000],
+        [0, 2000, 5000],
+        [2000, 3000],
+        torch.device("meta"),
+        num_heads_k=num_heads,
+        num_cu=132,
+        granularity=TILE,
+    )
 
 
 def _alibi(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any, aux: Any) -> Any:

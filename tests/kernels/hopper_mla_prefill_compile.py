@@ -1,0 +1,46 @@
+"""Compiles float8 MLA prefill for Hopper and prints what its machine code is like, as JSON. Needs no GPU.
+
+A program of its own because the tests run Triton's interpreter, which a process chooses once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+from headway.kernels.compile import stand_in
+from headway.kernels.portable.cases import quantised_prefill
+from tests.kernels.hopper_forward_compile import inner_loops, machine_code
+
+#: wgmma of an iteration: 192 / 32 for QK, 128 / 32 for PV.
+PRODUCTS = 10
+
+
+def measure() -> dict[str, Any]:
+    with stand_in("sm90") as launches:
+        quantised_prefill("hopper")
+    kernel = next(x.kernel for x in launches if x.name == "mla_prefill_kernel")
+    log, sass = machine_code(kernel)
+    loops = []
+    for body in inner_loops(sass, "QGMMA", PRODUCTS):
+        waits = [i for i, line in enumerate(body) if "WARPGROUP.DEPBAR" in line]
+        exponentials = [i for i, line in enumerate(body) if "MUFU.EX2" in line]
+        names = Counter(
+            line.split()[1 if line.startswith("@") else 0].split(".")[0] for line in body
+        )
+        if names["QGMMA"] > PRODUCTS:
+            continue  # a wait for a barrier, out of line, jumps back over more than a loop
+        loops.append(
+            {
+                "instructions": len(body),
+                "counts": names,
+                "softmax_beside_pv": len(waits) == 2
+                and all(waits[0] < i < waits[1] for i in exponentials),
+            }
+        )
+    return {"serialised": log, "shared_bytes": kernel.metadata.shared, "loops": loops}
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure()))
