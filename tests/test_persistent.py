@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from headway import mla, persistent
@@ -24,8 +24,8 @@ def test_all_recorded_plans_are_here():
     assert len(PLANS) == 79
 
 
-def planned(case):
-    return persistent.plan(
+def planned(case, plan=persistent.plan):
+    return plan(
         case["qo_indptr"],
         case["kv_indptr"],
         case["context_lens"],
@@ -161,11 +161,13 @@ def random_tensors(case, d=8, dv=4, seed=0):
     return q, k, v, pages
 
 
+@pytest.mark.parametrize("plan", [persistent.plan, persistent.plan_whole_tiles])
 @settings(max_examples=150, deadline=None)
-@given(batches())
-def test_execution_and_reduction_equal_dense_attention(case):
+@given(case=batches())
+def test_execution_and_reduction_equal_dense_attention(plan, case):
     """Every row of the output is written once, and no unwritten row of the partials is read."""
-    work = planned(case)
+    work = planned(case, plan)
+    assume(work is not None)
     q, k, v, pages = random_tensors(case)
     heads, rows = q.shape[1], max(work.partial_rows, 1)
     out, lse, partial_out, partial_lse = (
@@ -219,6 +221,47 @@ def test_work_is_dealt_out_evenly(case):
         first = [i for i in items if i.heads == (items[0].heads if items else 0)]
         loads.append(sum(-(-(i.kv_end - i.kv_start) // units) for i in first))
     assert max(loads) - min(loads) <= 1
+
+
+@pytest.mark.parametrize(
+    ("q_lens", "k_lens", "heads", "causal"),
+    [
+        ((16384,), (16384,), 16, True),
+        ((4096,) * 4, (4096,) * 4, 16, True),
+        ((1, 5000, 30, 700), (300, 5000, 9000, 700), 16, True),
+        ((2048,), (16384,), 16, False),
+    ],
+)
+def test_whole_tiles_are_dealt_out_evenly(q_lens, k_lens, heads, causal):
+    lists = [np.cumsum([0, *lens]) for lens in (q_lens, k_lens)]
+    work = persistent.plan_whole_tiles(
+        *lists,
+        k_lens,
+        num_heads_k=heads,
+        num_cu=132,
+        granularity=Granularity(1, 128, 128),
+        is_causal=causal,
+    )
+    items = work.work_info
+    units = -(-(items[:, 5] - items[:, 4]) // 128) * ((items[:, 7] >> 16) - (items[:, 7] & 0xFFFF))
+    worker = np.repeat(np.arange(132), np.diff(work.work_indptr))
+    load = np.bincount(worker, units, minlength=132)
+    assert load.max() <= 1.1 * load.mean()
+    assert work.partial_rows == 0
+
+
+def test_few_long_tiles_are_cut():
+    assert (
+        persistent.plan_whole_tiles(
+            [0, 128],
+            [0, 100_000],
+            [100_000],
+            num_heads_k=16,
+            num_cu=132,
+            granularity=Granularity(1, 128, 128),
+        )
+        is None
+    )
 
 
 # --- refusals -------------------------------------------------------------------------------------------
