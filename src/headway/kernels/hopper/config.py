@@ -42,6 +42,7 @@ class ForwardConfig:
     block_m: int = field(init=False, compare=False)
     block_n: int = field(init=False, compare=False)
     stages: int = field(init=False, compare=False)
+    stages_v: int = field(init=False, compare=False)
     q_slots: int = field(init=False, compare=False)
     piece: int = field(init=False, compare=False)
     pieces: int = field(init=False, compare=False)
@@ -55,9 +56,11 @@ class ForwardConfig:
     early_q: bool = field(init=False, compare=False)
     gathered: bool = field(init=False, compare=False)
     producer_warps: int = field(init=False, compare=False)
+    helpers: int = field(init=False, compare=False)
+    info_fields: int = field(init=False, compare=False)
     full_count: int = field(init=False, compare=False)
-    producer_registers: int = field(init=False, compare=False)
-    consumer_registers: int = field(init=False, compare=False)
+    worker_warps: list[int] = field(init=False, compare=False)
+    worker_registers: list[int] = field(init=False, compare=False)
     left_limit: bool = field(init=False, compare=False)
     q_view_shape: list[int] = field(init=False, compare=False)
     scores: Any = field(init=False, compare=False)
@@ -96,6 +99,7 @@ class ForwardConfig:
             "out_columns",
         ):
             set_(name, getattr(tile, name))
+        set_("stages_v", tile.stages_v or tile.stages)
         set_("warpgroups", tile.block_m // 64)
         set_("pieces", self.head_dim // tile.piece)
         set_("columns", self.head_dim // 64)
@@ -105,15 +109,22 @@ class ForwardConfig:
         set_("early_q", self.split or tile.out_columns > 0)
         set_("gathered", self.gathered_dims is not None)
         set_("producer_warps", 4 if self.gathered else 1)
+        boxes = tile.block_n // self.box_rows
+        # One warp asks for small boxes more slowly than the copy engine fetches them.
+        set_("helpers", 0 if self.gathered else {1: 0, 2: 1}.get(boxes, 3))
+        # See pipeline.publish: helpers need to know where the keys are, too.
+        set_("info_fields", 10 if self.helpers else 9)
         set_("full_count", 32 * self.producer_warps if self.gathered else 1)
-        # Page numbers in flight take the producer more registers than coordinates do, addresses still more.
-        producer = {2: 24, 3: 32}
-        if self.page_size:
-            few = tile.block_n // self.box_rows <= 2
-            producer = {2: 24, 3: 32} if few else {2: 40, 3: 56}
-            producer = {2: 64, 3: 80} if self.gathered else producer
-        set_("producer_registers", producer[self.warpgroups])
-        set_("consumer_registers", (512 - producer[self.warpgroups]) // self.warpgroups // 8 * 8)
+        # What the producer has too few of it spills beside the loads; consumers would spill in their loop.
+        producer = {2: 24, 3: 32} if boxes <= 2 * (self.helpers + 1) else {2: 40, 3: 56}
+        if self.gathered:
+            producer = {2: 32, 3: 80}
+        registers = producer[self.warpgroups]
+        consumer = (512 - registers) // self.warpgroups // 8 * 8
+        # Of the partitions but the first, which keeps the registers that the others leave.
+        loading = [self.producer_warps] if self.gathered else [1] * 4
+        set_("worker_warps", [4] * (self.warpgroups - 1) + loading)
+        set_("worker_registers", [consumer] * (self.warpgroups - 1) + [registers] * len(loading))
         set_("left_limit", self.has_left or self.has_chunk)
         set_("q_view_shape", [self.q_slots * self.warpgroups * self.columns, 64, 64])
         scores = _mma_layout(tile.block_n)

@@ -133,7 +133,8 @@ def _advance(
     buffers,
     held_q,
     slot,
-    event,
+    k_at,
+    v_at,
     block,
     carried,
     accumulator,
@@ -159,28 +160,33 @@ def _advance(
         )
         accumulator = _scaled(accumulator, factor, cfg)
     p = _as_operand(carried, cfg)
-    stage = pipeline.await_event(buffers, event, cfg)
     if MASKED and not cfg.exact_k:
-        pipeline.clear_tail(buffers, stage, rows.seqlen_k - block * cfg.block_n, cfg)
-    scores = pipeline.issue_qk(buffers, held_q, slot, stage, cfg)
-    product = warpgroup_mma(p, buffers.v.index(stage), accumulator, is_async=True)
+        pipeline.await_v(buffers, v_at, cfg)
+        pipeline.clear_tail(buffers, v_at.stage, rows.seqlen_k - block * cfg.block_n, cfg)
+    pipeline.await_k(buffers, k_at, cfg)
+    scores = pipeline.issue_qk(buffers, held_q, slot, k_at.stage, cfg)
+    if not (MASKED and not cfg.exact_k):
+        pipeline.await_v(buffers, v_at, cfg)
+    product = warpgroup_mma(p, buffers.v.index(v_at.stage), accumulator, is_async=True)
     if cfg.overlap:
         scores = warpgroup_mma_wait(1, deps=[scores])
-        pipeline.release_k(buffers, event, cfg)
+        pipeline.release_k(buffers, k_at)
         scores = _adjust(scores, rows, block - 1, MASKED, call, score_mod, mask_mod, aux, cfg)
         carried, row_max, row_sum, factor = softmax_block(
             scores, row_max, row_sum, scale_log2, MAY_BE_EMPTY
         )
         # Without the end of a basic block ptxas sinks the softmax below the wait for PV, which undoes the
-        # overlap. A wait for the next event would do, but hold this one's release up until that is there.
-        pipeline.await_again(buffers, event, cfg)
+        # overlap. A wait for the next block would do, but hold this one's release up until that is there.
+        pipeline.await_v_again(buffers, v_at)
         accumulator = warpgroup_mma_wait(0, deps=[product])
-        event = pipeline.release_v(buffers, event, cfg)
+        pipeline.release_v(buffers, v_at)
         accumulator = _scaled(accumulator, factor, cfg)
     else:
         carried, accumulator = warpgroup_mma_wait(0, deps=[scores, product])
-        event = pipeline.release_event(buffers, event, cfg)
-    return carried, accumulator, row_max, row_sum, event
+        pipeline.release_kv(buffers, k_at, v_at)
+    k_at = pipeline.ring_step(k_at, cfg.stages)
+    v_at = pipeline.ring_step(v_at, cfg.stages_v)
+    return carried, accumulator, row_max, row_sum, k_at, v_at
 
 
 @gluon.jit
@@ -198,13 +204,23 @@ def _release_previous(buffers, order, WARPGROUP: gl.constexpr, cfg: gl.constexpr
 
 
 @gluon.jit
+def mark(aux, order, WARPGROUP: gl.constexpr, K: gl.constexpr, cfg: gl.constexpr):
+    if cfg.trace:
+        if order < 24:
+            t = gl.inline_asm_elementwise(
+                "mov.u32 $0, %clock; // $1", "=r,r", [order], dtype=gl.int32, is_pure=False, pack=1
+            )
+            gl.store(aux + ((gl.program_id(0) * 2 + WARPGROUP) * 24 + order) * 16 + K, t)
+
+
+@gluon.jit
 def _attend(
     buffers,
     slot,
     order,
-    event,
-    blocks_of_tile,
-    skipped,
+    k_at,
+    v_at,
+    tile,
     rows,
     scale_log2,
     call,
@@ -214,16 +230,17 @@ def _attend(
     WARPGROUP: gl.constexpr,
     cfg: gl.constexpr,
 ):
-    """(unnormalised output, row maxima, row sums, event) of this warpgroup's rows of a tile."""
+    """(unnormalised output, row maxima, row sums, places of K and V) of this warpgroup's rows of a tile."""
     accumulator = gl.full([64, cfg.head_dim_v], 0.0, gl.float32, cfg.output)
     row_max = gl.full([64], float("-inf"), gl.float32, cfg.scores_row)
     row_sum = partial_sums(gl.full([64, cfg.block_n], 0.0, gl.float32, cfg.scores))
     blocks = rows.end - rows.begin
     if blocks > 0:
-        event = pipeline.skip_events(buffers, event, skipped, cfg)
+        k_at, v_at = pipeline.skip_blocks(buffers, k_at, v_at, tile.block_end - rows.end, cfg)
         held_q = pipeline.registers_of_q(buffers, slot, cfg)
         top = rows.end - 1
-        carried, event = pipeline.first_scores(buffers, held_q, slot, event, cfg)
+        carried = pipeline.first_scores(buffers, held_q, slot, k_at, cfg)
+        k_at = pipeline.ring_step(k_at, cfg.stages)
         _release_previous(buffers, order, WARPGROUP, cfg)
         last = blocks - 1
         if cfg.overlap:
@@ -243,20 +260,20 @@ def _attend(
             right = gl.minimum(gl.maximum(right, 1), last)
             left = gl.maximum(left, right)
         for i in range(right):
-            carried, accumulator, row_max, row_sum, event = _advance(
-                buffers, held_q, slot, event, top - i, carried, accumulator, row_max, row_sum,
-                scale_log2, rows, call, score_mod, mask_mod, aux, True, cfg,
+            carried, accumulator, row_max, row_sum, k_at, v_at = _advance(
+                buffers, held_q, slot, k_at, v_at, top - i, carried, accumulator, row_max,
+                row_sum, scale_log2, rows, call, score_mod, mask_mod, aux, True, cfg,
             )  # fmt: skip
         for i in range(right, left):
-            carried, accumulator, row_max, row_sum, event = _advance(
-                buffers, held_q, slot, event, top - i, carried, accumulator, row_max, row_sum,
-                scale_log2, rows, call, score_mod, mask_mod, aux, False, cfg,
+            carried, accumulator, row_max, row_sum, k_at, v_at = _advance(
+                buffers, held_q, slot, k_at, v_at, top - i, carried, accumulator, row_max,
+                row_sum, scale_log2, rows, call, score_mod, mask_mod, aux, False, cfg,
             )  # fmt: skip
         if cfg.left_limit:
             for i in range(left, last):
-                carried, accumulator, row_max, row_sum, event = _advance(
-                    buffers, held_q, slot, event, top - i, carried, accumulator, row_max, row_sum,
-                    scale_log2, rows, call, score_mod, mask_mod, aux, True, cfg,
+                carried, accumulator, row_max, row_sum, k_at, v_at = _advance(
+                    buffers, held_q, slot, k_at, v_at, top - i, carried, accumulator, row_max,
+                    row_sum, scale_log2, rows, call, score_mod, mask_mod, aux, True, cfg,
                 )  # fmt: skip
         if cfg.early_q:
             pipeline.release_q(buffers, slot)
@@ -271,19 +288,22 @@ def _attend(
             )
             accumulator = _scaled(accumulator, factor, cfg)
         p = _as_operand(carried, cfg)
-        stage = pipeline.await_event(buffers, event, cfg)
+        pipeline.await_v(buffers, v_at, cfg)
         if not cfg.exact_k:
-            pipeline.clear_tail(buffers, stage, rows.seqlen_k - rows.begin * cfg.block_n, cfg)
-        product = warpgroup_mma(p, buffers.v.index(stage), accumulator, is_async=True)
+            seen = rows.seqlen_k - rows.begin * cfg.block_n
+            pipeline.clear_tail(buffers, v_at.stage, seen, cfg)
+        product = warpgroup_mma(p, buffers.v.index(v_at.stage), accumulator, is_async=True)
         accumulator = warpgroup_mma_wait(0, deps=[product])
-        # The tile's last event stays: if the next tile has blocks, its first K is in it.
-        event = pipeline.skip_events(buffers, event, blocks_of_tile - skipped - blocks, cfg)
+        pipeline.release_v(buffers, v_at)
+        v_at = pipeline.ring_step(v_at, cfg.stages_v)
+        k_at, v_at = pipeline.skip_blocks(buffers, k_at, v_at, rows.begin - tile.block_begin, cfg)
     else:
-        event = pipeline.skip_events(buffers, event, blocks_of_tile, cfg)
+        count = tile.block_end - tile.block_begin
+        k_at, v_at = pipeline.skip_blocks(buffers, k_at, v_at, count, cfg)
         _release_previous(buffers, order, WARPGROUP, cfg)
         if cfg.early_q:
             pipeline.release_q(buffers, slot)
-    return accumulator, row_max, row_sum, event
+    return accumulator, row_max, row_sum, k_at, v_at
 
 
 @gluon.jit
@@ -466,22 +486,19 @@ def consume(
         scale_log2 = LOG2E
     else:
         scale_log2 = call.softmax_scale * LOG2E
-    event = gl.to_tensor(0)
+    k_at = pipeline.ring_start()
+    v_at = pipeline.ring_start()
     order = gl.to_tensor(0)
-    shared = gl.to_tensor(0)  # events held back for the next tile, whose first K is in the last V's
     slot, tile = pipeline.await_tile(buffers, order, WARPGROUP, cfg)
     while tile.batch >= 0:
         rows = _rows_of(tile, call, WARPGROUP, cfg)
-        empty = tile.block_begin == tile.block_end
-        event = pipeline.skip_events(buffers, event, gl.where(empty, shared, 0), cfg)
-        shared = gl.where(empty, 0, 1)
-        accumulator, row_max, row_sum, event = _attend(
+        accumulator, row_max, row_sum, k_at, v_at = _attend(
             buffers,
             slot,
             order,
-            event,
-            tile.block_end - tile.block_begin,
-            tile.block_end - rows.end,
+            k_at,
+            v_at,
+            tile,
             rows,
             scale_log2,
             call,

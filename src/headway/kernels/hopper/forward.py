@@ -1,7 +1,8 @@
 """Attention forward for Hopper: one persistent kernel for dense, ragged and paged keys.
 
-A CTA is one producer warp and two or three consumer warpgroups of 64 query rows each. The producer takes
-tiles off the schedule, fetches Q, K and V with TMA and tells the consumers what they work on; each consumer
+A CTA is one producer warp, helped by three more where keys come in small boxes, and two or three consumer
+warpgroups of 64 query rows each. The producer takes tiles off the schedule, fetches Q, K and V with TMA and
+tells the consumers what they work on; each consumer
 runs QK, softmax and PV over the blocks its rows see, from the last key to the first, and writes its rows.
 """
 
@@ -9,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,7 +24,7 @@ from headway.kernels.hopper.config import ForwardConfig, box_rows
 from headway.kernels.hopper.consumer import consume
 from headway.kernels.hopper.direct import Boxes, DirectLaunch
 from headway.kernels.hopper.merge import merge
-from headway.kernels.hopper.producer import produce
+from headway.kernels.hopper.producer import help_produce, produce
 from headway.kernels.hopper.schedule import max_tiles, order_tiles
 from headway.kernels.hopper.tiles import (
     MIN_BOX_ROWS,
@@ -132,81 +132,42 @@ def forward_kernel(
         softmax_scale,
         softcap,
     )
-    # Registers per thread of each partition; the first one keeps what the others leave.
-    if cfg.warpgroups == 3:
-        gl.warp_specialize(
-            [
-                (
-                    consume,
-                    (buffers, out_desc, out, lse, sinks, call, aux, score_mod, mask_mod, 0, cfg),
-                ),
-                (
-                    consume,
-                    (buffers, out_desc, out, lse, sinks, call, aux, score_mod, mask_mod, 1, cfg),
-                ),
-                (
-                    consume,
-                    (buffers, out_desc, out, lse, sinks, call, aux, score_mod, mask_mod, 2, cfg),
-                ),
-                (
-                    produce,
-                    (
-                        q_desc,
-                        k,
-                        v,
-                        cu_seqlens_q,
-                        cu_seqlens_k,
-                        seqused_q,
-                        seqused_k,
-                        leftpad_k,
-                        cache_batch_idx,
-                        page_table,
-                        key_strides,
-                        schedule,
-                        buffers,
-                        call,
-                        cfg,
-                    ),
-                ),
-            ],
-            [4, 4, cfg.producer_warps],
-            [cfg.consumer_registers, cfg.consumer_registers, cfg.producer_registers],
-        )
+    # fmt: off
+    if cfg.gathered:
+        gl.warp_specialize([
+            (consume, (buffers, out_desc, out, lse, sinks, call, aux, score_mod, mask_mod, 0, cfg)),
+            (consume, (buffers, out_desc, out, lse, sinks, call, aux, score_mod, mask_mod, 1, cfg)),
+            (produce, (
+                q_desc, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k,
+                cache_batch_idx, page_table, key_strides, schedule, buffers, call, cfg,
+            )),
+        ], cfg.worker_warps, cfg.worker_registers)
+    elif cfg.warpgroups == 2:
+        gl.warp_specialize([
+            (consume, (buffers, out_desc, out, lse, sinks, call, aux, score_mod, mask_mod, 0, cfg)),
+            (consume, (buffers, out_desc, out, lse, sinks, call, aux, score_mod, mask_mod, 1, cfg)),
+            (produce, (
+                q_desc, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k,
+                cache_batch_idx, page_table, key_strides, schedule, buffers, call, cfg,
+            )),
+            (help_produce, (k, v, page_table, buffers, call, 1, cfg)),
+            (help_produce, (k, v, page_table, buffers, call, 2, cfg)),
+            (help_produce, (k, v, page_table, buffers, call, 3, cfg)),
+        ], cfg.worker_warps, cfg.worker_registers)
     else:
-        gl.warp_specialize(
-            [
-                (
-                    consume,
-                    (buffers, out_desc, out, lse, sinks, call, aux, score_mod, mask_mod, 0, cfg),
-                ),
-                (
-                    consume,
-                    (buffers, out_desc, out, lse, sinks, call, aux, score_mod, mask_mod, 1, cfg),
-                ),
-                (
-                    produce,
-                    (
-                        q_desc,
-                        k,
-                        v,
-                        cu_seqlens_q,
-                        cu_seqlens_k,
-                        seqused_q,
-                        seqused_k,
-                        leftpad_k,
-                        cache_batch_idx,
-                        page_table,
-                        key_strides,
-                        schedule,
-                        buffers,
-                        call,
-                        cfg,
-                    ),
-                ),
-            ],
-            [4, cfg.producer_warps],
-            [cfg.consumer_registers, cfg.producer_registers],
-        )
+        gl.warp_specialize([
+            (consume, (buffers, out_desc, out, lse, sinks, call, aux, score_mod, mask_mod, 0, cfg)),
+            (consume, (buffers, out_desc, out, lse, sinks, call, aux, score_mod, mask_mod, 1, cfg)),
+            (consume, (buffers, out_desc, out, lse, sinks, call, aux, score_mod, mask_mod, 2, cfg)),
+            (produce, (
+                q_desc, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k,
+                cache_batch_idx, page_table, key_strides, schedule, buffers, call, cfg,
+            )),
+            (help_produce, (k, v, page_table, buffers, call, 1, cfg)),
+            (help_produce, (k, v, page_table, buffers, call, 2, cfg)),
+            (help_produce, (k, v, page_table, buffers, call, 3, cfg)),
+        ], cfg.worker_warps, cfg.worker_registers)
+    # fmt: on
 
 
 # ---- launcher ----------------------------------------------------------------------------------------
@@ -426,12 +387,17 @@ class Prepared:
             raise UnsupportedError(
                 "hopper forward: q, k, v and out need addresses at multiples of 16"
             )
-        addresses = [None if t is None else t.data_ptr() for t in pointers]
-        odd = functools.reduce(operator.or_, filter(None, addresses), 0) & 15
+        addresses, together = [], 0
+        for t in pointers:
+            at = None
+            if t is not None:
+                at = t.data_ptr()
+                together |= at
+            addresses.append(at)
         launch = self._aligned
-        if launch is None or odd:
+        if launch is None or together & 15:
             launch = self._compiled(q, k, v, out, pointers)
-            if not odd:
+            if not together & 15:
                 self._aligned = launch
         args = (
             *plan.q_boxes(launch, q_at),
@@ -619,7 +585,7 @@ def _config(
         raise UnsupportedError(
             f"hopper forward: head dims {head_dim}/{head_dim_v}; takes multiples of 8 up to 256"
         )
-    tile = tile or forward_tile(*padded, features["has_right"], max_seqlen_q)
+    tile = tile or forward_tile(*padded, features["has_right"], max_seqlen_q, page_size > 0)
     if has_mods:
         # Their arithmetic needs the registers that larger tiles and an overlapped PV would hold.
         tile = replace(tile, block_m=128, block_n=64, overlap=False, q_in_registers=0)

@@ -1,9 +1,8 @@
-"""What the producer warp and the consumer warpgroups of a CTA share, and how data moves through it.
+"""What the producers and the consumer warpgroups of a CTA share, and how data moves through it.
 
-The stream of K and V blocks is a ring of ``stages`` events, one stream through all tiles of a CTA. Event i
-carries K block i and V block i - 1, the two that one consumer iteration needs: one barrier to wait on and
-one to release per iteration. A tile's first K thus travels with the last V of the tile before it; before a
-tile without blocks that V travels alone.
+Blocks of K and blocks of V are two streams through all tiles of a CTA, each in a ring of stages of its own.
+They are asked for in the order in which consumers take them: the K of a block together with the V of the
+block before it, across tiles too, so that a tile's first K comes while the tile before it is still at work.
 """
 
 # Gluon reads the annotations of aggregates as classes: no postponed evaluation here.
@@ -21,9 +20,6 @@ from headway.kernels._triton import (
     warpgroup_mma_wait,
 )
 
-#: int32 facts about a tile that the producer publishes beside its Q; see TileInfo
-INFO_FIELDS: gl.constexpr = gl.constexpr(9)
-
 
 @aggregate
 class Buffers:
@@ -31,19 +27,20 @@ class Buffers:
 
     q: gl.shared_memory_descriptor  # (q_slots * warpgroups * pieces, 64, piece)
     k: gl.shared_memory_descriptor  # (stages * pieces, block_n, piece)
-    v: gl.shared_memory_descriptor  # (stages, block_n, head_dim_v)
+    v: gl.shared_memory_descriptor  # (stages_v, block_n, head_dim_v)
     out: (
         gl.shared_memory_descriptor
     )  # (warpgroups, 64, out_columns), if output has a buffer of its own
-    info: gl.shared_memory_descriptor  # (q_slots * INFO_FIELDS, 1) int32
+    info: gl.shared_memory_descriptor  # (q_slots * info_fields, 1) int32
     q_full: gl.shared_memory_descriptor  # (q_slots * warpgroups, 1)
     q_empty: gl.shared_memory_descriptor
-    kv_full: gl.shared_memory_descriptor  # (stages, 1)
-    k_empty: gl.shared_memory_descriptor  # (stages, 1), of K alone where it is handed back before V
-    v_empty: gl.shared_memory_descriptor
+    k_full: gl.shared_memory_descriptor  # (stages, 1)
+    v_full: gl.shared_memory_descriptor  # (stages_v, 1)
+    k_empty: gl.shared_memory_descriptor  # (stages, 1)
+    v_empty: gl.shared_memory_descriptor  # (stages_v, 1)
 
     @gluon.constexpr_function
-    def __init__(self, q, k, v, out, info, q_full, q_empty, kv_full, k_empty, v_empty):
+    def __init__(self, q, k, v, out, info, q_full, q_empty, k_full, v_full, k_empty, v_empty):
         self.q = q
         self.k = k
         self.v = v
@@ -51,9 +48,41 @@ class Buffers:
         self.info = info
         self.q_full = q_full
         self.q_empty = q_empty
-        self.kv_full = kv_full
+        self.k_full = k_full
+        self.v_full = v_full
         self.k_empty = k_empty
         self.v_empty = v_empty
+
+
+@aggregate
+class Ring:
+    """A place in a ring of stages: which stage, and the parity of the round it is in."""
+
+    stage: gl.tensor
+    phase: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, stage, phase):
+        self.stage = stage
+        self.phase = phase
+
+
+@gluon.jit
+def ring_start():
+    return Ring(gl.to_tensor(0), gl.to_tensor(0))
+
+
+@gluon.jit
+def ring_step(at, STAGES: gl.constexpr):
+    """The place after ``at``. Kept from block to block: made from a count, it would stand between each
+    block's wait and its first product."""
+    if STAGES == 1:
+        return Ring(at.stage, at.phase ^ 1)
+    elif STAGES == 2:
+        return Ring(at.stage ^ 1, at.phase ^ at.stage)
+    else:
+        last = at.stage == STAGES - 1
+        return Ring(gl.where(last, 0, at.stage + 1), at.phase ^ gl.where(last, 1, 0))
 
 
 @aggregate
@@ -174,21 +203,29 @@ def allocate(cfg: gl.constexpr):
         gl.allocate_shared_memory(
             cfg.dtype, [cfg.stages * cfg.pieces, cfg.block_n, cfg.piece], cfg.k_smem
         ),
-        gl.allocate_shared_memory(cfg.dtype, [cfg.stages, cfg.block_n, cfg.head_dim_v], cfg.v_smem),
+        gl.allocate_shared_memory(
+            cfg.dtype, [cfg.stages_v, cfg.block_n, cfg.head_dim_v], cfg.v_smem
+        ),
         out,
-        gl.allocate_shared_memory(gl.int32, [cfg.q_slots * INFO_FIELDS, 1], cfg.info_smem),
+        gl.allocate_shared_memory(gl.int32, [cfg.q_slots * cfg.info_fields, 1], cfg.info_smem),
         gl.allocate_shared_memory(gl.int64, [slots, 1], barrier),
         gl.allocate_shared_memory(gl.int64, [slots, 1], barrier),
         gl.allocate_shared_memory(gl.int64, [cfg.stages, 1], barrier),
+        gl.allocate_shared_memory(gl.int64, [cfg.stages_v, 1], barrier),
         gl.allocate_shared_memory(gl.int64, [cfg.stages, 1], barrier),
-        gl.allocate_shared_memory(gl.int64, [cfg.stages, 1], barrier),
+        gl.allocate_shared_memory(gl.int64, [cfg.stages_v, 1], barrier),
     )
     for i in gl.static_range(slots):
         mbarrier.init(buffers.q_full.index(i), count=1)
-        mbarrier.init(buffers.q_empty.index(i), count=1)
+        if i % cfg.warpgroups == 0:
+            mbarrier.init(buffers.q_empty.index(i), count=1 + cfg.helpers)
+        else:
+            mbarrier.init(buffers.q_empty.index(i), count=1)
     for i in gl.static_range(gl.constexpr(cfg.stages)):
-        mbarrier.init(buffers.kv_full.index(i), count=cfg.full_count)
+        mbarrier.init(buffers.k_full.index(i), count=cfg.full_count)
         mbarrier.init(buffers.k_empty.index(i), count=cfg.warpgroups)
+    for i in gl.static_range(gl.constexpr(cfg.stages_v)):
+        mbarrier.init(buffers.v_full.index(i), count=cfg.full_count)
         mbarrier.init(buffers.v_empty.index(i), count=cfg.warpgroups)
     fence_async_shared()
     return buffers
@@ -198,8 +235,9 @@ def allocate(cfg: gl.constexpr):
 
 
 @gluon.jit
-def publish(buffers, tile, order, cfg: gl.constexpr):
-    """Wait until slot ``order`` % q_slots is free in every warpgroup and describe the tile there."""
+def publish(buffers, tile, keys, order, cfg: gl.constexpr):
+    """Wait until slot ``order`` % q_slots is free in every warpgroup and describe the tile there; ``keys``
+    are its Source's."""
     slot = order % cfg.q_slots
     free = (order // cfg.q_slots) & 1 ^ 1
     for w in gl.static_range(gl.constexpr(cfg.warpgroups)):
@@ -214,17 +252,18 @@ def publish(buffers, tile, order, cfg: gl.constexpr):
         tile.block_begin,
         tile.block_end,
         tile.split,
+        keys,
     )
-    for field in gl.static_range(INFO_FIELDS):
+    for field in gl.static_range(gl.constexpr(cfg.info_fields)):
         fact = gl.full([1], 0, gl.int32, cfg.producer_scalar) + facts[field]
-        buffers.info.index(slot * INFO_FIELDS + field).store(fact)
+        buffers.info.index(slot * cfg.info_fields + field).store(fact)
     cta_barrier()
 
 
 @gluon.jit
-def load_q(q_desc, buffers, tile, order, cfg: gl.constexpr):
+def load_q(q_desc, buffers, tile, keys, order, cfg: gl.constexpr):
     """Each warpgroup's 64 rows of Q, behind its own barrier. Rows beyond the tensor arrive as zeros."""
-    publish(buffers, tile, order, cfg)
+    publish(buffers, tile, keys, order, cfg)
     view = buffers.q._reinterpret(cfg.dtype, cfg.q_view_shape, cfg.box_smem)
     batch = tile.batch
     if cfg.ragged_q:
@@ -248,70 +287,70 @@ def load_q(q_desc, buffers, tile, order, cfg: gl.constexpr):
 @gluon.jit
 def end_of_work(buffers, tile, order, cfg: gl.constexpr):
     """Publish a tile with batch < 0 and let the consumers see it."""
-    publish(buffers, tile, order, cfg)
+    publish(buffers, tile, order, order, cfg)
     for w in gl.static_range(gl.constexpr(cfg.warpgroups)):
         mbarrier.arrive(buffers.q_full.index(order % cfg.q_slots * cfg.warpgroups + w), count=1)
 
 
 @gluon.jit
-def await_free_k(buffers, event, cfg: gl.constexpr):
-    """Wait until the event's stage is free for K, and for V too unless those are handed back apart."""
-    stage = event % cfg.stages
-    if cfg.overlap:
-        mbarrier.wait(buffers.k_empty.index(stage), (event // cfg.stages) & 1 ^ 1)
-    else:
-        await_free_v(buffers, event, cfg)
-    return stage
+def await_free_k(buffers, at):
+    """Wait until the stage of K at ``at`` is free; its barrier for what arrives."""
+    mbarrier.wait(buffers.k_empty.index(at.stage), at.phase ^ 1)
+    return buffers.k_full.index(at.stage)
 
 
 @gluon.jit
-def await_free_v(buffers, event, cfg: gl.constexpr):
-    stage = event % cfg.stages
-    mbarrier.wait(buffers.v_empty.index(stage), (event // cfg.stages) & 1 ^ 1)
-
-
-@gluon.jit
-def begin_event(buffers, event, has_k, has_v, cfg: gl.constexpr):
-    """Wait for a stage that is free for K and announce the bytes that boxes bring; returns the stage."""
-    stage = await_free_k(buffers, event, cfg)
-    full = buffers.kv_full.index(stage)
-    k_bytes: gl.constexpr = cfg.block_n * cfg.head_dim * 2
-    v_bytes: gl.constexpr = cfg.block_n * cfg.head_dim_v * 2
-    mbarrier.expect(full, k_bytes + v_bytes, pred=has_k & has_v)
-    mbarrier.expect(full, k_bytes, pred=has_k & (has_v == 0))
-    mbarrier.expect(full, v_bytes, pred=has_v & (has_k == 0))
-    return stage
+def await_free_v(buffers, at):
+    mbarrier.wait(buffers.v_empty.index(at.stage), at.phase ^ 1)
+    return buffers.v_full.index(at.stage)
 
 
 @gluon.jit
 def load_block(
-    desc, smem, full, stage, pages, head, row, pred, COLUMNS: gl.constexpr, cfg: gl.constexpr
+    desc,
+    smem,
+    full,
+    stage,
+    pages,
+    head,
+    row,
+    PART: gl.constexpr,
+    STAGES: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    cfg: gl.constexpr,
 ):
     """One block of K or V in boxes of ``box_rows`` keys by 64 columns. ``pages`` holds the first
     coordinate of each box (page or batch entry); ``row`` is the first key's place in its page."""
     boxes: gl.constexpr = cfg.block_n // cfg.box_rows
-    view = smem._reinterpret(
-        cfg.dtype, [cfg.stages * COLUMNS * boxes, cfg.box_rows, 64], cfg.box_smem
-    )
-    for c in gl.static_range(COLUMNS):
-        for j in gl.static_range(boxes):
+    view = smem._reinterpret(cfg.dtype, [STAGES * COLUMNS * boxes, cfg.box_rows, 64], cfg.box_smem)
+    for i in gl.static_range(boxes // (cfg.helpers + 1)):
+        j = PART + i * (cfg.helpers + 1)
+        at_row = row + j * cfg.box_rows
+        if cfg.page_size > 0:
+            at_row = at_row % cfg.page_size
+        for c in gl.static_range(COLUMNS):
             box = view.index((stage * COLUMNS + c) * boxes + j)._reinterpret(
                 cfg.dtype, desc.block_shape, desc.layout
             )
-            at_row = row + j * cfg.box_rows
-            if cfg.page_size > 0:
-                at_row = at_row % cfg.page_size
-            tma_load(desc, [pages[j], head, at_row, c * 64], full, box, pred=pred)
+            tma_load(desc, [pages[i], head, at_row, c * 64], full, box)
 
 
 @gluon.jit
 def gather_rows(
-    base, offsets, inside, smem, stage, COLUMNS: gl.constexpr, REAL: gl.constexpr, cfg: gl.constexpr
+    base,
+    offsets,
+    inside,
+    smem,
+    stage,
+    STAGES: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    REAL: gl.constexpr,
+    cfg: gl.constexpr,
 ):
     """One block of K or V row by row: those at ``offsets`` (block_n,) from ``base``, of which REAL columns
     exist; zeros where not ``inside``. The copies of each thread arrive once at the stage's barrier, with
     :func:`arrive_gathered`."""
-    view = smem._reinterpret(cfg.dtype, [cfg.stages * COLUMNS, cfg.block_n, 64], cfg.gather_smem)
+    view = smem._reinterpret(cfg.dtype, [STAGES * COLUMNS, cfg.block_n, 64], cfg.gather_smem)
     column = gl.arange(0, 64, layout=gl.SliceLayout(0, cfg.gather_layout))
     rows = base + gl.expand_dims(offsets, 1)
     for c in gl.static_range(COLUMNS):
@@ -324,90 +363,133 @@ def gather_rows(
 
 
 @gluon.jit
-def arrive_gathered(buffers, stage):
-    async_copy.mbarrier_arrive(buffers.kv_full.index(stage), increment_count=False)
+def arrive_gathered(full):
+    async_copy.mbarrier_arrive(full, increment_count=False)
+
+
+@gluon.jit
+def _fact(buffers, slot, FIELD: gl.constexpr, LAYOUT: gl.constexpr, cfg: gl.constexpr):
+    return gl.max(buffers.info.index(slot * cfg.info_fields + FIELD).load(LAYOUT), 0)
+
+
+@gluon.jit
+def await_keys(buffers, order, cfg: gl.constexpr):
+    """Wait for what the producer published of tile ``order``: (the tile as far as its keys need it, the
+    keys of its Source)."""
+    LAYOUT: gl.constexpr = cfg.producer_scalar
+    ring = order % cfg.q_slots
+    slot = ring * cfg.warpgroups
+    mbarrier.wait(buffers.q_full.index(slot), (order // cfg.q_slots) & 1)
+    zero = order * 0
+    tile = TileInfo(
+        _fact(buffers, ring, 0, LAYOUT, cfg),
+        _fact(buffers, ring, 1, LAYOUT, cfg),
+        zero,
+        zero,
+        zero,
+        _fact(buffers, ring, 5, LAYOUT, cfg),
+        _fact(buffers, ring, 6, LAYOUT, cfg),
+        _fact(buffers, ring, 7, LAYOUT, cfg),
+        zero,
+    )
+    keys = _fact(buffers, ring, 9, LAYOUT, cfg)
+    mbarrier.arrive(buffers.q_empty.index(slot), count=1)
+    return tile, keys
 
 
 # ---- consumers ---------------------------------------------------------------------------------------
 
 
 @gluon.jit
-def _fact(buffers, slot, FIELD: gl.constexpr, cfg: gl.constexpr):
-    return gl.max(buffers.info.index(slot * INFO_FIELDS + FIELD).load(cfg.consumer_scalar), 0)
-
-
-@gluon.jit
 def await_tile(buffers, order, WARPGROUP: gl.constexpr, cfg: gl.constexpr):
     """Wait for this warpgroup's Q of tile ``order`` of this CTA; (its slot, the tile)."""
+    LAYOUT: gl.constexpr = cfg.consumer_scalar
     ring = order % cfg.q_slots
     slot = ring * cfg.warpgroups + WARPGROUP
     mbarrier.wait(buffers.q_full.index(slot), (order // cfg.q_slots) & 1)
     split = gl.to_tensor(0)
     if cfg.split:
-        split = _fact(buffers, ring, 8, cfg)
+        split = _fact(buffers, ring, 8, LAYOUT, cfg)
     tile = TileInfo(
-        _fact(buffers, ring, 0, cfg),
-        _fact(buffers, ring, 1, cfg),
-        _fact(buffers, ring, 2, cfg),
-        _fact(buffers, ring, 3, cfg),
-        _fact(buffers, ring, 4, cfg),
-        _fact(buffers, ring, 5, cfg),
-        _fact(buffers, ring, 6, cfg),
-        _fact(buffers, ring, 7, cfg),
+        _fact(buffers, ring, 0, LAYOUT, cfg),
+        _fact(buffers, ring, 1, LAYOUT, cfg),
+        _fact(buffers, ring, 2, LAYOUT, cfg),
+        _fact(buffers, ring, 3, LAYOUT, cfg),
+        _fact(buffers, ring, 4, LAYOUT, cfg),
+        _fact(buffers, ring, 5, LAYOUT, cfg),
+        _fact(buffers, ring, 6, LAYOUT, cfg),
+        _fact(buffers, ring, 7, LAYOUT, cfg),
         split,
     )
     return slot, tile
 
 
 @gluon.jit
-def release_q(buffers, slot):
-    """Hand this warpgroup's Q buffer back for another tile."""
-    mbarrier.arrive(buffers.q_empty.index(slot), count=1)
+def _hand_back(barrier):
+    """Arrive once for the partition, when all its warps are here. Triton takes ``mbarrier.arrive`` for an
+    access to all of shared memory and synchronises the warps once more behind it; expecting no bytes is
+    the same arrival, and an access to the barrier alone."""
+    cta_barrier()
+    mbarrier.expect(barrier, 0)
 
 
 @gluon.jit
-def await_event(buffers, event, cfg: gl.constexpr):
-    stage = await_again(buffers, event, cfg)
+def release_q(buffers, slot):
+    """Hand this warpgroup's Q buffer back for another tile."""
+    _hand_back(buffers.q_empty.index(slot))
+
+
+@gluon.jit
+def await_k(buffers, at, cfg: gl.constexpr):
+    """Wait for the K block at ``at``."""
+    mbarrier.wait(buffers.k_full.index(at.stage), at.phase)
     if cfg.gathered:
         # Rows copied by threads; wgmma reads through another proxy.
         fence_async_shared()
-    return stage
 
 
 @gluon.jit
-def await_again(buffers, event, cfg: gl.constexpr):
-    """An event waited for before: no time passes, but the wait ends a basic block."""
-    stage = event % cfg.stages
-    mbarrier.wait(buffers.kv_full.index(stage), (event // cfg.stages) & 1)
-    return stage
+def await_v(buffers, at, cfg: gl.constexpr):
+    await_v_again(buffers, at)
+    if cfg.gathered:
+        fence_async_shared()
 
 
 @gluon.jit
-def release_k(buffers, event, cfg: gl.constexpr):
-    """Where QK is done long before PV, the next K need not wait for that."""
-    if cfg.overlap:
-        mbarrier.arrive(buffers.k_empty.index(event % cfg.stages), count=1)
+def await_v_again(buffers, at):
+    """A block waited for before: no time passes, but the wait ends a basic block."""
+    mbarrier.wait(buffers.v_full.index(at.stage), at.phase)
 
 
 @gluon.jit
-def release_v(buffers, event, cfg: gl.constexpr):
-    mbarrier.arrive(buffers.v_empty.index(event % cfg.stages), count=1)
-    return event + 1
+def release_kv(buffers, k_at, v_at):
+    """Both at once, for which the warps meet once."""
+    cta_barrier()
+    mbarrier.expect(buffers.k_empty.index(k_at.stage), 0)
+    mbarrier.expect(buffers.v_empty.index(v_at.stage), 0)
 
 
 @gluon.jit
-def release_event(buffers, event, cfg: gl.constexpr):
-    release_k(buffers, event, cfg)
-    return release_v(buffers, event, cfg)
+def release_k(buffers, at):
+    _hand_back(buffers.k_empty.index(at.stage))
 
 
 @gluon.jit
-def skip_events(buffers, event, count, cfg: gl.constexpr):
-    """Let ``count`` events pass that hold nothing this warpgroup's rows see."""
+def release_v(buffers, at):
+    _hand_back(buffers.v_empty.index(at.stage))
+
+
+@gluon.jit
+def skip_blocks(buffers, k_at, v_at, count, cfg: gl.constexpr):
+    """Let ``count`` blocks pass that hold nothing this warpgroup's rows see."""
     for _ in range(count):
-        await_event(buffers, event, cfg)
-        event = release_event(buffers, event, cfg)
-    return event
+        await_k(buffers, k_at, cfg)
+        release_k(buffers, k_at)
+        k_at = ring_step(k_at, cfg.stages)
+        await_v(buffers, v_at, cfg)
+        release_v(buffers, v_at)
+        v_at = ring_step(v_at, cfg.stages_v)
+    return k_at, v_at
 
 
 @gluon.jit
@@ -434,11 +516,12 @@ def issue_qk(buffers, held_q, slot, stage, cfg: gl.constexpr):
 
 
 @gluon.jit
-def first_scores(buffers, held_q, slot, event, cfg: gl.constexpr):
-    stage = await_event(buffers, event, cfg)
-    scores = issue_qk(buffers, held_q, slot, stage, cfg)
+def first_scores(buffers, held_q, slot, at, cfg: gl.constexpr):
+    await_k(buffers, at, cfg)
+    scores = issue_qk(buffers, held_q, slot, at.stage, cfg)
     scores = warpgroup_mma_wait(0, deps=[scores])
-    return scores, release_event(buffers, event, cfg)
+    release_k(buffers, at)
+    return scores
 
 
 @gluon.jit

@@ -1,7 +1,8 @@
-"""The producer warp of the forward kernel: takes tiles off the schedule and feeds the ring."""
+"""The producer warp of the forward kernel: takes tiles off the schedule and feeds the rings. Where keys
+come in small boxes, other warps help it."""
 
 # Gluon reads the annotations of aggregates as classes: no postponed evaluation here.
-from headway.kernels._triton import aggregate, gl, gluon
+from headway.kernels._triton import aggregate, gl, gluon, mbarrier
 from headway.kernels.hopper import pipeline
 from headway.kernels.hopper.masks import row_limits
 from headway.kernels.hopper.pipeline import TileInfo
@@ -169,16 +170,17 @@ def _fetch(
 
 
 @gluon.jit
-def _pages_of(page_table, keys, seqlen_k, block, cfg: gl.constexpr):
+def _pages_of(page_table, source, block, PART: gl.constexpr, cfg: gl.constexpr):
     """First coordinate of each box of a key block: its pages, or the batch entry it lies in. Boxes beyond
     the sequence take its last page: later entries of the table may hold anything."""
     pages = ()
-    for j in gl.static_range(gl.constexpr(cfg.block_n // cfg.box_rows)):
+    for i in gl.static_range(gl.constexpr(cfg.block_n // cfg.box_rows // (cfg.helpers + 1))):
         if cfg.page_size > 0:
-            key = gl.minimum(block * cfg.block_n + j * cfg.box_rows, seqlen_k - 1)
-            page = gl.load(page_table + keys + gl.maximum(key, 0) // cfg.page_size)
+            j = PART + i * (cfg.helpers + 1)
+            key = gl.minimum(block * cfg.block_n + j * cfg.box_rows, source.seqlen_k - 1)
+            page = gl.load(page_table + source.keys + gl.maximum(key, 0) // cfg.page_size)
         else:
-            page = keys
+            page = source.keys
         pages = pages + (page,)  # type: ignore[assignment]  # noqa: RUF005
     return pages
 
@@ -197,99 +199,125 @@ def _rows_at(page_table, stride_page, stride_row, source, block, cfg: gl.constex
 
 
 @gluon.jit
-def _push_rows(
-    k,
-    v,
-    key_strides,
-    page_table,
-    buffers,
-    event,
-    source,
-    block,
-    v_source,
-    v_block,
-    HAS_K: gl.constexpr,
-    cfg: gl.constexpr,
-):
+def _gather_k(k, key_strides, page_table, buffers, at, source, block, cfg: gl.constexpr):
     """Row by row: four warps. Rows beyond the sequence become zeros."""
-    k_page, k_row, k_head, v_page, v_row, v_head = key_strides
-    offsets, inside = _rows_at(page_table, k_page, k_row, source, block, cfg)
-    stage = pipeline.await_free_k(buffers, event, cfg)
-    if HAS_K:
-        pipeline.gather_rows(
-            k + source.head.to(gl.int64) * k_head, offsets, inside, buffers.k, stage,
-            cfg.columns, cfg.gathered_dims[0], cfg,
-        )  # fmt: skip
-    if cfg.overlap:
-        pipeline.await_free_v(buffers, event, cfg)
-    if v_block >= 0:
-        offsets, inside = _rows_at(page_table, v_page, v_row, v_source, v_block, cfg)
-        pipeline.gather_rows(
-            v + v_source.head.to(gl.int64) * v_head, offsets, inside, buffers.v, stage,
-            cfg.columns_v, cfg.gathered_dims[1], cfg,
-        )  # fmt: skip
-    pipeline.arrive_gathered(buffers, stage)
+    page, row, head, _, _, _ = key_strides
+    offsets, inside = _rows_at(page_table, page, row, source, block, cfg)
+    full = pipeline.await_free_k(buffers, at)
+    pipeline.gather_rows(
+        k + source.head.to(gl.int64) * head, offsets, inside, buffers.k, at.stage,
+        cfg.stages, cfg.columns, cfg.gathered_dims[0], cfg,
+    )  # fmt: skip
+    pipeline.arrive_gathered(full)
 
 
 @gluon.jit
-def _push(
-    k,
-    v,
-    key_strides,
-    page_table,
-    buffers,
-    event,
-    source,
-    block,
-    v_source,
-    v_block,
-    HAS_K: gl.constexpr,
-    cfg: gl.constexpr,
-):
-    """Event ``event``: a block of K, and V of the block before it, if there is one."""
-    if cfg.gathered:
-        _push_rows(
-            k, v, key_strides, page_table, buffers, event, source, block, v_source, v_block,
-            HAS_K, cfg,
-        )  # fmt: skip
-    else:
-        _push_boxes(k, v, page_table, buffers, event, source, block, v_source, v_block, HAS_K, cfg)
-    return event + 1
+def _gather_v(v, key_strides, page_table, buffers, at, source, block, cfg: gl.constexpr):
+    _, _, _, page, row, head = key_strides
+    offsets, inside = _rows_at(page_table, page, row, source, block, cfg)
+    full = pipeline.await_free_v(buffers, at)
+    pipeline.gather_rows(
+        v + source.head.to(gl.int64) * head, offsets, inside, buffers.v, at.stage,
+        cfg.stages_v, cfg.columns_v, cfg.gathered_dims[1], cfg,
+    )  # fmt: skip
+    pipeline.arrive_gathered(full)
 
 
 @gluon.jit
-def _push_boxes(
-    k_desc,
-    v_desc,
-    page_table,
-    buffers,
-    event,
-    source,
-    block,
-    v_source,
-    v_block,
-    HAS_K: gl.constexpr,
-    cfg: gl.constexpr,
-):
-    """In boxes: one warp, and the copy engine does the rest."""
-    # Page numbers are asked for before the wait for a stage, which hides their latency. Those of V were
-    # read for its K one event ago and come from L1; holding them meanwhile would spill.
-    pages = _pages_of(page_table, source.keys, source.seqlen_k, block, cfg)
-    has_v = v_block >= 0
-    stage = pipeline.begin_event(buffers, event, HAS_K, has_v, cfg)
-    full = buffers.kv_full.index(stage)
-    at = source.first_key + block * cfg.block_n
-    if HAS_K:
-        pipeline.load_block(
-            k_desc, buffers.k, full, stage, pages, source.head, at, True, cfg.columns, cfg
-        )
-    if cfg.overlap:
-        pipeline.await_free_v(buffers, event, cfg)
-    v_pages = _pages_of(page_table, v_source.keys, v_source.seqlen_k, v_block, cfg)
-    at = v_source.first_key + v_block * cfg.block_n
+def _load_k(k_desc, page_table, buffers, at, source, block, PART: gl.constexpr, cfg: gl.constexpr):
+    """A block of K in boxes: the copy engine does the rest. PART: which of the warps that ask for them."""
+    # Page numbers are asked for before the wait for a stage, which hides their latency.
+    pages = _pages_of(page_table, source, block, PART, cfg)
+    full = pipeline.await_free_k(buffers, at)
+    if PART == 0:
+        BYTES: gl.constexpr = cfg.block_n * cfg.head_dim * 2
+        mbarrier.expect(full, BYTES)
+    row = source.first_key + block * cfg.block_n
     pipeline.load_block(
-        v_desc, buffers.v, full, stage, v_pages, v_source.head, at, has_v, cfg.columns_v, cfg
+        k_desc,
+        buffers.k,
+        full,
+        at.stage,
+        pages,
+        source.head,
+        row,
+        PART,
+        cfg.stages,
+        cfg.columns,
+        cfg,
     )
+
+
+@gluon.jit
+def _load_v(v_desc, page_table, buffers, at, source, block, PART: gl.constexpr, cfg: gl.constexpr):
+    # Read for K one block ago: they come from L1, and holding them meanwhile would spill.
+    pages = _pages_of(page_table, source, block, PART, cfg)
+    full = pipeline.await_free_v(buffers, at)
+    if PART == 0:
+        BYTES: gl.constexpr = cfg.block_n * cfg.head_dim_v * 2
+        mbarrier.expect(full, BYTES)
+    row = source.first_key + block * cfg.block_n
+    pipeline.load_block(
+        v_desc,
+        buffers.v,
+        full,
+        at.stage,
+        pages,
+        source.head,
+        row,
+        PART,
+        cfg.stages_v,
+        cfg.columns_v,
+        cfg,
+    )
+
+
+@gluon.jit
+def _push_k(
+    k, key_strides, page_table, buffers, at, source, block, PART: gl.constexpr, cfg: gl.constexpr
+):
+    """A block of K into the stage at ``at``; the place after it."""
+    if cfg.gathered:
+        _gather_k(k, key_strides, page_table, buffers, at, source, block, cfg)
+    else:
+        _load_k(k, page_table, buffers, at, source, block, PART, cfg)
+    return pipeline.ring_step(at, cfg.stages)
+
+
+@gluon.jit
+def _push_v(
+    v, key_strides, page_table, buffers, at, source, block, PART: gl.constexpr, cfg: gl.constexpr
+):
+    """A block of V, if there is one: ``block`` < 0 stands for none."""
+    if block >= 0:
+        if cfg.gathered:
+            _gather_v(v, key_strides, page_table, buffers, at, source, block, cfg)
+        else:
+            _load_v(v, page_table, buffers, at, source, block, PART, cfg)
+        at = pipeline.ring_step(at, cfg.stages_v)
+    return at
+
+
+@gluon.jit
+def help_produce(k, v, page_table, buffers, call, PART: gl.constexpr, cfg: gl.constexpr):
+    """A warp beside the producer's: every (helpers + 1)th box of the keys of each tile it publishes."""
+    if cfg.helpers >= PART:
+        k_at = pipeline.ring_start()
+        v_at = pipeline.ring_start()
+        order = gl.to_tensor(0)
+        tile, keys = pipeline.await_keys(buffers, order, cfg)
+        while tile.batch >= 0:
+            source = Source(keys, tile.head // call.group, order * 0, tile.seqlen_k)
+            v_block = order * 0 - 1
+            block = tile.block_end - 1
+            for _ in range(tile.block_end - tile.block_begin):
+                k_at = _push_k(k, None, page_table, buffers, k_at, source, block, PART, cfg)
+                v_at = _push_v(v, None, page_table, buffers, v_at, source, v_block, PART, cfg)
+                v_block = block
+                block -= 1
+            v_at = _push_v(v, None, page_table, buffers, v_at, source, v_block, PART, cfg)
+            order += 1
+            tile, keys = pipeline.await_keys(buffers, order, cfg)
 
 
 @gluon.jit
@@ -319,7 +347,8 @@ def produce(
     if cfg.work_list:
         tiles_per_head = gl.load(schedule + HEADER - 1)
     num_tiles = tiles_per_head * call.scheduled_heads
-    event = gl.to_tensor(0)
+    k_at = pipeline.ring_start()
+    v_at = pipeline.ring_start()
     order = gl.to_tensor(0)
     index = gl.program_id(0)
     tile, source = _fetch(
@@ -342,27 +371,20 @@ def produce(
         first = tile.block_begin
         block = tile.block_end - 1
         if block >= first:
-            event = _push(
-                k, v, key_strides, page_table, buffers, event, source, block, v_source,
-                v_block, True, cfg,
-            )  # fmt: skip
+            k_at = _push_k(k, key_strides, page_table, buffers, k_at, source, block, 0, cfg)
+            v_at = _push_v(v, key_strides, page_table, buffers, v_at, v_source, v_block, 0, cfg)
             v_source = source
             v_block = block
         elif v_block >= 0:
-            # No K to travel with, and nothing behind this tile begins before the consumers have that V.
-            event = _push(
-                k, v, key_strides, page_table, buffers, event, v_source, zero, v_source,
-                v_block, False, cfg,
-            )  # fmt: skip
+            # Nothing behind this tile begins before the consumers have that V.
+            v_at = _push_v(v, key_strides, page_table, buffers, v_at, v_source, v_block, 0, cfg)
             v_block = zero - 1
-        pipeline.load_q(q_desc, buffers, tile, order, cfg)
+        pipeline.load_q(q_desc, buffers, tile, source.keys, order, cfg)
         order += 1
         for _ in range(first + 1, block):
             block -= 1
-            event = _push(
-                k, v, key_strides, page_table, buffers, event, source, block, v_source,
-                v_block, True, cfg,
-            )  # fmt: skip
+            k_at = _push_k(k, key_strides, page_table, buffers, k_at, source, block, 0, cfg)
+            v_at = _push_v(v, key_strides, page_table, buffers, v_at, source, v_block, 0, cfg)
             v_block = block
         # The next tile's first K travels with this one's last V. It is taken off the schedule no sooner
         # than needed for that: a CTA that reserves tiles early unbalances the rest.
@@ -384,17 +406,11 @@ def produce(
             cfg,
         )
         if block > first:
-            event = _push(
-                k, v, key_strides, page_table, buffers, event, source, first, v_source,
-                v_block, True, cfg,
-            )  # fmt: skip
+            k_at = _push_k(k, key_strides, page_table, buffers, k_at, source, first, 0, cfg)
+            v_at = _push_v(v, key_strides, page_table, buffers, v_at, source, v_block, 0, cfg)
             v_block = first
         source = coming
-    if v_block >= 0:
-        _push(
-            k, v, key_strides, page_table, buffers, event, v_source, zero, v_source,
-            v_block, False, cfg,
-        )  # fmt: skip
+    _push_v(v, key_strides, page_table, buffers, v_at, v_source, v_block, 0, cfg)
     end = TileInfo(zero - 1, zero, zero, zero, zero, zero, zero, zero, zero)
     pipeline.end_of_work(buffers, end, order, cfg)
     if cfg.dynamic:

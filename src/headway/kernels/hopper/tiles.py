@@ -20,7 +20,7 @@ class ForwardTile:
     """How one CTA works on one tile of query rows.
 
     Every 64 rows of ``block_m`` are a consumer warpgroup; K and V travel in blocks of ``block_n`` keys,
-    ``stages`` of them in flight; ``q_slots`` tiles of Q are resident, so with 2 the next one is
+    ``stages`` of each in flight; ``q_slots`` tiles of Q are resident, so with 2 the next one is
     prefetched. QK runs in pieces of ``piece`` elements of the head dim, of which ``q_in_registers``
     are kept in registers. ``overlap``: softmax runs beside the PV product of the previous block in the
     same warpgroup, and not only beside the other warpgroups' products. Output passes through Q's buffer, or
@@ -37,6 +37,7 @@ class ForwardTile:
     overlap: bool
     reading: str
     out_columns: int = 0
+    stages_v: int = 0  # of V, where they are not as many as K's
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,14 @@ class _Row:
     causal: bool | None
     max_seqlen_q: int | None
     tile: ForwardTile
+    paged: bool | None = None
 
 
 #: The first row that fits a call decides.
 FORWARD_TILES: tuple[_Row, ...] = (
-    _Row(64, 64, None, 2048, ForwardTile(128, 128, 3, 2, 64, 0, True, _READING)),
-    _Row(64, 64, None, None, ForwardTile(192, 128, 3, 2, 64, 0, False, _READING)),
+    _Row(64, 64, None, 2048, ForwardTile(128, 128, 4, 2, 64, 0, True, _READING)),
+    _Row(64, 64, None, None, ForwardTile(192, 128, 5, 2, 64, 0, False, _READING, 0, 4)),
+    _Row(128, 128, True, 4096, ForwardTile(128, 128, 2, 2, 128, 0, True, _READING, 0, 3), False),
     _Row(128, 128, None, None, ForwardTile(128, 128, 2, 2, 128, 0, True, _READING)),
     _Row(192, 128, None, None, ForwardTile(128, 128, 2, 1, 64, 0, True, _READING, 64)),
     _Row(256, 256, True, None, ForwardTile(128, 64, 2, 1, 256, 0, True, _READING, 128)),
@@ -67,12 +70,15 @@ def padded_dims(head_dim: int, head_dim_v: int) -> tuple[int, int] | None:
     return min((d for d in dims if d[0] >= head_dim and d[1] >= head_dim_v), key=sum, default=None)
 
 
-def forward_tile(head_dim: int, head_dim_v: int, causal: bool, max_seqlen_q: int) -> ForwardTile:
+def forward_tile(
+    head_dim: int, head_dim_v: int, causal: bool, max_seqlen_q: int, paged: bool = False
+) -> ForwardTile:
     """The tile for a call whose head dims, as padded, are in the table."""
     for row in FORWARD_TILES:
         if (
             (row.head_dim, row.head_dim_v) == (head_dim, head_dim_v)
             and row.causal in (None, causal)
+            and row.paged in (None, paged)
             and (row.max_seqlen_q is None or max_seqlen_q <= row.max_seqlen_q)
         ):
             return row.tile
