@@ -92,6 +92,17 @@ def _overhead(reading: Reading) -> str:
     return markdown(reading.results, columns)
 
 
+def _first_call(reading: Reading) -> str:
+    columns = (
+        Column("call", "first call of a process"),
+        Column("case", "case"),
+        Column("first_call_s", "nothing compiled before (s)", ".1f"),
+        Column("cached_s", "kernels in the cache (s)", ".1f"),
+        Column("again_ms", "the call after it (ms)", ".1f"),
+    )
+    return markdown(reading.results, columns)
+
+
 def _latent(reading: Reading) -> str:
     columns = (
         Column("case", "causal prefill, 192/128"),
@@ -129,6 +140,7 @@ TABLES: dict[str, tuple[str, Callable[[Reading], str]]] = {
     "decode": ("h200/hopper-decode.json", lambda r: _attention(r, "tbps", ".2f")),
     "decode-float8": ("h200/hopper-decode-float8.json", lambda r: _attention(r, "tbps", ".2f")),
     "overhead": ("h200/hopper-overhead.json", _overhead),
+    "first-call": ("h200/first-call.json", _first_call),
     "mla": ("h200/mla_prefill.json", _latent),
     "engine": ("h200/engine-throughput.json", _served),
 }
