@@ -21,6 +21,7 @@ from torch import Tensor
 import headway
 from headway import mla, quant
 from headway.bench import report
+from headway.bench.attention import TURN_MS
 from headway.errors import HeadwayError, InvalidInputError
 
 HEAD_DIM, HEAD_DIM_V = 192, 128
@@ -140,6 +141,8 @@ def participants(inputs: Inputs) -> dict[str, Callable[[], Any]]:
 
 def measure(case: Case, device: torch.device, rounds: int) -> list[dict[str, Any]]:
     """A row per participant: milliseconds (medians of interleaved turns), TFLOPS, relative error."""
+    from triton.testing import do_bench
+
     inputs = Inputs.of(case, device)
     want = inputs.exact()
     rows: dict[str, dict[str, Any]] = {}
@@ -156,7 +159,7 @@ def measure(case: Case, device: torch.device, rounds: int) -> list[dict[str, Any
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            times[name].append(_turn_ms(call))
+            times[name].append(do_bench(call, 10, TURN_MS, return_mode="median"))
     for name, taken in times.items():
         ms = statistics.median(taken)
         rows[name] |= {"ms": ms, "tflops": case.flops / ms * 1e-9}
@@ -165,16 +168,6 @@ def measure(case: Case, device: torch.device, rounds: int) -> list[dict[str, Any
         if own and "ms" in row:
             row["of_own_bfloat16"] = min(own) / row["ms"]
     return list(rows.values())
-
-
-def _turn_ms(call: Callable[[], Any], calls: int = 3) -> float:
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    for _ in range(calls):
-        call()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / calls
 
 
 COLUMNS = (

@@ -56,8 +56,6 @@ class PrefillConfig:
     group: int  # query heads of a KV head
     stages: int = 4
     q_slots: int = 2
-    tree: bool = True
-    early: bool = True
     producer_registers: int = 24
     # ------------------------------------------------------------------------------------------------
     block_m: int = field(init=False, compare=False)
@@ -487,26 +485,10 @@ def _issue_pv(operand, buffers, stage, cfg: gl.constexpr):
 
 
 @gluon.jit
-def _row_max(scores, cfg: gl.constexpr):
-    """Row maxima, as a tree: the compiler's own chain of 32 maxima leaves each waiting for the last."""
-    x = gl.reshape(scores, [64, 2, 2, 2, cfg.block_n // 64, 4, 2])
-    x = gl.max(x, 6)
-    x = gl.max(x, 4)
-    x = gl.max(x, 3)
-    x = gl.max(x, 2)
-    x = gl.max(x, 1)
-    return gl.convert_layout(gl.max(x, 1), cfg.scores_row, assert_trivial=True)
-
-
-@gluon.jit
-def _weigh(scores, row_max, row_sum, scale, MASKED: gl.constexpr, cfg: gl.constexpr):
+def _weigh(scores, row_max, row_sum, scale, MASKED: gl.constexpr):
     """(weights of a block, row maxima in log2, row sums as partial_sums makes them, factor for what was
     summed before). MASKED: rows may hold only -inf."""
-    if cfg.tree:
-        block_max = _row_max(scores, cfg)
-    else:
-        block_max = gl.max(scores, 1)
-    new_max = gl.maximum(row_max, block_max * scale)
+    new_max = gl.maximum(row_max, gl.max(scores, 1) * scale)
     shift = new_max
     if MASKED:
         shift = gl.where(new_max == float("-inf"), 0.0, new_max)
@@ -549,20 +531,17 @@ def _advance(
     p = _as_operand(words, cfg)
     stage = _await_full(buffers.k_full, event + 1, cfg.stages)
     scores = _issue_qk(buffers, operand, stage, cfg)
-    if cfg.early:
-        accumulator = _added(accumulator, before, product, cfg)
+    accumulator = _added(accumulator, before, product, cfg)
     stage = _await_full(buffers.v_full, event, cfg.stages)
     product = _issue_pv(p, buffers, stage, cfg)
     scores = warpgroup_mma_wait(1, deps=[scores])
     if MASKED:
         scores = mask_scores(scores, limit, limit, first_key, False)
-    weights, row_max, row_sum, coming = _weigh(scores, row_max, row_sum, scale, MASKED, cfg)
+    weights, row_max, row_sum, coming = _weigh(scores, row_max, row_sum, scale, MASKED)
     # The wait takes no time but ends a basic block: else ptxas sinks the softmax below the wait for PV.
     _await_full(buffers.v_full, event, cfg.stages)
     product = warpgroup_mma_wait(0, deps=[product])
     _release(buffers.empty, event, cfg.stages)
-    if not cfg.early:
-        accumulator = _added(accumulator, now, product, cfg)
     words = _packed(weights, cfg)
     return words, product, accumulator, (now, coming), row_max, row_sum, event + 1
 
@@ -596,7 +575,7 @@ def _attend(buffers, slot, event, tile, WARPGROUP: gl.constexpr, cfg: gl.constex
         scores = _issue_qk(buffers, operand, stage, cfg)
         scores = warpgroup_mma_wait(0, deps=[scores])
         scores = mask_scores(scores, limit, limit, first_key, False)
-        weights, row_max, row_sum, factor = _weigh(scores, row_max, row_sum, tile.scale, True, cfg)
+        weights, row_max, row_sum, factor = _weigh(scores, row_max, row_sum, tile.scale, True)
         words = _packed(weights, cfg)
         product = gl.full([64, 128], 0.0, gl.float32, cfg.output)
         factors = (factor, factor)
@@ -614,8 +593,7 @@ def _attend(buffers, slot, event, tile, WARPGROUP: gl.constexpr, cfg: gl.constex
             )  # fmt: skip
         _release(buffers.q_empty, slot, cfg.q_slots)
         before, now = factors
-        if cfg.early:
-            accumulator = _added(accumulator, before, product, cfg)
+        accumulator = _added(accumulator, before, product, cfg)
         stage = _await_full(buffers.v_full, event, cfg.stages)
         product = _issue_pv(_as_operand(words, cfg), buffers, stage, cfg)
         product = warpgroup_mma_wait(0, deps=[product])

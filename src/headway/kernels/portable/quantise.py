@@ -124,53 +124,78 @@ def transpose_values_kernel(
     tl.store(out_ptr + at, tl.trans(x), mask=(col < WIDTH)[:, None])
 
 
+#: Elements that a program takes of a tensor whose heads it need not tell apart, and of one head.
+FLAT, OF_A_HEAD = 8192, 16384
+
+
 @dataclass(frozen=True)
-class QuantiseTile:
-    """Rows that a program handles."""
+class _Grid:
+    """How programs share out (rows, heads, width)."""
 
-    rows: int = 64
-    num_warps: int = 4
+    rows: int
+    heads: int
+    width: int
+    block_rows: int
+
+    @property
+    def programs(self) -> tuple[int, int]:
+        return self.heads, cdiv(self.rows, self.block_rows)
+
+    @property
+    def constants(self) -> dict[str, int]:
+        block_width = next_power_of_2(self.width)
+        return {"WIDTH": self.width, "BLOCK_WIDTH": block_width, "BLOCK_ROWS": self.block_rows}
 
 
-def amax(x: Tensor, out: Tensor, tile: QuantiseTile = QuantiseTile()) -> None:
+def _shared_out(one_scale: bool, *tensors: Tensor) -> tuple[_Grid, tuple[Tensor, ...]]:
+    """A grid for tensors of one shape (rows, heads, width), and the tensors as it sees them.
+
+    With one scale for all heads, contiguous tensors are rows of a power of two: no lane is idle.
+    """
+    rows, heads, width = tensors[0].shape
+    even = heads * width & -(heads * width)
+    if one_scale and even >= 64 and all(x.is_contiguous() for x in tensors):
+        width = min(even, 1024)
+        tensors = tuple(x.view(-1, 1, width) for x in tensors)
+        return _Grid(tensors[0].shape[0], 1, width, FLAT // width), tensors
+    return _Grid(rows, heads, width, max(OF_A_HEAD // next_power_of_2(width), 1)), tensors
+
+
+def amax(x: Tensor, out: Tensor) -> None:
     """Raise ``out`` (heads,) or (1,) float32 to the largest finite magnitudes of (rows, heads, width)."""
-    rows, heads, width = x.shape
-    if rows == 0:
+    if x.shape[0] == 0:
         return
-    amax_kernel[(heads, cdiv(rows, tile.rows))](
+    grid, (x,) = _shared_out(out.numel() == 1, x)
+    amax_kernel[grid.programs](
         x,
         out,
-        rows,
+        grid.rows,
         x.stride(0),
         x.stride(1),
         PER_HEAD=out.numel() > 1,
-        WIDTH=width,
-        BLOCK_WIDTH=next_power_of_2(width),
-        BLOCK_ROWS=tile.rows,
-        num_warps=tile.num_warps,
+        **grid.constants,
+        num_warps=4,
     )
 
 
-def quantise(x: Tensor, scale: Tensor, out: Tensor, tile: QuantiseTile = QuantiseTile()) -> None:
+def quantise(x: Tensor, scale: Tensor, out: Tensor) -> None:
     """``out`` (rows, heads, width) float8 = x / scale; scale (heads,) or (1,) float32."""
-    rows, heads, width = x.shape
-    if rows == 0:
+    if x.shape[0] == 0:
         return
-    quantise_kernel[(heads, cdiv(rows, tile.rows))](
+    grid, (x, stored) = _shared_out(scale.numel() == 1, x, out)
+    quantise_kernel[grid.programs](
         x,
-        bits(out, device_of(x.device).converts_float8),
+        bits(stored, device_of(x.device).converts_float8),
         scale,
         torch.finfo(out.dtype).max,
-        rows,
+        grid.rows,
         x.stride(0),
         x.stride(1),
-        out.stride(0),
-        out.stride(1),
+        stored.stride(0),
+        stored.stride(1),
         scale.stride(0) if scale.numel() > 1 else 0,
-        WIDTH=width,
-        BLOCK_WIDTH=next_power_of_2(width),
-        BLOCK_ROWS=tile.rows,
-        num_warps=tile.num_warps,
+        **grid.constants,
+        num_warps=4,
     )
 
 
