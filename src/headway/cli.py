@@ -94,6 +94,7 @@ def serve(
     access_log: Annotated[bool, typer.Option(help="Log every HTTP request.")] = False,
 ) -> None:
     """Serve a model through an OpenAI-compatible HTTP API."""
+    from headway.engine.collector import settled
     from headway.server import run
     from headway.server.context import ServerSettings
 
@@ -111,7 +112,7 @@ def serve(
     def ready() -> None:
         _introduce(llm, names, f"http://{shown}:{port}/v1", api_key is not None)
 
-    with leader:
+    with leader, settled():
         run.serve(
             llm, settings, listener, drain_timeout=drain_timeout, access_log=access_log, ready=ready
         )
@@ -124,13 +125,15 @@ def _serve_together(config: EngineConfig) -> None:
     parallel.launch(config.tensor_parallel_size)
     if parallel.launched_rank() == 0:
         return
+    from headway.engine.collector import settled
     from headway.engine.lead import follow
 
     for number in (signal.SIGTERM, signal.SIGINT):  # the leader drains, and says when that was all
         signal.signal(number, signal.SIG_IGN)
     llm = _load(config)
     _warm_up(llm)
-    follow(llm)
+    with settled():
+        follow(llm)
     raise typer.Exit
 
 

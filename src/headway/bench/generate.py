@@ -24,6 +24,7 @@ from headway.bench import report
 from headway.bench.peers import Peer, Run, TransformersPeer, VllmPeer, export
 from headway.bench.serving import Sample, summarise
 from headway.engine import parallel
+from headway.engine.collector import settled
 from headway.engine.config import EngineConfig
 from headway.engine.request import SamplingParams
 from headway.errors import HeadwayError, InvalidInputError
@@ -240,6 +241,7 @@ def _run(
                 peer = _start(name, model, dtype, str(llm.device), vllm_python, llm.max_model_len)
                 stack.callback(peer.close)
                 engines.append(peer)
+        stack.enter_context(settled())
         vocab_size = llm.model_config.vocab_size
         rows = [
             row
