@@ -44,6 +44,12 @@ CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
         128,
         {"has_right": True, "dynamic": True, "page_size": 64, **RAGGED},
     ),
+    "d128 short causal": (128, 128, {"has_right": True, "dynamic": True, "max_seqlen_q": 1024}),
+    "d128 page 16 causal": (
+        128,
+        128,
+        {"has_right": True, "dynamic": True, "page_size": 16, **RAGGED},
+    ),
     "d64 short causal": (64, 64, {"has_right": True, "dynamic": True, "max_seqlen_q": 1024}),
     "d192/128 causal": (192, 128, {"has_right": True, "dynamic": True}),
     "d256 full": (256, 256, {}),
@@ -71,7 +77,8 @@ CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
 def compile_forward(head_dim: int, head_dim_v: int, features: dict[str, Any]) -> Any:
     features = dict(features)
     max_seqlen_q = features.pop("max_seqlen_q", 1 << 20)
-    tile = forward_tile(head_dim, head_dim_v, features.get("has_right", False), max_seqlen_q)
+    causal, paged = features.get("has_right", False), features.get("page_size", 0) > 0
+    tile = forward_tile(head_dim, head_dim_v, causal, max_seqlen_q, paged)
     cfg = ForwardConfig(gl.bfloat16, tile, head_dim, head_dim_v, **features)
     used = {"schedule"} if cfg.dynamic else set()
     used |= {"cu_seqlens_q", "cu_seqlens_k"} if cfg.ragged_q else set()
@@ -140,6 +147,7 @@ def measure(kernel: Any) -> dict[str, Any]:
                 "instructions": len(body),
                 "local_memory": sum("LDL" in t or "STL" in t for t in body),
                 "repacked": sum("PRMT" in t for t in body),
+                "barriers": sum("BAR.SYNC" in t for t in body),
                 "softmax_beside_pv": len(waits) > 1
                 and sum(waits[-2] < i < waits[-1] for i in exponentials) > len(exponentials) // 2,
             }

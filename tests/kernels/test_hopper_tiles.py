@@ -31,6 +31,16 @@ def test_head_dims_take_the_smallest_tile_that_holds_them(
     assert padded_dims(*given) == padded
 
 
+def test_short_causal_calls_keep_three_stages_of_v_unless_paged() -> None:
+    stages = {
+        (causal, rows, paged): forward_tile(128, 128, causal, rows, paged).stages_v
+        for causal in (False, True)
+        for rows in (4096, 4097)
+        for paged in (False, True)
+    }
+    assert [call for call, of_v in stages.items() if of_v == 3] == [(True, 4096, False)]
+
+
 def busy(heads: int, seqlen: int, block_m: int, section: int) -> float:
     """The share of the time that processors work on causal tiles, each taken by the first that is free."""
     longest_first = list(range(-(-seqlen // block_m), 0, -1))
