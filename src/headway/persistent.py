@@ -7,7 +7,7 @@ evenly to the compute units. A tile that falls to several of them is attended in
 partial buffers and are merged by :func:`reduce`.
 
 This file holds the planner and, in plain torch, what the lists mean. Kernels that execute them:
-``headway.kernels.portable.mla_prefill``.
+``mla_prefill`` of ``headway.kernels.portable`` and ``headway.kernels.hopper``.
 """
 
 from __future__ import annotations
