@@ -45,8 +45,8 @@ def measured(*names: str) -> dict[str, dict[str, Any]]:
 
 
 def check(name: str, kernel: dict[str, Any]) -> None:
-    """wgmma is not serialised, shared memory suffices, and the inner loop keeps to registers; the warps of a
-    warpgroup meet in it once for each time that they hand something back."""
+    """wgmma is not serialised, shared memory suffices, and the inner loop keeps to registers; a warpgroup's
+    warps meet in it once for each time that they hand something back."""
     assert kernel["serialised"] == [], name
     assert kernel["shared_bytes"] <= 227 * 1024, name
     inner = kernel["loops"][0]
