@@ -128,6 +128,8 @@ def test_chunks_of_a_prefix_merge_to_the_whole():
         ({"v": torch.zeros(117, 4, 128)}, "one dtype"),
         ({"q": torch.zeros(43, 4, 192).to(torch.float8_e4m3fn), "fp8": False}, "float8 inputs"),
         ({"fp8": False, "q_scale": torch.ones(1)}, "scales without float8"),
+        ({"softmax_scale": -0.1}, "positive number"),
+        ({"backend": "fa3"}, '"hopper" or "portable"'),
         ({"cu_seqlens_q": CU_K, "cu_seqlens_k": CU_Q}, "77 query tokens and 3 keys"),
     ],
 )

@@ -289,6 +289,8 @@ def prefill(
             backend=backend,
         )
     _check_backend(backend)
+    if scale <= 0:
+        raise InvalidInputError("softmax_scale", scale, "a positive number in float8")
     _check_prefill(q, k, v, plan, causal)
     if plan is None:
         plan = plan_prefill(
