@@ -204,6 +204,41 @@ def prompts(vocabulary: int, seed: int = 0) -> list[list[int]]:
     return [*own, [*shared, 1], [*shared, 2, 3], shared, shared, loop * 8, [*loop * 5, 7]]
 
 
+#: What a model that knows language is asked.
+QUESTIONS = (
+    "What is the capital of France?",
+    "Name three primary colours.",
+    "Why is the sky blue?",
+    "Write a haiku about the sea.",
+    "What is 12 times 12?",
+    "Who wrote Hamlet?",
+    "Explain gravity to a child.",
+    "What does a compiler do?",
+    "How many days are in a leap year?",
+    "Tell me a short joke.",
+    "Repeat after me: one two three, one two three, one two three.",
+    "What is the boiling point of water?",
+)
+
+
+def questions(path: Path) -> list[list[int]] | None:
+    """The questions as a model's own chats; None where it has no template for them."""
+    from transformers import AutoTokenizer
+
+    more = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
+    tokenizer: Any = AutoTokenizer.from_pretrained(path.parent if more else path, **more)
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    asked = []
+    for chat in chats:
+        encoded: Any = tokenizer.apply_chat_template(
+            chat, add_generation_prompt=True, return_dict=True
+        )
+        asked.append(list(encoded["input_ids"]))
+    return asked
+
+
 def random_model(name: str, folder: Path, dtype: torch.dtype, device: torch.device) -> Judge:
     """Save a small model, every parameter random; returns it as transformers runs it."""
     import transformers
@@ -319,7 +354,9 @@ def run(
                 judge = random_model(name, Path(folder), dtype, device)
             else:
                 judge = loaded_model(model_path, dtype, device)
-            asked = prompts(judge.model.config.get_text_config().vocab_size)
+            asked = None if model_path is None else questions(model_path)
+            if asked is None:
+                asked = prompts(judge.model.config.get_text_config().vocab_size)
             wanted = [judge.greedy(prompt, max_tokens) for prompt in asked]
             config = EngineConfig(
                 model=str(model_path or folder),
