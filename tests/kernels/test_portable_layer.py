@@ -14,6 +14,7 @@ from tests.kernels.portable_device import DEVICE, requires_device
 
 pytest.importorskip("triton")
 
+from headway.kernels.portable.argmax import argmax
 from headway.kernels.portable.gated import Activation, gated
 from headway.kernels.portable.norm import rms_norm
 from headway.kernels.portable.store import store_tokens, token_slots
@@ -120,3 +121,19 @@ def test_store(new: list[int], before: list[int], rotary_dim: int, norms: bool) 
     others[slots] = False
     assert not k_cache.flatten(0, 1)[others].any()
     assert not v_cache.flatten(0, 1)[others].any()
+
+
+@pytest.mark.parametrize("width", [7, 4096, 9001])
+def test_argmax(width: int) -> None:
+    """The first of the largest, as rounded logits often are alike; no number where a row has NaN."""
+    torch.manual_seed(2)
+    x = random(5, 2 * width)[:, :width].mul(4).round()
+    values, places = argmax(x)
+    wanted = x.float().amax(-1)
+    assert torch.equal(values, wanted)
+    assert torch.equal(places, (x.float() == wanted[:, None]).int().argmax(-1))
+    x[1, width // 2], x[2, width - 1], x[3] = float("nan"), float("inf"), float("-inf")
+    values, places = argmax(x)
+    assert torch.isfinite(values).tolist() == [True, False, False, False, True]
+    assert ((places >= 0) & (places < width)).all()
+    assert argmax(x[:0])[0].shape == (0,)
