@@ -132,7 +132,7 @@ def config(head_dim: int = 128, head_dim_v: int | None = None, **fields: Any) ->
 CONFIGS = {
     "dense": config(),
     "page 16": config(page_size=16),
-    "page 1, gathered": config(page_size=1, gathered=True),
+    "page 1, gathered": config(page_size=1),
     "four tokens": config(rows=16, page_size=64),
     "float16, window, chunk, left padding, soft cap": config(
         q_dtype=gl.float16,
@@ -145,7 +145,7 @@ CONFIGS = {
     "head_dim 64, group 8, four tokens": config(64, group=8, rows=32, page_size=16),
     "head_dim 192/128": config(192, 128, group=1, rows=1),
     "float8, page 16": config(kv_dtype=gl.float8e4nv, page_size=16),
-    "float8, page 1, gathered": config(kv_dtype=gl.float8e4nv, page_size=1, gathered=True),
+    "float8, page 1, gathered": config(kv_dtype=gl.float8e4nv, page_size=1),
     "float8, four tokens": config(kv_dtype=gl.float8e4nv, rows=16, page_size=16),
     "float8, head_dim 64": config(64, kv_dtype=gl.float8e4nv, page_size=64),
     "float8, head_dim 192/128": config(192, 128, kv_dtype=gl.float8e4nv),
@@ -154,10 +154,10 @@ CONFIGS = {
     "MLA, 16 heads": config(64, 512, group=16, rows=16, page_size=64, latent=True),
     "MLA, 64 heads": config(64, 512, group=64, rows=64, page_size=64, latent=True),
     "MLA, 64 heads, page 1, gathered": config(
-        64, 512, group=64, rows=64, page_size=1, gathered=True, latent=True
+        64, 512, group=64, rows=64, page_size=1, latent=True
     ),
     "head_dim 256": config(256),
-    "head_dim 256, page 1, gathered": config(256, page_size=1, gathered=True),
+    "head_dim 256, page 1, gathered": config(256, page_size=1),
 }
 
 
@@ -169,7 +169,9 @@ def compile_plan(every_tensor: bool) -> Any:
     numbers += ["window_left", "window_right", "chunk"]
     types = dict.fromkeys(tensors, "*i32") | dict.fromkeys(numbers, "i32")
     masks = dict.fromkeys(["has_left", "has_right", "has_chunk"], every_tensor)
-    cfg = PlanConfig(block_n=64, unit_cost=1, at_once=1024, workers=512, **masks)
+    cfg = PlanConfig(
+        block_n=64, unit_cost=1, at_once=1024, workers=512, merge_parts=16, **masks
+    )
     return compile_for_hopper(plan_kernel, types, {"cfg": cfg, "num_warps": 8}, num_warps=8)
 
 

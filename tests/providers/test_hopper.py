@@ -188,17 +188,12 @@ def latent(sq: int = 1, whole: bool = False, **more: Any) -> Call:
     [
         (cached(qv=normal(3, 1, 8, 64)), "head_dim=64/64 with qv: takes 8..64/264..512"),
         (latent(sq=17), "max_seqlen_q=17: takes up to 16 (in absorbed MLA)"),
-        (latent(mask_mod=lambda b, h, i, j: i >= j), "mask_mod: portable runs such calls"),
         (
             latent(whole=True, v_cache=normal(12, 16, 1, 512)),
             "values apart from the keys with head_dim 576/512: v must be the first columns of k",
         ),
         (
             float8(cached(sq=20), "k_cache", "v_cache"),
-            "dtype bfloat16 with float8_e4m3fn k / v: takes bfloat16, float16 (in prefill)",
-        ),
-        (
-            float8(cached(mask_mod=lambda b, h, i, j: i >= j), "k_cache", "v_cache"),
             "dtype bfloat16 with float8_e4m3fn k / v: takes bfloat16, float16 (in prefill)",
         ),
         (
@@ -231,10 +226,24 @@ def test_odd_pages_and_left_padding(kernels: None, sq: int) -> None:
         assert RAN[-1] == ("decode" if sq == 1 else "forward")
 
 
-def test_mods_are_prefill_however_few_the_queries(kernels: None) -> None:
-    call = cached(score_mod=_alibi)
-    assert_matches(call.run("hopper"), call.run("reference"), call)
-    assert RAN == ["forward"]
+def _tree(b: Any, h: Any, i: Any, j: Any) -> Any:
+    return (j < 20) | (i >= j) & ((i - j) % 3 != 1)
+
+
+@pytest.mark.parametrize("sq", [1, 4, 20])
+def test_mods_run_where_calls_without_them_do(kernels: None, sq: int) -> None:
+    for call in (cached(sq=sq, score_mod=_alibi), cached(sq=sq, causal=False, mask_mod=_tree)):
+        assert_matches(call.run("hopper"), call.run("reference"), call)
+    assert (["forward"] * 2 if sq == 20 else ["plan", "decode"] * 2) == RAN
+
+
+def test_mods_of_float8_and_latent_caches(kernels: None) -> None:
+    for call in (
+        float8(cached(mask_mod=_tree), "k_cache", "v_cache"),
+        latent(2, score_mod=_alibi, mask_mod=_tree),
+    ):
+        assert honoured.honoured_or_refused(call, "hopper")
+    assert RAN == ["plan", "decode"] * 2
 
 
 def test_steps_of_single_heads_do_not_count(kernels: None) -> None:

@@ -196,6 +196,9 @@ def decode(
     q_descale: Tensor | None = None,
     k_descale: Tensor | None = None,
     v_descale: Tensor | None = None,
+    score_mod: Any = None,
+    mask_mod: Any = None,
+    aux: Any = None,
 ) -> None:
     RAN.append("decode")
     assert_aligned(q, k, v, out)
@@ -234,11 +237,12 @@ def decode(
         KVLayout.DENSE if page_table is None else KVLayout.PAGED,
         {name: filled[name] for name in names}
         | {"max_seqlen_q": rows, "max_seqlen_k": filled["capacity"]},
-        Mask(False, window_left, window_right, chunk),
-        Scores(softmax_scale, softcap, sinks),
+        Mask(False, window_left, window_right, chunk, mask_mod),
+        Scores(softmax_scale, softcap, sinks, score_mod),
         page_table=page_table,
         qv=qv,
         descales=Descales(q_descale, k_descale, v_descale),
+        aux_tensors=aux or (),
     )
 
 

@@ -345,6 +345,16 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def kind_of(aux: Any) -> Hashable:
+    """What compiled code depends on in ``aux``: the types in its nest of tuples, and pointer alignment."""
+    if isinstance(aux, tuple):
+        return tuple(kind_of(x) for x in aux)
+    if isinstance(aux, Tensor):
+        return aux.dtype, aux.data_ptr() % 16 == 0
+    # Triton compiles for 1 and for multiples of 16 apart from other integers.
+    return (aux == 1, aux % 16 == 0, aux >= 2**31) if isinstance(aux, int) else type(aux)
+
+
 @functools.cache
 def _compiled(body: str, inputs: tuple[str, ...], language: Language) -> Any:
     """The jit function of a body. Its text stays in linecache: Triton reads it, tracebacks show it."""

@@ -52,7 +52,6 @@ Work = Literal["prefill", "decode", "absorbed MLA"]
 
 _FLOAT8 = torch.float8_e4m3fn
 _HALF = frozenset({(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16)})
-_MODS = frozenset({Feature.SCORE_MOD, Feature.MASK_MOD})
 
 _PREFILL = Capabilities(
     device_types=frozenset({"cuda"}),
@@ -66,7 +65,7 @@ _PREFILL = Capabilities(
 _DECODE = Capabilities(
     device_types=frozenset({"cuda"}),
     dtypes=_HALF | {(_FLOAT8, _FLOAT8), (torch.bfloat16, _FLOAT8), (torch.float16, _FLOAT8)},
-    features=ALL_FEATURES - _MODS - {Feature.QV},
+    features=ALL_FEATURES - {Feature.QV},
     head_dims=HeadDims(maximum=256, multiple_of=8),
     float8_head_dims=HeadDims(maximum=256, multiple_of=16),
     kv_layouts=frozenset({KVLayout.DENSE, KVLayout.PAGED}),
@@ -77,7 +76,7 @@ _WHOLE_ROWS = DimRange((576, 576), (512, 512))
 _LATENT = Capabilities(
     device_types=frozenset({"cuda"}),
     dtypes=_HALF,
-    features=ALL_FEATURES - _MODS - {Feature.DESCALE},
+    features=ALL_FEATURES - {Feature.DESCALE},
     head_dims=HeadDims(only=frozenset(), pairs=frozenset({(576, 512)})),
     qv_head_dims=DimRange((8, 64), (264, 512)),
     kv_layouts=frozenset({KVLayout.DENSE, KVLayout.PAGED}),
@@ -86,11 +85,7 @@ _LATENT = Capabilities(
     exclusions=(
         excludes(Trait.SEPARATE_VALUES, why="v must be the first columns of k", dims=_WHOLE_ROWS),
     ),
-    lacks={
-        Feature.DESCALE: "takes 16-bit caches",
-        Feature.SCORE_MOD: "portable runs such calls",
-        Feature.MASK_MOD: "portable runs such calls",
-    },
+    lacks={Feature.DESCALE: "takes 16-bit caches"},
 )
 
 _CAPABILITIES: dict[Work, Capabilities] = {
@@ -117,8 +112,6 @@ def work_of(problem: Problem) -> Work:
     if p.qv is not None or p.head_dim_v > 256:
         return "absorbed MLA"
     if p.kv_layout is KVLayout.RAGGED:
-        return "prefill"
-    if p.scores.score_mod is not None or p.mask.mask_mod is not None:
         return "prefill"
     rows = p.max_seqlen_q * (p.num_q_heads // p.num_kv_heads)
     return "decode" if p.max_seqlen_q <= 1 or rows <= DECODE_ROWS else "prefill"
@@ -584,6 +577,7 @@ class _Decode:
         rest = (lse, p.page_table, p.scores.sinks, qv, scales.q, scales.k, scales.v)
         prepared = self._prepared
         if prepared is None:
+            mods = _mods(p)
             prepared = self._prepared = _kernels().prepare_decode(
                 q,
                 k,
@@ -598,6 +592,9 @@ class _Decode:
                 window_right=_right(p),
                 chunk=p.mask.attention_chunk,
                 softcap=p.scores.softcap,
+                score_mod=None if mods is None else mods.score_mod,
+                mask_mod=None if mods is None else mods.mask_mod,
+                aux=None if mods is None else mods.aux,
             )
         prepared(plan, q, k, v, out, *rest)
 

@@ -9,8 +9,10 @@ finishes it last. Nothing waits for another worker.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import operator
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -24,12 +26,19 @@ from headway.kernels._triton import (
     gl,
     gluon,
 )
-from headway.kernels.hopper.decode_config import DecodeConfig, DecodeTile, tile_for
+from headway.kernels.hopper.decode_combine import CombineConfig, combine_kernel
+from headway.kernels.hopper.decode_config import (
+    DecodeConfig,
+    DecodeTile,
+    parts_to_combine,
+    tile_for,
+)
 from headway.kernels.hopper.decode_consumer import Call, Parts, consume
 from headway.kernels.hopper.decode_load import allocate, produce_boxes, produce_gathered
 from headway.kernels.hopper.decode_plan import DecodePlan, empty_plan
-from headway.kernels.hopper.decode_wide import consume_wide
+from headway.kernels.hopper.decode_wide import consume_wide, score_wide
 from headway.kernels.hopper.direct import Boxes, DirectLaunch, misaligned
+from headway.kernels.mods import kind_of
 
 _UNSPECIALISED = [
     "units",
@@ -118,6 +127,9 @@ def decode_kernel(
     window_left,
     window_right,
     chunk,
+    aux,
+    score_mod: gl.constexpr,
+    mask_mod: gl.constexpr,
     cfg: gl.constexpr,
     num_warps: gl.constexpr,
 ):
@@ -157,33 +169,30 @@ def decode_kernel(
     k_strides = stride_k_page, stride_k_row, stride_k_head
     v_strides = stride_v_page, stride_v_row, stride_v_head
     work = buffers, page_table, spans, works, units, stride_table
+    given = tensors, buffers, merging, call, aux
+    boxes = k_desc, v_desc, num_pages
+    rows = k_ptr, v_ptr, k_strides, v_strides
     # Partitions can only be named where they are started.
-    if cfg.wide and cfg.gathered:
+    if cfg.wide:
         gl.warp_specialize(
             [
-                (consume_wide, (tensors, buffers, merging, call, 0, cfg)),
-                (consume_wide, (tensors, buffers, merging, call, 1, cfg)),
-                (produce_gathered, (k_ptr, v_ptr, k_strides, v_strides, work, cfg)),
+                (_score_wide, (given, score_mod, mask_mod, cfg)),
+                (_consume_wide, (given, 0, cfg)),
+                (_consume_wide, (given, 1, cfg)),
+                (_produce, (boxes, rows, work, 0, cfg)),
             ],
             cfg.worker_warps,
             cfg.worker_registers,
         )
-    elif cfg.wide:
+    elif cfg.consumers == 2 and cfg.producers == 4:
         gl.warp_specialize(
             [
-                (consume_wide, (tensors, buffers, merging, call, 0, cfg)),
-                (consume_wide, (tensors, buffers, merging, call, 1, cfg)),
-                (produce_boxes, (k_desc, v_desc, num_pages, work, cfg)),
-            ],
-            cfg.worker_warps,
-            cfg.worker_registers,
-        )
-    elif cfg.consumers == 2 and cfg.gathered:
-        gl.warp_specialize(
-            [
-                (consume, (tensors, buffers, merging, call, 0, cfg)),
-                (consume, (tensors, buffers, merging, call, 1, cfg)),
-                (produce_gathered, (k_ptr, v_ptr, k_strides, v_strides, work, cfg)),
+                (_consume, (given, score_mod, mask_mod, 0, cfg)),
+                (_consume, (given, score_mod, mask_mod, 1, cfg)),
+                (_produce, (boxes, rows, work, 0, cfg)),
+                (_produce, (boxes, rows, work, 1, cfg)),
+                (_produce, (boxes, rows, work, 2, cfg)),
+                (_produce, (boxes, rows, work, 3, cfg)),
             ],
             cfg.worker_warps,
             cfg.worker_registers,
@@ -191,18 +200,21 @@ def decode_kernel(
     elif cfg.consumers == 2:
         gl.warp_specialize(
             [
-                (consume, (tensors, buffers, merging, call, 0, cfg)),
-                (consume, (tensors, buffers, merging, call, 1, cfg)),
-                (produce_boxes, (k_desc, v_desc, num_pages, work, cfg)),
+                (_consume, (given, score_mod, mask_mod, 0, cfg)),
+                (_consume, (given, score_mod, mask_mod, 1, cfg)),
+                (_produce, (boxes, rows, work, 0, cfg)),
             ],
             cfg.worker_warps,
             cfg.worker_registers,
         )
-    elif cfg.gathered:
+    elif cfg.producers == 4:
         gl.warp_specialize(
             [
-                (consume, (tensors, buffers, merging, call, 0, cfg)),
-                (produce_gathered, (k_ptr, v_ptr, k_strides, v_strides, work, cfg)),
+                (_consume, (given, score_mod, mask_mod, 0, cfg)),
+                (_produce, (boxes, rows, work, 0, cfg)),
+                (_produce, (boxes, rows, work, 1, cfg)),
+                (_produce, (boxes, rows, work, 2, cfg)),
+                (_produce, (boxes, rows, work, 3, cfg)),
             ],
             cfg.worker_warps,
             cfg.worker_registers,
@@ -210,15 +222,55 @@ def decode_kernel(
     else:
         gl.warp_specialize(
             [
-                (consume, (tensors, buffers, merging, call, 0, cfg)),
-                (produce_boxes, (k_desc, v_desc, num_pages, work, cfg)),
+                (_consume, (given, score_mod, mask_mod, 0, cfg)),
+                (_produce, (boxes, rows, work, 0, cfg)),
             ],
             cfg.worker_warps,
             cfg.worker_registers,
         )
 
 
+@gluon.jit
+def _consume(
+    given,
+    score_mod: gl.constexpr,
+    mask_mod: gl.constexpr,
+    half: gl.constexpr,
+    cfg: gl.constexpr,
+):
+    """A consumer's partition."""
+    tensors, buffers, parts, call, aux = given
+    consume(tensors, buffers, parts, call, score_mod, mask_mod, aux, half, cfg)
+
+
+@gluon.jit
+def _score_wide(given, score_mod: gl.constexpr, mask_mod: gl.constexpr, cfg: gl.constexpr):
+    tensors, buffers, _parts, call, aux = given
+    score_wide(tensors, buffers, call, score_mod, mask_mod, aux, cfg)
+
+
+@gluon.jit
+def _consume_wide(given, half: gl.constexpr, cfg: gl.constexpr):
+    tensors, buffers, parts, call, _aux = given
+    consume_wide(tensors, buffers, parts, call, half, cfg)
+
+
+@gluon.jit
+def _produce(boxes, rows, work, PRODUCER: gl.constexpr, cfg: gl.constexpr):
+    """A producer's partition."""
+    if cfg.gathered:
+        k_ptr, v_ptr, k_strides, v_strides = rows
+        produce_gathered(k_ptr, v_ptr, k_strides, v_strides, work, cfg)
+    else:
+        k_desc, v_desc, num_pages = boxes
+        produce_boxes(k_desc, v_desc, num_pages, work, PRODUCER, cfg)
+
+
 _NO_STRIDES = (0,) * 6
+#: Programs that combine parts, at most, unless there are more tiles.
+COMBINING_PROGRAMS = 2048
+#: Parts that such a program reads at once.
+FEW_PARTS, MANY_PARTS = 16, 64
 _GLUON_DTYPES = {
     torch.bfloat16: gl.bfloat16,
     torch.float16: gl.float16,
@@ -252,7 +304,10 @@ def make_plan(
     rows = max_seqlen_q * group
     m_tiles = cdiv(rows, 64)
     tile = tile or tile_for(head_dim, head_dim_v, itemsize, rows, page_size)
-    count = torch.cuda.get_device_properties(device).multi_processor_count
+    count = _multiprocessors(device) - sm_margin
+    workers = max(count * tile.per_multiprocessor // m_tiles, 1)
+    if workers >= batch_size * num_kv_heads * parts_to_combine(head_dim_v):
+        tile = dataclasses.replace(tile, combine=True)
     return empty_plan(
         tile=tile,
         batch_size=batch_size,
@@ -260,9 +315,14 @@ def make_plan(
         m_tiles=m_tiles,
         rows=min(rows, 64),
         head_dim_v=head_dim_v,
-        workers=max((count - sm_margin) * tile.per_multiprocessor // m_tiles, 1),
+        workers=workers,
         device=device,
     )
+
+
+@functools.lru_cache(maxsize=64)
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def decode(
@@ -309,6 +369,9 @@ def prepare(
     window_right: int | None = None,
     chunk: int = 0,
     softcap: float = 0.0,
+    score_mod: Any = None,
+    mask_mod: Any = None,
+    aux: Any = None,
 ) -> Prepared:
     """Attention of planned steps, to be called: all but where tensors lie is decided.
 
@@ -329,6 +392,7 @@ def prepare(
         sinks: (Hq,), any float dtype.
         qv: as q, with Dv; given, scores are scale · (q · k + qv · v), for 16-bit k and v.
         q_descale, k_descale, v_descale: (B, Hkv) float32 factors of float8 tensors, any strides.
+        score_mod, mask_mod, aux: Gluon functions and what they look into, from headway.kernels.mods.
 
     Raises:
         InvalidInputError: rows of q, k, v or out do not start at multiples of 16 bytes.
@@ -361,6 +425,9 @@ def prepare(
         q_descale is not None,
         k_descale is not None,
         v_descale is not None,
+        score_mod,
+        mask_mod,
+        kind_of(aux),
     )
     numbers = (
         plan.units,
@@ -378,20 +445,31 @@ def prepare(
         window_left or 0,
         window_right or 0,
         chunk or 1,
+        aux,
     )
-    return Prepared(kernel, q.device.index, k, v, numbers)
+    combine = None
+    if plan.tile.combine:
+        combine = _Combine(kernel.cfg, plan, rows, out, lse, v_descale)
+    return Prepared(kernel, q.device.index, k, v, numbers, combine)
 
 
 class Prepared:
     """Decode calls that differ in where their tensors lie, and in nothing else."""
 
     def __init__(
-        self, kernel: _Kernel, device_index: int, k: Tensor, v: Tensor, numbers: tuple[float, ...]
+        self,
+        kernel: _Kernel,
+        device_index: int,
+        k: Tensor,
+        v: Tensor,
+        numbers: tuple[Any, ...],
+        combine: _Combine | None,
     ) -> None:
         self._kernel = kernel
         self._device_index = device_index
         self._boxes = None if kernel.cfg.gathered else _boxes(k, v, kernel.cfg)
         self._numbers = numbers
+        self._combine = combine
         self._aligned: DirectLaunch | None = None  # for small tensors at multiples of 16 bytes
 
     def __call__(
@@ -444,22 +522,78 @@ class Prepared:
             *self._numbers,
             None,
             None,
+            None,
+            None,
         )
         launch(plan.grid, self._device_index, args)
+        if self._combine is not None:
+            self._combine(plan, self._device_index, out, lse, sinks, v_descale)
+
+
+class _Combine:
+    """What is started behind the decode kernel where units are cut into many parts."""
+
+    def __init__(
+        self,
+        cfg: DecodeConfig,
+        plan: DecodePlan,
+        rows: int,
+        out: Tensor,
+        lse: Tensor | None,
+        v_descale: Tensor | None,
+    ) -> None:
+        parts = plan.workers // (plan.batch_size * plan.units)
+        self._cfg = CombineConfig(
+            cfg.head_dim_v,
+            cfg.group,
+            cfg.m_tiles,
+            cfg.rows,
+            cfg.unit_cost,
+            merge_parts=MANY_PARTS if parts > FEW_PARTS else FEW_PARTS,
+        )
+        tiles = plan.batch_size * plan.units * plan.m_tiles
+        # Programs for rows, as many as keep a large device busy: few tiles have one for every row.
+        shares = min(max(COMBINING_PROGRAMS // (tiles * self._cfg.pieces), 1), cfg.rows)
+        self._grid = self._cfg.pieces * shares, tiles, 1
+        strides = (0, 0) if v_descale is None else v_descale.stride()
+        self._numbers = (plan.units, rows, *_row_strides(out), *_lse_strides(lse), *strides)
+        self._compiled: dict[tuple[bool, ...], DirectLaunch] = {}
+
+    def __call__(
+        self,
+        plan: DecodePlan,
+        device_index: int,
+        out: Tensor,
+        lse: Tensor | None,
+        sinks: Tensor | None,
+        v_descale: Tensor | None,
+    ) -> None:
+        tensors = out, lse, sinks, v_descale
+        addresses = [None if t is None else t.data_ptr() for t in tensors]
+        kind = tuple(at is None or at % 16 == 0 for at in addresses)
+        launch = self._compiled.get(kind)
+        if launch is None:
+            options: dict[str, Any] = {"num_warps": 4, "launch_pdl": True, "grid": (1,)}
+            given = (*tensors, *plan.combined, *self._numbers)
+            compiled = combine_kernel.warmup(*given, self._cfg, **options)
+            launch = self._compiled[kind] = DirectLaunch(compiled)
+        numbers = (*plan.combined_addresses, *self._numbers)
+        launch(self._grid, device_index, (*addresses, *numbers, None, None))
 
 
 class _Kernel:
     """A decode kernel of one configuration, compiled as it is needed for the alignment of its tensors."""
 
-    def __init__(self, cfg: DecodeConfig) -> None:
+    def __init__(self, cfg: DecodeConfig, score_mod: Any, mask_mod: Any) -> None:
         self.cfg = cfg
+        self._mods = score_mod, mask_mod
         self._compiled: dict[tuple[bool, ...], DirectLaunch] = {}
 
     def compiled(
         self,
         tensors: tuple[Tensor | None, ...],
         plan_tensors: tuple[Tensor, ...],
-        numbers: tuple[float, ...],
+        numbers: tuple[Any, ...],
     ) -> DirectLaunch:
         kind = tuple(t is None or t.data_ptr() % 16 == 0 for t in tensors)
         found = self._compiled.get(kind)
@@ -471,7 +605,7 @@ class _Kernel:
         self,
         tensors: tuple[Tensor | None, ...],
         plan_tensors: tuple[Tensor, ...],
-        numbers: tuple[float, ...],
+        numbers: tuple[Any, ...],
     ) -> DirectLaunch:
         cfg = self.cfg
         q, qv, k, v, out, *others = tensors
@@ -492,6 +626,7 @@ class _Kernel:
             *others,
             *plan_tensors,
             *numbers,
+            *self._mods,
             cfg,
             num_warps=4,
             maxnreg=cfg.maxnreg,
@@ -524,6 +659,9 @@ def _kernel_for(
     has_q_descale: bool,
     has_k_descale: bool,
     has_v_descale: bool,
+    score_mod: Any,
+    mask_mod: Any,
+    aux_kind: Hashable,
 ) -> _Kernel:
     """Compiled kernels by everything they depend on, dtypes and presence of every tensor included."""
     return _Kernel(
@@ -537,14 +675,15 @@ def _kernel_for(
             m_tiles=cdiv(rows, 64),
             rows=min(rows, 64),
             page_size=page_size,
-            gathered=page_size % 8 != 0,
             latent=has_qv,
             has_left=has_left,
             has_right=has_right,
             has_chunk=has_chunk,
             has_pad=has_pad,
             has_soft_cap=has_soft_cap,
-        )
+        ),
+        score_mod,
+        mask_mod,
     )
 
 

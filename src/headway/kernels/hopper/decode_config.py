@@ -18,7 +18,7 @@ CONSUMER_ROWS = 32
 #: Packed rows up to which latents are multiplied as keys by queries: beyond, packed rows are wgmma's.
 WIDE_ROWS = 16
 #: Column pieces in which latents arrive: scores begin with the first.
-LATENT_PIECES = 4
+LATENT_PIECES = 2
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class DecodeTile:
     k_width: int = 0  # columns of one shared-memory piece of K; 0: all of head_dim
     merge_parts: int = 16  # parts of a cut unit that are read at once
     unit_cost: int = 1  # what a unit costs besides its blocks, in blocks
+    gather: bool = False  # rows one by one, also where boxes would do
+    combine: bool = False  # units that were cut are merged by a kernel of its own
 
 
 #: Shared memory of a multiprocessor, of which one kibibyte per worker is the system's.
@@ -56,6 +58,10 @@ SHORT_BOX_TILES: dict[tuple[int, int, int], tuple[int, int]] = {
     (128, 128, 2): (64, 2),
 }
 LONG_BOX = 64
+#: Of those, the ones that come faster row by row.
+ROWS_FASTER = {(128, 128, 1)}
+#: Warps that share the boxes of a block where there are at least as many.
+PRODUCERS = 4
 
 #: The same for more than FEW_ROWS packed rows, whose scores take more registers.
 MANY_ROWS_TILES: dict[tuple[int, int, int], tuple[int, int]] = {
@@ -91,7 +97,6 @@ class DecodeConfig:
     m_tiles: int = 1  # tiles of 64 packed query rows per KV head, each a program's
     rows: int = 64  # packed rows of a tile that parts have room for
     page_size: int = 0  # 0: keys are not paged
-    gathered: bool = False  # rows come one by one instead of in boxes
     latent: bool = False  # values are keys as well, for queries of their own
     has_left: bool = False
     has_right: bool = False
@@ -99,6 +104,7 @@ class DecodeConfig:
     has_pad: bool = False
     has_soft_cap: bool = False
     # ------------------------------------------------------------------------------------------------
+    gathered: bool = field(init=False)  # rows come one by one instead of in boxes
     narrow: bool = field(init=False)  # float8 keys and values, multiplied as float16
     dtype: Any = field(init=False)  # of everything that is multiplied
     scaled: bool = field(init=False)  # queries are brought into float16's range
@@ -112,6 +118,7 @@ class DecodeConfig:
     block_n: int = field(init=False)
     stages: int = field(init=False)
     k_width: int = field(init=False)
+    producers: int = field(init=False)  # warps that ask for boxes
     pieces: int = field(init=False)
     v_width: int = field(init=False)
     box_rows: int = field(init=False)
@@ -164,6 +171,7 @@ class DecodeConfig:
         consumers, columns = (2, TILE_ROWS) if wide else consumers_of(self.rows)
         out_width = v_width // 2 if wide else v_width
         v_pieces = LATENT_PIECES if self.latent else 1
+        set_("gathered", self.page_size % 8 != 0 or (tile.gather and self.page_size > 0))
         set_("narrow", narrow)
         set_("dtype", dtype)
         set_("scaled", narrow and self.q_dtype == gl.bfloat16)
@@ -183,16 +191,25 @@ class DecodeConfig:
         set_("boxes", tile.block_n // rows)
         set_("k_bytes", tile.block_n * width * itemsize)
         set_("v_piece_bytes", tile.block_n * v_width // v_pieces * itemsize)
-        set_("full_count", 128 if self.gathered else 1)
+        many_boxes = not self.gathered and not self.latent and tile.block_n // rows >= PRODUCERS
+        producers = PRODUCERS if many_boxes else 1
+        set_("producers", producers)
+        set_("full_count", 128 if self.gathered else producers)
         # A page number per box, of this block and of the next; a gathering producer holds many addresses.
         registers = 80 if self.gathered else 32 if tile.block_n // rows <= 2 else 64
         producer_warps = 4 if self.gathered else 1
-        if consumers == 2:
-            set_("worker_warps", (4, producer_warps))
-            set_("worker_registers", (208, 80) if self.gathered else (232, 40))
+        if wide:
+            set_("maxnreg", 128)
+            set_("worker_warps", (4, 4, producer_warps))
+            set_("worker_registers", (160, 160, 80) if self.gathered else (168, 168, 40))
+        elif consumers == 2:
+            producer_registers = 80 if self.gathered else 40
+            set_("worker_warps", (4, *[producer_warps] * producers))
+            consumer_registers = 208 if self.gathered else 232
+            set_("worker_registers", (consumer_registers, *[producer_registers] * producers))
         else:
-            set_("worker_warps", (producer_warps,))
-            set_("worker_registers", (registers,))
+            set_("worker_warps", (producer_warps,) * producers)
+            set_("worker_registers", (registers,) * producers)
         set_("left_limit", self.has_left or self.has_chunk or self.has_pad)
         smem = gl.NVMMASharedLayout.get_default_for
         set_("q_smem", smem([columns, k_width], dtype))
@@ -214,7 +231,7 @@ class DecodeConfig:
         set_("row", gl.SliceLayout(0, product))
         set_("operand", gl.DotOperandLayout(0, product, 2))
         set_("q_rows", _rows_layout(k_width, 2))
-        wide_scores, wide_output = _wide_layout(tile.block_n), _wide_layout(out_width)
+        wide_scores, wide_output = _wide_layout(tile.block_n), _wide_layout(out_width, 128)
         set_("wide_scores", wide_scores)
         set_("wide_output", wide_output)
         set_("wide_row", gl.SliceLayout(1, wide_scores))
@@ -232,10 +249,10 @@ class DecodeConfig:
         set_("merged", gl.BlockedLayout([1, 1, 4], [1, 32 // lanes, lanes], [1, 4, 1], [2, 1, 0]))
 
 
-def _wide_layout(columns: int) -> Any:
+def _wide_layout(columns: int, most: int = 256) -> Any:
     """wgmma's output with packed rows as its 64 rows."""
     return gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, min(columns, 256), 16]
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, min(columns, most), 16]
     )
 
 
@@ -306,6 +323,7 @@ def padded_v(head_dim_v: int) -> int:
     return next(width for width in (64, 128, 256, 512) if head_dim_v <= width)
 
 
+@functools.lru_cache(maxsize=1024)
 def tile_for(
     head_dim: int, head_dim_v: int, itemsize: int = 2, rows: int = 1, page_size: int = 0
 ) -> DecodeTile:
@@ -319,7 +337,8 @@ def tile_for(
     width, v_width = padded(head_dim), padded_v(head_dim_v)
     kind = width, v_width, itemsize
     shape = DECODE_TILES.get(kind, (64, 1))
-    if page_size % LONG_BOX != 0:
+    short = page_size % LONG_BOX != 0
+    if short:
         shape = SHORT_BOX_TILES.get(kind, shape)
     if rows > FEW_ROWS:
         shape = MANY_ROWS_TILES.get(kind, shape)
@@ -332,7 +351,13 @@ def tile_for(
         per_multiprocessor=workers,
         k_width=64 if width == 192 else 0,
         merge_parts=min(2048 // v_width, 16),
+        gather=short and kind in ROWS_FASTER,
     )
+
+
+def parts_to_combine(head_dim_v: int) -> int:
+    """Parts per unit, on average, that a kernel of its own merges sooner than the last worker does."""
+    return 2 if padded_v(head_dim_v) == 512 else 64
 
 
 def _stages(block_n: int, width: int, v_width: int, itemsize: int, rows: int, workers: int) -> int:

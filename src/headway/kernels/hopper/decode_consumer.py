@@ -115,7 +115,7 @@ class Parts:
 
 
 @gluon.jit
-def _fetch_queries(
+def fetch_queries(
     ptr,
     strides,
     span,
@@ -146,10 +146,10 @@ def _fetch_queries(
 
 
 @gluon.jit
-def _fetch_piece(q_ptr, span, batch, head, first_row, piece, call, cfg: gl.constexpr):
+def fetch_piece(q_ptr, span, batch, head, first_row, piece, call, cfg: gl.constexpr):
     """A piece of the queries of keys."""
     strides = call.stride_q_batch, call.stride_q_row, call.stride_q_head
-    return _fetch_queries(
+    return fetch_queries(
         q_ptr,
         strides,
         span,
@@ -184,12 +184,12 @@ def load_queries(
     if cfg.scaled:
         largest = 0.0
         for piece in gl.static_range(gl.constexpr(cfg.pieces)):
-            queries = _fetch_piece(q_ptr, span, batch, head, first_row, piece, call, cfg)
+            queries = fetch_piece(q_ptr, span, batch, head, first_row, piece, call, cfg)
             largest = gl.maximum(largest, _largest(queries))
         # A power of two: float16 then holds all eight bits of a bfloat16 down to 2^-29 of the largest.
         factor = gl.where(largest > 0.0, gl.exp2(14.0 - gl.floor(gl.log2(largest))), 1.0)
     for piece in gl.static_range(gl.constexpr(cfg.pieces)):
-        queries = _fetch_piece(q_ptr, span, batch, head, first_row, piece, call, cfg)
+        queries = fetch_piece(q_ptr, span, batch, head, first_row, piece, call, cfg)
         if cfg.scaled:
             queries = queries.to(gl.float32) * factor
         if cfg.narrow:  # columns in the order of widened keys
@@ -199,7 +199,7 @@ def load_queries(
     if cfg.latent:
         strides = call.stride_qv_batch, call.stride_qv_row, call.stride_qv_head
         for piece in gl.static_range(gl.constexpr(cfg.v_pieces)):
-            queries = _fetch_queries(
+            queries = fetch_queries(
                 qv_ptr,
                 strides,
                 span,
@@ -271,7 +271,7 @@ def load_sinks(sinks, head, rows, call, cfg: gl.constexpr):
 
 
 @gluon.jit
-def _descale(descale, batch, head):
+def load_descale(descale, batch, head):
     """A float8 tensor's factor for a sequence and KV head; descale is (pointer or None, strides)."""
     pointer, stride_batch, stride_head = descale
     if pointer is None:
@@ -420,8 +420,52 @@ def latent_piece(stage, piece, step, buffers, cfg: gl.constexpr):
 
 
 @gluon.jit
+def _modify(
+    scores,
+    start,
+    batch,
+    heads,
+    positions,
+    span,
+    score_mod: gl.constexpr,
+    mask_mod: gl.constexpr,
+    aux,
+    cfg: gl.constexpr,
+):
+    """Scaled scores of a block, keys as rows, through the call's functions."""
+    keys = gl.arange(0, cfg.block_n, layout=gl.SliceLayout(1, cfg.product)) + (start - span.pad)
+    keys = gl.expand_dims(keys, 1)
+    q_idx = gl.expand_dims(positions, 0)
+    heads = gl.expand_dims(heads, 0)
+    if score_mod is not None:
+        scores = score_mod(scores, batch, heads, q_idx, keys, aux)
+    if mask_mod is not None:
+        visible = mask_mod(batch, heads, q_idx, keys, aux)
+        scores = gl.where(visible, scores, float("-inf"))
+    return scores
+
+
+@gluon.jit
 def _attend_block(
-    acc, row_max, row_sum, lo, hi, scale, start, step, half, buffers, span, call, cfg: gl.constexpr
+    acc,
+    row_max,
+    row_sum,
+    lo,
+    hi,
+    scale,
+    start,
+    step,
+    half,
+    buffers,
+    span,
+    batch,
+    heads,
+    positions,
+    call,
+    score_mod: gl.constexpr,
+    mask_mod: gl.constexpr,
+    aux,
+    cfg: gl.constexpr,
 ):
     """Take one block of keys and values in, and free its stage: returns (acc, row_max, row_sum)."""
     stage = step % cfg.stages
@@ -455,6 +499,13 @@ def _attend_block(
     if cfg.has_soft_cap:
         scores = soft_cap(scores, scale, call.softcap)
         scale_log2 = LOG2E
+    elif score_mod is not None:
+        scores *= scale
+        scale_log2 = LOG2E
+    if score_mod is not None or mask_mod is not None:
+        scores = _modify(
+            scores, start, batch, heads, positions, span, score_mod, mask_mod, aux, cfg
+        )
     if (start < span.full_lo) | (start + cfg.block_n > span.full_hi):
         scores = _mask(scores, lo, hi, start, cfg)
     p, row_max, row_sum, factor = _softmax_block(scores, row_max, row_sum, scale_log2, cfg)
@@ -514,7 +565,17 @@ def merge_unit(
 
 
 @gluon.jit
-def consume(tensors, buffers, parts, call, half: gl.constexpr, cfg: gl.constexpr):
+def consume(
+    tensors,
+    buffers,
+    parts,
+    call,
+    score_mod: gl.constexpr,
+    mask_mod: gl.constexpr,
+    aux,
+    half: gl.constexpr,
+    cfg: gl.constexpr,
+):
     """One warpgroup: attention of its half, or all, of the rows of this worker's blocks, by unit."""
     q_ptr, qv_ptr, out_ptr, lse_ptr, sinks, descales, spans, works, share_ptr = tensors
     q_descale, k_descale, v_descale = descales
@@ -537,10 +598,12 @@ def consume(tensors, buffers, parts, call, half: gl.constexpr, cfg: gl.constexpr
             q_ptr, qv_ptr, buffers, span, batch, unit, first_row, half, call, cfg
         )
         scale = call.scale * unscale
-        scale *= _descale(q_descale, batch, unit) * _descale(k_descale, batch, unit)
-        v_scale = _descale(v_descale, batch, unit)
+        scale *= load_descale(q_descale, batch, unit) * load_descale(k_descale, batch, unit)
+        v_scale = load_descale(v_descale, batch, unit)
         rows = first_row + gl.arange(0, cfg.columns, layout=cfg.row)
-        lo, hi = row_limits(span.position + rows // cfg.group, span.keys, call, cfg)
+        heads = unit * cfg.group + rows % cfg.group
+        positions = span.position + rows // cfg.group
+        lo, hi = row_limits(positions, span.keys, call, cfg)
         lo = gl.maximum(lo, 0) + span.pad
         hi += span.pad
         acc = gl.full([cfg.v_width, cfg.columns], 0.0, gl.float32, cfg.product)
@@ -561,7 +624,13 @@ def consume(tensors, buffers, parts, call, half: gl.constexpr, cfg: gl.constexpr
                 half,
                 buffers,
                 span,
+                batch,
+                heads,
+                positions,
                 call,
+                score_mod,
+                mask_mod,
+                aux,
                 cfg,
             )
             start += cfg.block_n
@@ -593,29 +662,30 @@ def consume(tensors, buffers, parts, call, half: gl.constexpr, cfg: gl.constexpr
                 gl.minimum(call.num_rows - tile_row, TILE_ROWS),
                 cfg,
             )
-            blocks_line = line - within + cost_of(span.blocks, cfg)
-            first_worker = blocks_line // share
-            workers = (blocks_line + span.blocks - 1) // share - first_worker + 1
-            arrivals = (batch * call.units + unit) * cfg.m_tiles + tile
-            if is_last(parts.arrivals + arrivals * cfg.consumers + half, workers):
-                merge_unit(
-                    out_ptr,
-                    lse_ptr,
-                    sinks,
-                    parts,
-                    (2 * first_worker + 1) * cfg.m_tiles + tile,
-                    workers,
-                    span,
-                    batch,
-                    unit,
-                    tile_row,
-                    half * cfg.columns,
-                    (half + 1) * cfg.columns,
-                    0,
-                    v_scale,
-                    call,
-                    cfg,
-                )
+            if not cfg.tile.combine:
+                blocks_line = line - within + cost_of(span.blocks, cfg)
+                first_worker = blocks_line // share
+                workers = (blocks_line + span.blocks - 1) // share - first_worker + 1
+                arrivals = (batch * call.units + unit) * cfg.m_tiles + tile
+                if is_last(parts.arrivals + arrivals * cfg.consumers + half, workers):
+                    merge_unit(
+                        out_ptr,
+                        lse_ptr,
+                        sinks,
+                        parts,
+                        (2 * first_worker + 1) * cfg.m_tiles + tile,
+                        workers,
+                        span,
+                        batch,
+                        unit,
+                        tile_row,
+                        half * cfg.columns,
+                        (half + 1) * cfg.columns,
+                        0,
+                        v_scale,
+                        call,
+                        cfg,
+                    )
         left -= take
         line += take
         within = 0

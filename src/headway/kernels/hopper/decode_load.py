@@ -30,9 +30,7 @@ class Buffers:
     v: gl.shared_memory_descriptor  # (stages, 1, 1, block_n, v_width)
     full: gl.shared_memory_descriptor  # (stages * v_pieces, 1)
     empty: gl.shared_memory_descriptor  # (stages, 1)
-    row_numbers: (
-        gl.shared_memory_descriptor
-    )  # (2, 64) float32, handed from one consumer to the other
+    row_numbers: gl.shared_memory_descriptor  # (2, 64) float32, of a block
     handed: gl.shared_memory_descriptor  # (1,): probabilities and row numbers are there
     taken: gl.shared_memory_descriptor  # (1,): they may be overwritten
 
@@ -75,13 +73,14 @@ def allocate(cfg: gl.constexpr):
         mbarrier.init(empty.index(stage), count=cfg.consumers)
     row_numbers = full
     handed = full
-    taken = empty
+    taken = full
     if cfg.wide:
         row_numbers = gl.allocate_shared_memory(gl.float32, [2, cfg.columns], cfg.row_numbers)
-        handed = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout()).index(0)
-        taken = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout()).index(0)
+        barriers = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        handed = barriers.index(0)
+        taken = barriers.index(1)
         mbarrier.init(handed, count=1)
-        mbarrier.init(taken, count=1)
+        mbarrier.init(taken, count=2)
     fence_async_shared()
     return Buffers(q, latent, p, k, v, full, empty, row_numbers, handed, taken)
 
@@ -114,11 +113,13 @@ def next_unit(unit, batch, span, spans, units, left):
 
 
 @gluon.jit
-def _pages_of_block(span, table, start, num_pages, cfg: gl.constexpr):
-    """Page numbers of a block's boxes; one past the last page, which reads as zeros, for boxes that
-    hold no visible key, because their entries of the page table may be anything."""
+def _pages_of_block(
+    span, table, start, num_pages, FIRST: gl.constexpr, COUNT: gl.constexpr, cfg: gl.constexpr
+):
+    """Page numbers of COUNT of a block's boxes, from FIRST; one past the last page, which reads as zeros,
+    for boxes that hold no visible key, because their entries of the page table may be anything."""
     pages = ()
-    for box in gl.static_range(gl.constexpr(cfg.boxes)):
+    for box in gl.static_range(FIRST, FIRST + COUNT):
         if cfg.page_size == 0:
             pages = pages + (span.cache_row,)  # type: ignore[assignment] # noqa: RUF005 (Gluon adds tuples)
         else:
@@ -130,19 +131,30 @@ def _pages_of_block(span, table, start, num_pages, cfg: gl.constexpr):
 
 
 @gluon.jit
-def _load_boxes(desc, pages, head, start, column, barrier, smem, cfg: gl.constexpr):
-    """Copy one block's boxes, columns from ``column``, into a (1, 1, block_n, width) tile."""
-    for box in gl.static_range(gl.constexpr(cfg.boxes)):
+def _load_boxes(
+    desc, pages, head, start, column, barrier, smem, FIRST: gl.constexpr, cfg: gl.constexpr
+):
+    """Copy boxes of one block, as many as there are ``pages``, columns from ``column``, into a
+    (1, 1, block_n, width) tile."""
+    for box in gl.static_range(FIRST, FIRST + len(pages)):
         row = start + box * cfg.box_rows
         if cfg.page_size > 0:
             row = row % cfg.page_size
         tile = smem.slice(box * cfg.box_rows, cfg.box_rows, dim=2)
-        tma_load(desc, [pages[box], head, row, column], barrier, tile)
+        tma_load(desc, [pages[box - FIRST], head, row, column], barrier, tile)
 
 
 @gluon.jit
-def produce_boxes(k_desc, v_desc, num_pages, work, cfg: gl.constexpr):
-    """One warp: this worker's blocks in order, one stage each, keys and values on one barrier."""
+def produce_boxes(k_desc, v_desc, num_pages, work, PRODUCER: gl.constexpr, cfg: gl.constexpr):
+    """One warp: this worker's blocks in order, one stage each, keys and values on one barrier. Several
+    producers share the boxes of keys, and others those of values: asking for a box takes time."""
+    SHARERS: gl.constexpr = max(cfg.producers // 2, 1)
+    BOXES: gl.constexpr = cfg.boxes // SHARERS
+    FIRST: gl.constexpr = PRODUCER % SHARERS * BOXES
+    KEYS: gl.constexpr = cfg.producers == 1 or PRODUCER < SHARERS
+    VALUES: gl.constexpr = cfg.producers == 1 or PRODUCER >= SHARERS
+    k_bytes: gl.constexpr = cfg.k_bytes // SHARERS if KEYS else 0
+    v_bytes: gl.constexpr = cfg.v_piece_bytes // SHARERS if VALUES else 0
     buffers, page_table, spans, works, units, stride_table = work
     record = works + gl.program_id(0) // cfg.m_tiles * WIDTH
     span = load_span(record)
@@ -157,24 +169,32 @@ def produce_boxes(k_desc, v_desc, num_pages, work, cfg: gl.constexpr):
         table = page_table
         if cfg.page_size > 0:
             table = page_table + span.cache_row.to(gl.int64) * stride_table
-        pages = _pages_of_block(span, table, start, num_pages, cfg)
+        pages = _pages_of_block(span, table, start, num_pages, FIRST, BOXES, cfg)
         for _ in range(count):
-            ahead = _pages_of_block(span, table, start + cfg.block_n, num_pages, cfg)
+            after = start + cfg.block_n
+            ahead = _pages_of_block(span, table, after, num_pages, FIRST, BOXES, cfg)
             stage = step % cfg.stages
             mbarrier.wait(buffers.empty.index(stage), ((step // cfg.stages) & 1) ^ 1)
             full = buffers.full.index(stage * cfg.v_pieces)
-            mbarrier.expect(full, cfg.k_bytes + cfg.v_piece_bytes)
-            for piece in gl.static_range(gl.constexpr(cfg.pieces)):
-                k = buffers.k.index(stage * cfg.pieces + piece)
-                _load_boxes(k_desc, pages, unit, start, piece * cfg.k_width, full, k, cfg)
-            for piece in gl.static_range(gl.constexpr(cfg.v_pieces)):
-                full = buffers.full.index(stage * cfg.v_pieces + piece)
-                if piece > 0:
-                    mbarrier.expect(full, cfg.v_piece_bytes)
-                v = buffers.v.index(stage).slice(piece * cfg.v_box_width, cfg.v_box_width, dim=3)
-                _load_boxes(v_desc, pages, unit, start, piece * cfg.v_box_width, full, v, cfg)
+            mbarrier.expect(full, k_bytes + v_bytes)
+            if KEYS:
+                for piece in gl.static_range(gl.constexpr(cfg.pieces)):
+                    k = buffers.k.index(stage * cfg.pieces + piece)
+                    _load_boxes(
+                        k_desc, pages, unit, start, piece * cfg.k_width, full, k, FIRST, cfg
+                    )
+            if VALUES:
+                for piece in gl.static_range(gl.constexpr(cfg.v_pieces)):
+                    full = buffers.full.index(stage * cfg.v_pieces + piece)
+                    if piece > 0:
+                        mbarrier.expect(full, v_bytes)
+                    v = buffers.v.index(stage)
+                    v = v.slice(piece * cfg.v_box_width, cfg.v_box_width, dim=3)
+                    _load_boxes(
+                        v_desc, pages, unit, start, piece * cfg.v_box_width, full, v, FIRST, cfg
+                    )
             pages = ahead
-            start += cfg.block_n
+            start = after
             step += 1
         left -= take
         within = 0
@@ -202,6 +222,9 @@ def _visible(span, at, table, cfg: gl.constexpr):
 @gluon.jit
 def produce_gathered(k_ptr, v_ptr, k_strides, v_strides, work, cfg: gl.constexpr):
     """Four warps: as :func:`produce_boxes`, row by row. Rows that hold no visible key become zeros."""
+    SAME_ROWS: gl.constexpr = (
+        cfg.k_rows == cfg.v_rows
+    )  # a thread's rows of keys are those of values
     k_page, k_row, k_head = k_strides
     v_page, v_row, v_head = v_strides
     buffers, page_table, spans, works, units, stride_table = work
@@ -224,11 +247,16 @@ def produce_gathered(k_ptr, v_ptr, k_strides, v_strides, work, cfg: gl.constexpr
         for _ in range(count):
             stage = step % cfg.stages
             k_offsets = k_pages.to(gl.int64) * k_page + (k_at % cfg.page_size) * k_row
-            v_offsets = v_pages.to(gl.int64) * v_page + (v_at % cfg.page_size) * v_row
+            if SAME_ROWS:
+                v_offsets = k_pages.to(gl.int64) * v_page + (k_at % cfg.page_size) * v_row
+                v_inside = k_seen
+            else:
+                v_offsets = v_pages.to(gl.int64) * v_page + (v_at % cfg.page_size) * v_row
+                v_inside = v_seen
+                v_at += cfg.block_n
+                v_seen, v_pages = _visible(span, v_at, table, cfg)
             k_at += cfg.block_n
-            v_at += cfg.block_n
             k_next, k_pages = _visible(span, k_at, table, cfg)
-            v_next, v_pages = _visible(span, v_at, table, cfg)
             mbarrier.wait(buffers.empty.index(stage), ((step // cfg.stages) & 1) ^ 1)
             for piece in gl.static_range(gl.constexpr(cfg.pieces)):
                 _gather(
@@ -247,7 +275,7 @@ def produce_gathered(k_ptr, v_ptr, k_strides, v_strides, work, cfg: gl.constexpr
                         piece * cfg.v_box_width, cfg.v_box_width, dim=1
                     ),
                     v_offsets,
-                    v_seen,
+                    v_inside,
                     piece * cfg.v_box_width,
                     gl.constexpr(cfg.head_dim_v),
                     gl.constexpr(cfg.v_rows),
@@ -255,7 +283,6 @@ def produce_gathered(k_ptr, v_ptr, k_strides, v_strides, work, cfg: gl.constexpr
                 full = buffers.full.index(stage * cfg.v_pieces + piece)
                 async_copy.mbarrier_arrive(full, increment_count=False)
             k_seen = k_next
-            v_seen = v_next
             step += 1
         left -= take
         within = 0

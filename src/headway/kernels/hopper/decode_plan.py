@@ -44,6 +44,13 @@ WIDTH: gl.constexpr = gl.constexpr(FIELDS)
 #: Blocks from which a unit is long.
 LONG: gl.constexpr = gl.constexpr(16)
 
+#: A share grows by at most one in so many to be even with units.
+ROUNDING: gl.constexpr = gl.constexpr(16)
+#: Keys of a share, up to which it grows so that a unit has no more parts than are read at once.
+FEW_KEYS: gl.constexpr = gl.constexpr(512)
+#: More places than a unit has.
+MOST_PLACES: gl.constexpr = gl.constexpr(1 << 30)
+
 #: Sequences that the planning kernel takes at once, at most.
 AT_ONCE = 1024
 
@@ -118,6 +125,7 @@ class PlanConfig:
     unit_cost: int
     at_once: int  # sequences taken at once
     workers: int  # rounded up to a power of two
+    merge_parts: int  # parts that the merging worker reads at once; 0: another kernel merges
     has_left: bool
     has_right: bool
     has_chunk: bool
@@ -171,6 +179,16 @@ def _load_or(ptr, offsets, mask, default):
 @gluon.jit
 def _add(a, b):
     return a + b
+
+
+@gluon.jit
+def _even_share(share, length):
+    """A share that units of one length end with, or whole shares end with units, unless it is much more
+    than ``share``: no worker then begins a second unit or leaves two parts."""
+    whole = gl.cdiv(share, length) * length
+    part = gl.cdiv(length, gl.maximum(length // share, 1))
+    even = gl.where(share >= length, whole, part)
+    return gl.where(even - share <= share // ROUNDING, even, share)
 
 
 @gluon.jit
@@ -264,6 +282,8 @@ def plan_kernel(
     )
     limits = Limits(window_left, window_right, chunk)
     total = 0
+    shortest = MOST_PLACES
+    longest = 0
     for base in range(0, batch_size, cfg.at_once):
         b = base + gl.arange(0, cfg.at_once, layout=layout)
         inside = b < batch_size
@@ -281,13 +301,22 @@ def plan_kernel(
             limits,
             cfg,
         )
-        places = gl.where(inside, (blocks + cost_of(blocks, cfg)) * units, 0)
+        length = blocks + cost_of(blocks, cfg)
+        shortest = gl.minimum(shortest, gl.min(gl.where(inside, length, MOST_PLACES), 0))
+        longest = gl.maximum(longest, gl.max(gl.where(inside, length, 0), 0))
+        places = gl.where(inside, length * units, 0)
         ends = gl.associative_scan(places, 0, _add)
         gl.store(starts + b, total + ends - places, mask=inside)
         total += gl.sum(places, 0)
     cta_barrier()
 
     share = gl.maximum(gl.cdiv(total, workers), min_share)
+    if cfg.merge_parts > 0:
+        # A few keys more are read sooner than parts are in another turn.
+        few = FEW_KEYS // cfg.block_n
+        share = gl.maximum(share, gl.minimum(gl.cdiv(longest, cfg.merge_parts), few))
+    if shortest == longest:
+        share = _even_share(share, longest)
     gl.store(share_ptr, share)
     by_worker: gl.constexpr = gl.BlockedLayout(
         [cfg.workers // (32 * num_warps)], [32], [num_warps], [0]
@@ -425,6 +454,11 @@ class DecodePlan:
         """As the decode kernel takes them."""
         return self.spans, self.works, self.share, self.arrivals, self.parts, self.part_sums
 
+    @property
+    def combined(self) -> tuple[Tensor, ...]:
+        """As the kernel that combines parts takes them."""
+        return self.spans, self.share, self.starts, self.parts, self.part_sums
+
     @functools.cached_property
     def grid(self) -> tuple[int, int, int]:
         """Of the decode kernel."""
@@ -443,6 +477,11 @@ class DecodePlan:
             floats + 4 * float_at["parts"],
             floats + 4 * float_at["part_sums"],
         )
+
+    @functools.cached_property
+    def combined_addresses(self) -> tuple[int, ...]:
+        """Where ``combined`` lie."""
+        return tuple(t.data_ptr() for t in self.combined)
 
 
 def empty_plan(
@@ -507,6 +546,7 @@ def plan_decode(
         plan.ints.device.index,
         plan.tile.block_n,
         plan.tile.unit_cost,
+        0 if plan.tile.combine else plan.tile.merge_parts,
         plan.batch_size,
         plan.workers,
         window_left is not None,
@@ -554,6 +594,7 @@ def _launches_for(
     device_index: int,
     block_n: int,
     unit_cost: int,
+    merge_parts: int,
     batch_size: int,
     workers: int,
     has_left: bool,
@@ -567,6 +608,7 @@ def _launches_for(
             unit_cost=unit_cost,
             at_once=min(max(next_power_of_2(batch_size), 256), AT_ONCE),
             workers=max(next_power_of_2(workers), 256),
+            merge_parts=merge_parts,
             has_left=has_left,
             has_right=has_right,
             has_chunk=has_chunk,

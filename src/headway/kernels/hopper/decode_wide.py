@@ -1,7 +1,8 @@
 """The decode kernel's consumers where a latent cache meets more than a few packed rows.
 
-Packed rows are the 64 rows of wgmma's tiles. The first consumer makes scores and probabilities, hands them
-to the second through shared memory, and both multiply them by half of the columns of values.
+Packed rows are the 64 rows of wgmma's tiles. One warpgroup makes scores and probabilities and hands them on
+through shared memory; two multiply them by half of the columns of values each, while the first is at the
+next block's scores.
 """
 
 from __future__ import annotations
@@ -38,21 +39,14 @@ from headway.kernels.hopper.decode_plan import (
     take_of,
 )
 from headway.kernels.hopper.masks import mask_scores, row_limits
-from headway.kernels.hopper.softmax import LAG, LOG2E, finish, soft_cap
-
-
-@gluon.jit
-def _softmax_block(scores, row_max, row_sum, scale_log2):
-    """One block of scores: (probabilities, row_max, row_sum, factor for what was accumulated before).
-
-    ``row_max`` is in units of log2 and may lag the true one by LAG; -inf: the row has seen nothing.
-    """
-    block_max = gl.maximum(row_max, gl.max(scores, 1) * scale_log2)
-    row_max_new = gl.where(block_max - row_max > LAG, block_max, row_max)
-    shift = gl.where(row_max_new == float("-inf"), 0.0, row_max_new)
-    factor = gl.exp2(row_max - shift)
-    probabilities = gl.exp2(scores * scale_log2 - gl.expand_dims(shift, 1))
-    return probabilities, row_max_new, row_sum * factor + gl.sum(probabilities, 1), factor
+from headway.kernels.hopper.softmax import (
+    LOG2E,
+    finish,
+    partial_sums,
+    rescale,
+    soft_cap,
+    softmax_block,
+)
 
 
 @gluon.jit
@@ -62,10 +56,34 @@ def _values(buffers, stage, half, cfg: gl.constexpr):
 
 
 @gluon.jit
-def _lead_block(
-    acc, row_max, row_sum, lo, hi, scale, start, step, turn, buffers, span, call, cfg: gl.constexpr
+def _modify(
+    scores,
+    start,
+    batch,
+    heads,
+    positions,
+    span,
+    score_mod: gl.constexpr,
+    mask_mod: gl.constexpr,
+    aux,
+    cfg: gl.constexpr,
 ):
-    """Take one block in: scores, probabilities for both consumers, products with the first columns."""
+    """Scaled scores of a block, packed rows as rows, through the call's functions."""
+    keys = gl.arange(0, cfg.block_n, layout=gl.SliceLayout(0, cfg.wide_scores))
+    keys = gl.expand_dims(keys + (start - span.pad), 0)
+    q_idx = gl.expand_dims(positions, 1)
+    heads = gl.expand_dims(heads, 1)
+    if score_mod is not None:
+        scores = score_mod(scores, batch, heads, q_idx, keys, aux)
+    if mask_mod is not None:
+        visible = mask_mod(batch, heads, q_idx, keys, aux)
+        scores = gl.where(visible, scores, float("-inf"))
+    return scores
+
+
+@gluon.jit
+def _scores(step, buffers, cfg: gl.constexpr):
+    """Scores of a block, by pieces of latents as they come."""
     stage = step % cfg.stages
     scores = gl.full([cfg.columns, cfg.block_n], 0.0, gl.float32, cfg.wide_scores)
     zero = opaque(0, step)
@@ -75,40 +93,63 @@ def _lead_block(
         scores = warpgroup_mma(q, keys, scores, use_acc=piece > 0, is_async=True)
     rope = k_tile(buffers, stage, 0, cfg).permute((1, 0))
     scores = warpgroup_mma(buffers.q.index(zero), rope, scores, is_async=True)
-    scores = warpgroup_mma_wait(0, deps=(scores,))
-    if not cfg.gathered:
-        if (start < span.lo) | (start + cfg.block_n > span.hi):
-            clear_outside(v_tile(buffers, stage, cfg), start, span.lo, span.hi, cfg)
-    scale_log2 = scale * LOG2E
-    if cfg.has_soft_cap:
-        scores = soft_cap(scores, scale, call.softcap)
-        scale_log2 = LOG2E
-    if (start < span.full_lo) | (start + cfg.block_n > span.full_hi):
-        scores = mask_scores(scores, lo, hi, start, gl.constexpr(cfg.left_limit))
-    p, row_max, row_sum, factor = _softmax_block(scores, row_max, row_sum, scale_log2)
-    p = p.to(cfg.dtype)
-    mbarrier.wait(buffers.taken, (turn & 1) ^ 1)
-    buffers.p.index(0).store(p)
-    buffers.row_numbers.index(0).store(factor)
-    fence_async_shared()
-    mbarrier.arrive(buffers.handed, count=1)
-    factor = gl.convert_layout(factor, cfg.wide_out_row, assert_trivial=True)
-    acc *= gl.expand_dims(factor, 1)
-    p = gl.convert_layout(p, cfg.wide_operand, assert_trivial=True)
-    acc = warpgroup_mma(p, _values(buffers, stage, 0, cfg), acc, is_async=True)
-    acc = warpgroup_mma_wait(0, deps=(acc,))
-    mbarrier.arrive(buffers.empty.index(stage), count=1)
-    return acc, row_max, row_sum
+    return warpgroup_mma_wait(0, deps=(scores,))
 
 
 @gluon.jit
-def _follow_block(acc, step, turn, buffers, cfg: gl.constexpr):
-    """Take one block in: products of the first consumer's probabilities with the other columns."""
+def _hand_block(
+    scores,
+    row_max,
+    row_sum,
+    block_rows,
+    start,
+    step,
+    turn,
+    buffers,
+    span,
+    batch,
+    call,
+    score_mod: gl.constexpr,
+    mask_mod: gl.constexpr,
+    aux,
+    cfg: gl.constexpr,
+):
+    """Hand over one block's probabilities, and what was accumulated before is to be multiplied by."""
+    lo, hi, heads, positions = block_rows
+    if not cfg.gathered:
+        if (start < span.lo) | (start + cfg.block_n > span.hi):
+            values = v_tile(buffers, step % cfg.stages, cfg)
+            clear_outside(values, start, span.lo, span.hi, cfg)
+    scale_log2 = call.scale * LOG2E
+    if cfg.has_soft_cap:
+        scores = soft_cap(scores, call.scale, call.softcap)
+        scale_log2 = LOG2E
+    elif score_mod is not None:
+        scores *= call.scale
+        scale_log2 = LOG2E
+    if score_mod is not None or mask_mod is not None:
+        scores = _modify(
+            scores, start, batch, heads, positions, span, score_mod, mask_mod, aux, cfg
+        )
+    if (start < span.full_lo) | (start + cfg.block_n > span.full_hi):
+        scores = mask_scores(scores, lo, hi, start, gl.constexpr(cfg.left_limit))
+    p, row_max, row_sum, factor = softmax_block(scores, row_max, row_sum, scale_log2, True)
+    mbarrier.wait(buffers.taken, (turn & 1) ^ 1)
+    buffers.p.index(0).store(p.to(cfg.dtype))
+    buffers.row_numbers.index(0).store(factor)
+    fence_async_shared()
+    mbarrier.arrive(buffers.handed, count=1)
+    return row_max, row_sum
+
+
+@gluon.jit
+def _add_block(acc, step, turn, buffers, half: gl.constexpr, cfg: gl.constexpr):
+    """Take one block in: products of handed probabilities with a consumer's columns."""
     stage = step % cfg.stages
     mbarrier.wait(buffers.handed, turn & 1)
-    acc *= gl.expand_dims(buffers.row_numbers.index(0).load(cfg.wide_out_row), 1)
+    acc = rescale(acc, buffers.row_numbers.index(0).load(cfg.wide_out_row))
     # Values came through the copy engine, or were made visible to it before they were handed over.
-    acc = warpgroup_mma(buffers.p.index(0), _values(buffers, stage, 1, cfg), acc, is_async=True)
+    acc = warpgroup_mma(buffers.p.index(0), _values(buffers, stage, half, cfg), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(buffers.taken, count=1)
     mbarrier.arrive(buffers.empty.index(stage), count=1)
@@ -116,27 +157,80 @@ def _follow_block(acc, step, turn, buffers, cfg: gl.constexpr):
 
 
 @gluon.jit
-def _share_sums(row_max, row_sum, turn, buffers, half: gl.constexpr, cfg: gl.constexpr):
-    """Row maxima and sums of a unit, in both consumers: (row_max, row_sum) in rows of the output."""
-    if half == 0:
-        mbarrier.wait(buffers.taken, (turn & 1) ^ 1)
-        buffers.row_numbers.index(0).store(row_max)
-        buffers.row_numbers.index(1).store(row_sum)
-        mbarrier.arrive(buffers.handed, count=1)
-        row_max = gl.convert_layout(row_max, cfg.wide_out_row, assert_trivial=True)
-        row_sum = gl.convert_layout(row_sum, cfg.wide_out_row, assert_trivial=True)
-    else:
-        mbarrier.wait(buffers.handed, turn & 1)
-        row_max = buffers.row_numbers.index(0).load(cfg.wide_out_row)
-        row_sum = buffers.row_numbers.index(1).load(cfg.wide_out_row)
-        mbarrier.arrive(buffers.taken, count=1)
+def _hand_sums(row_max, row_sum, turn, buffers):
+    """Hand over row maxima and sums of a unit."""
+    mbarrier.wait(buffers.taken, (turn & 1) ^ 1)
+    buffers.row_numbers.index(0).store(row_max)
+    buffers.row_numbers.index(1).store(row_sum)
+    mbarrier.arrive(buffers.handed, count=1)
+
+
+@gluon.jit
+def _take_sums(turn, buffers, cfg: gl.constexpr):
+    """(row_max, row_sum) of a unit, in rows of the output."""
+    mbarrier.wait(buffers.handed, turn & 1)
+    row_max = buffers.row_numbers.index(0).load(cfg.wide_out_row)
+    row_sum = buffers.row_numbers.index(1).load(cfg.wide_out_row)
+    mbarrier.arrive(buffers.taken, count=1)
     return row_max, row_sum
 
 
 @gluon.jit
+def score_wide(
+    tensors,
+    buffers,
+    call,
+    score_mod: gl.constexpr,
+    mask_mod: gl.constexpr,
+    aux,
+    cfg: gl.constexpr,
+):
+    """One warpgroup: scores and probabilities, unit after unit."""
+    q_ptr, qv_ptr, _out, _lse, _sinks, _descales, spans, works, _share = tensors
+    tile = gl.program_id(0) % cfg.m_tiles
+    record = works + gl.program_id(0) // cfg.m_tiles * WIDTH
+    span = load_span(record)
+    batch = gl.load(record + BATCH)
+    unit = gl.load(record + UNIT)
+    within = gl.load(record + WITHIN)
+    left = gl.load(record + LEFT)
+    step = 0
+    turn = 0  # of handing over: one per block, and one per unit
+    rows = tile * TILE_ROWS + gl.arange(0, cfg.columns, layout=cfg.wide_row)
+    while left > 0:
+        take, first, count = take_of(span, within, left, cfg)
+        row_max = gl.full([cfg.columns], float("-inf"), gl.float32, cfg.wide_row)
+        none = gl.full([cfg.columns, cfg.block_n], 0.0, gl.float32, cfg.wide_scores)
+        row_sum = partial_sums(none)
+        start = (span.first_block + first) * cfg.block_n
+        load_queries(q_ptr, qv_ptr, buffers, span, batch, unit, tile * TILE_ROWS, 0, call, cfg)
+        heads = unit * cfg.group + rows % cfg.group
+        positions = span.position + rows // cfg.group
+        lo, hi = row_limits(positions, span.keys, call, cfg)
+        lo = gl.maximum(lo, 0) + span.pad
+        hi += span.pad
+        block_rows = lo, hi, heads, positions
+        for _ in range(count):
+            scores = _scores(step, buffers, cfg)
+            row_max, row_sum = _hand_block(
+                scores, row_max, row_sum, block_rows, start, step, turn, buffers, span, batch,
+                call, score_mod, mask_mod, aux, cfg,
+            )  # fmt: skip
+            start += cfg.block_n
+            step += 1
+            turn += 1
+        row_sum = gl.convert_layout(gl.sum(row_sum, 1), cfg.wide_row)
+        _hand_sums(row_max, row_sum, turn, buffers)
+        turn += 1
+        left -= take
+        within = 0
+        unit, batch, span = next_unit(unit, batch, span, spans, call.units, left)
+
+
+@gluon.jit
 def consume_wide(tensors, buffers, parts, call, half: gl.constexpr, cfg: gl.constexpr):
-    """One warpgroup: the first consumer or the second, unit after unit."""
-    q_ptr, qv_ptr, out_ptr, lse_ptr, sinks, _descales, spans, works, share_ptr = tensors
+    """One warpgroup: half of the columns of the output, unit after unit."""
+    _q, _qv, out_ptr, lse_ptr, sinks, _descales, spans, works, share_ptr = tensors
     columns = gl.arange(0, cfg.out_width, layout=gl.SliceLayout(0, cfg.wide_output))
     columns += half * cfg.out_width
     worker = gl.program_id(0) // cfg.m_tiles
@@ -156,40 +250,11 @@ def consume_wide(tensors, buffers, parts, call, half: gl.constexpr, cfg: gl.cons
     while left > 0:
         take, first, count = take_of(span, within, left, cfg)
         acc = gl.full([cfg.columns, cfg.out_width], 0.0, gl.float32, cfg.wide_output)
-        row_max = gl.full([cfg.columns], float("-inf"), gl.float32, cfg.wide_row)
-        row_sum = gl.full([cfg.columns], 0.0, gl.float32, cfg.wide_row)
-        start = (span.first_block + first) * cfg.block_n
-        if half == 0:
-            load_queries(q_ptr, qv_ptr, buffers, span, batch, unit, tile_row, 0, call, cfg)
-            score_rows = tile_row + gl.arange(0, cfg.columns, layout=cfg.wide_row)
-            lo, hi = row_limits(span.position + score_rows // cfg.group, span.keys, call, cfg)
-            lo = gl.maximum(lo, 0) + span.pad
-            hi += span.pad
-            for _ in range(count):
-                acc, row_max, row_sum = _lead_block(
-                    acc,
-                    row_max,
-                    row_sum,
-                    lo,
-                    hi,
-                    call.scale,
-                    start,
-                    step,
-                    turn,
-                    buffers,
-                    span,
-                    call,
-                    cfg,
-                )
-                start += cfg.block_n
-                step += 1
-                turn += 1
-        else:
-            for _ in range(count):
-                acc = _follow_block(acc, step, turn, buffers, cfg)
-                step += 1
-                turn += 1
-        row_max, row_sum = _share_sums(row_max, row_sum, turn, buffers, half, cfg)
+        for _ in range(count):
+            acc = _add_block(acc, step, turn, buffers, half, cfg)
+            step += 1
+            turn += 1
+        row_max, row_sum = _take_sums(turn, buffers, cfg)
         turn += 1
         if count == span.blocks:
             factor, lse = finish(row_max, row_sum, load_sinks(sinks, unit, rows, call, cfg))
@@ -210,29 +275,30 @@ def consume_wide(tensors, buffers, parts, call, half: gl.constexpr, cfg: gl.cons
                 gl.minimum(call.num_rows - tile_row, TILE_ROWS),
                 cfg,
             )
-            blocks_line = line - within + cost_of(span.blocks, cfg)
-            first_worker = blocks_line // share
-            workers = (blocks_line + span.blocks - 1) // share - first_worker + 1
-            arrivals = (batch * call.units + unit) * cfg.m_tiles + tile
-            if is_last(parts.arrivals + arrivals * cfg.consumers + half, workers):
-                merge_unit(
-                    out_ptr,
-                    lse_ptr,
-                    sinks,
-                    parts,
-                    (2 * first_worker + 1) * cfg.m_tiles + tile,
-                    workers,
-                    span,
-                    batch,
-                    unit,
-                    tile_row,
-                    0,
-                    TILE_ROWS,
-                    half * cfg.out_width,
-                    1.0,
-                    call,
-                    cfg,
-                )
+            if not cfg.tile.combine:
+                blocks_line = line - within + cost_of(span.blocks, cfg)
+                first_worker = blocks_line // share
+                workers = (blocks_line + span.blocks - 1) // share - first_worker + 1
+                arrivals = (batch * call.units + unit) * cfg.m_tiles + tile
+                if is_last(parts.arrivals + arrivals * cfg.consumers + half, workers):
+                    merge_unit(
+                        out_ptr,
+                        lse_ptr,
+                        sinks,
+                        parts,
+                        (2 * first_worker + 1) * cfg.m_tiles + tile,
+                        workers,
+                        span,
+                        batch,
+                        unit,
+                        tile_row,
+                        0,
+                        TILE_ROWS,
+                        half * cfg.out_width,
+                        1.0,
+                        call,
+                        cfg,
+                    )
         left -= take
         line += take
         within = 0

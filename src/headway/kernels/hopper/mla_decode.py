@@ -7,6 +7,8 @@ to a tile, and tiles beyond the first read the cache again.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -69,6 +71,9 @@ def mla_decode(
     chunk: int = 0,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    score_mod: Any = None,
+    mask_mod: Any = None,
+    aux: Any = None,
 ) -> None:
     """Absorbed MLA of a planned step, written to ``out`` and ``lse``.
 
@@ -83,6 +88,7 @@ def mla_decode(
         out: as q_latent, any float dtype. Rows of no query stay as they are.
         lse: (B, H, Sq) or (H, total_q) float32, last stride 1, natural log; None: not wanted.
         sinks: (H,), any float dtype.
+        score_mod, mask_mod, aux: as :func:`~.decode.decode` takes them.
 
     Raises:
         InvalidInputError: dims or dtypes are not as above, or rows do not start at multiples of 16 bytes.
@@ -112,4 +118,7 @@ def mla_decode(
         chunk=chunk,
         softcap=softcap,
         sinks=sinks,
+        score_mod=score_mod,
+        mask_mod=mask_mod,
+        aux=aux,
     )

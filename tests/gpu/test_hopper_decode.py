@@ -1,0 +1,100 @@
+"""The Hopper decode kernel on the device: functions of the caller, and what its plans decide."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from headway.kernels.hopper import decode, decode_plan
+from tests.calls import Call
+from tests.gpu.test_hopper import must_run, normal, pytestmark  # noqa: F401
+from tests.kernels.portable_device import DEVICE
+
+LENGTHS = (1000, 9, 8, 2300)
+
+
+def paged(heads: tuple[int, int], d: int, sq: int, **more: Any) -> Call:
+    table = torch.arange(4 * 160, dtype=torch.int32).view(4, 160).flip(1)
+    kwargs: dict[str, Any] = {
+        "q": normal(4, sq, heads[0], d),
+        "k_cache": normal(640, 16, heads[1], d, seed=1),
+        "v_cache": normal(640, 16, heads[1], d, seed=2),
+        "page_table": table,
+        "cache_seqlens": torch.tensor(LENGTHS, dtype=torch.int32),
+    }
+    return Call("kvcache", kwargs | more, f"{heads} {d} {sq}")
+
+
+def latent(heads: int, sq: int, **more: Any) -> Call:
+    call = paged((heads, 1), 576, sq, **more)
+    call.kwargs["v_cache"] = call.kwargs["k_cache"][..., :512]
+    return call
+
+
+def tree(b: Any, h: Any, q_idx: Any, kv_idx: Any, aux: Any) -> Any:
+    """Tokens before the draft, and of the draft those on the path to this one."""
+    draft, token = kv_idx - aux[1][b], q_idx - aux[1][b]
+    return (draft < 0) | aux[0][token.clamp(0, 7), draft.clamp(0, 7)]
+
+
+def bias(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any, aux: Any) -> Any:
+    return score + aux[2][h] * ((q_idx - kv_idx) % 5)
+
+
+def aux_of(heads: int, sq: int) -> list[torch.Tensor]:
+    paths = torch.rand(8, 8, generator=torch.Generator().manual_seed(4)) < 0.5
+    starts = torch.tensor(LENGTHS, dtype=torch.int32) - sq
+    return [paths | torch.eye(8, dtype=torch.bool), starts, torch.linspace(-1, 1, heads)]
+
+
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("float8", [False, True])
+def test_functions_of_the_caller(d: int, float8: bool) -> None:
+    call = paged((16, 4), d, 8, mask_mod=tree, score_mod=bias, aux_tensors=aux_of(16, 8))
+    if float8:
+        for name in ("k_cache", "v_cache"):
+            call.kwargs[name] = call.kwargs[name].to(torch.float8_e4m3fn)
+            call.kwargs[f"{name[0]}_descale"] = torch.rand(4, 4) + 0.5
+    must_run(call, with_lse=not float8)
+
+
+@pytest.mark.parametrize(("heads", "sq"), [(16, 1), (16, 4), (128, 2)])
+def test_functions_over_latent_caches(heads: int, sq: int) -> None:
+    aux = aux_of(heads, sq)
+    must_run(latent(heads, sq, mask_mod=tree, score_mod=bias, aux_tensors=aux))
+
+
+@pytest.mark.parametrize("heads", [16, 128])
+def test_few_latent_sequences_are_combined(heads: int) -> None:
+    must_run(latent(heads, 1, causal=True))
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "heads", "keys", "share"),
+    [
+        (1, 8, 131072, 64),  # 128 parts of 8 x 1024 blocks
+        (128, 1, 8192, 64),  # each unit a worker's
+        (64, 8, 4096, 128),  # four units a worker
+        (1, 8, 8192, 4),
+        (3, 8, 4096, 6),  # 32 blocks in parts of 6: even ones would be a third more
+    ],
+)
+def test_equal_lengths_are_cut_evenly(batch_size: int, heads: int, keys: int, share: int) -> None:
+    """On a device of 132 multiprocessors, of which each has one worker."""
+    if torch.cuda.get_device_properties(DEVICE).multi_processor_count != 132:
+        pytest.skip("numbers are those of 132 multiprocessors")
+    plan = decode.make_plan(
+        batch_size=batch_size,
+        num_kv_heads=heads,
+        group=4,
+        max_seqlen_q=1,
+        head_dim=128,
+        head_dim_v=128,
+        device=torch.device(DEVICE),
+    )
+    lengths = torch.full((batch_size,), keys, dtype=torch.int32, device=DEVICE)
+    decode_plan.plan_decode(plan, seqlens_k=lengths, capacity=keys, rows_q=1)
+    assert plan.workers == 132
+    assert plan.share.item() == share
