@@ -95,11 +95,12 @@ TABLE: tuple[Row, ...] = (
     Row("decode", ("gfx9",), 256, ANY_ROWS, Tile(16, 32, 4, 1)),
     Row("mla", ("gfx9",), 1024, ANY_ROWS, Tile(16, 16, 4, 1)),
     # RDNA's matrix instructions want queries and keys twice in registers: small tiles, many warps.
+    Row("forward", ("gfx",), 128, ANY_ROWS, Tile(64, 16, 16, 1), max_key_bytes=1),
     Row("forward", ("gfx",), 128, ANY_ROWS, Tile(64, 32, 8, 1)),
-    Row("forward", ("gfx",), 256, ANY_ROWS, Tile(64, 16, 8, 1)),
-    Row("decode", ("gfx",), 128, 16, Tile(16, 32, 8, 1)),
+    Row("forward", ("gfx",), 256, ANY_ROWS, Tile(32, 16, 16, 1)),
+    Row("decode", ("gfx",), 128, 16, Tile(16, 16, 8, 1)),
     Row("decode", ("gfx",), 128, ANY_ROWS, Tile(32, 16, 4, 1)),
-    Row("decode", ("gfx",), 256, ANY_ROWS, Tile(16, 16, 8, 1)),
+    Row("decode", ("gfx",), 256, ANY_ROWS, Tile(16, 16, 16, 1)),
     Row("mla", ("gfx",), 1024, ANY_ROWS, Tile(16, 16, 8, 1)),
 )
 
