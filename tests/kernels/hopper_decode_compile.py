@@ -18,7 +18,8 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from headway.kernels._triton import gl
-from headway.kernels.hopper.decode import decode_kernel
+from headway.kernels.hopper.decode import MANY_PARTS, decode_kernel
+from headway.kernels.hopper.decode_combine import CombineConfig, combine_kernel
 from headway.kernels.hopper.decode_config import DecodeConfig, tile_for
 from headway.kernels.hopper.decode_plan import PlanConfig, plan_kernel
 
@@ -153,9 +154,7 @@ CONFIGS = {
     "64 rows": config(group=64, rows=64, page_size=64),
     "MLA, 16 heads": config(64, 512, group=16, rows=16, page_size=64, latent=True),
     "MLA, 64 heads": config(64, 512, group=64, rows=64, page_size=64, latent=True),
-    "MLA, 64 heads, page 1, gathered": config(
-        64, 512, group=64, rows=64, page_size=1, latent=True
-    ),
+    "MLA, 64 heads, page 1, gathered": config(64, 512, group=64, rows=64, page_size=1, latent=True),
     "head_dim 256": config(256),
     "head_dim 256, page 1, gathered": config(256, page_size=1),
 }
@@ -169,13 +168,22 @@ def compile_plan(every_tensor: bool) -> Any:
     numbers += ["window_left", "window_right", "chunk"]
     types = dict.fromkeys(tensors, "*i32") | dict.fromkeys(numbers, "i32")
     masks = dict.fromkeys(["has_left", "has_right", "has_chunk"], every_tensor)
-    cfg = PlanConfig(
-        block_n=64, unit_cost=1, at_once=1024, workers=512, merge_parts=16, **masks
-    )
+    cfg = PlanConfig(block_n=64, unit_cost=1, at_once=1024, workers=512, merge_parts=16, **masks)
     return compile_for_hopper(plan_kernel, types, {"cfg": cfg, "num_warps": 8}, num_warps=8)
 
 
+def compile_combine(head_dim_v: int, rows: int) -> Any:
+    numbers = [n for n in combine_kernel.arg_names if n.startswith("stride_")]
+    types = dict.fromkeys(["units", "num_rows", *numbers], "i32")
+    types |= dict.fromkeys(["spans", "share_ptr", "starts"], "*i32") | {"out_ptr": "*bf16"}
+    types |= dict.fromkeys(["lse_ptr", "sinks", "parts", "part_sums"], "*fp32")
+    cfg = CombineConfig(head_dim_v, rows, 1, rows, unit_cost=1, merge_parts=MANY_PARTS)
+    return compile_for_hopper(combine_kernel, types, {"cfg": cfg, "num_warps": 4}, num_warps=4)
+
+
 def compile_named(name: str) -> dict[str, Any]:
+    if name.startswith("combine"):
+        return measure(compile_combine(512 if name == "combine, latent" else 128, 16), 1)
     if name.startswith("plan"):
         return measure(compile_plan(name == "plan, every tensor"), 1)
     cfg = CONFIGS[name]

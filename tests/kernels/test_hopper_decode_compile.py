@@ -37,6 +37,8 @@ REST = [
     "MLA, 64 heads, page 1, gathered",
     "plan",
     "plan, every tensor",
+    "combine",
+    "combine, latent",
 ]
 
 

@@ -4,7 +4,7 @@ Queries of one KV head, tokens times heads that share it, are packed into the 64
 keys and values are read once. Workers, one or two to a multiprocessor, take equal shares of the step's
 blocks off a :class:`~headway.kernels.hopper.decode_plan.DecodePlan`; in each, one producer keeps the copy
 engine's stages full and one warpgroup consumes them. A unit that was cut is merged by the worker that
-finishes it last. Nothing waits for another worker.
+finishes it last or, from many large parts, by a second kernel. Nothing waits for another worker.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def decode_kernel(
     cfg: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    """One program per worker of the plan and tile of packed rows; see :func:`decode`. Keys and values come
+    """One program per worker of the plan and tile of packed rows; see :func:`prepare`. Keys and values come
     through descriptors, or through pointers where ``cfg.gathered``."""
     buffers = allocate(cfg)
     # Up to here the kernel before may still run; the one behind may come up as workers finish.

@@ -1,8 +1,8 @@
 """Absorbed multi-head latent attention on Hopper: every query head against one latent cache, read once.
 
 Scores are q_latent · latent + q_rope · rope, values are the latent itself: the decode kernel with its
-values as keys too. Up to 32 packed rows, tokens times heads, are one consumer's; more are shared by two, 64
-to a tile, and tiles beyond the first read the cache again.
+values as keys too. Up to 16 packed rows, tokens times heads, are one consumer's; of more, 64 make a
+tile of three warpgroups, and tiles beyond the first read the cache again.
 """
 
 from __future__ import annotations
