@@ -39,8 +39,8 @@ from headway.persistent import DeviceWork
 
 #: Widths of keys and values.
 HEAD_DIM, HEAD_DIM_V = 192, 128
-#: Query rows of a tile, and of each of its warpgroups; keys of a block.
-BLOCK_M, ROWS, BLOCK_N = 128, 64, 128
+#: Query rows of a tile, 64 for each warpgroup; keys of a block.
+BLOCK_M, BLOCK_N = 128, 128
 
 #: log2 of a row's largest weight: float8 holds up to 448.
 WEIGHT_BITS: gl.constexpr = gl.constexpr(8.0)
@@ -301,6 +301,7 @@ def _push_k(k_wide, k_narrow, buffers, event, head, row, cfg: gl.constexpr):
 
 @gluon.jit
 def _push_v(v, buffers, event, head, column, cfg: gl.constexpr):
+    # The stage is free: K of this event, which goes ahead, waited for both.
     stage = event % cfg.stages
     full = buffers.v_full.index(stage)
     mbarrier.expect(full, cfg.block_n * 128)
@@ -468,6 +469,7 @@ def _packed(weights, cfg: gl.constexpr):
 
 @gluon.jit
 def _as_operand(words, cfg: gl.constexpr):
+    """Words of :func:`_packed` as the left operand of PV; the same registers."""
     n: gl.constexpr = cfg.block_n
     halves = gl.join(words.to(gl.int16), (words >> 16).to(gl.int16))
     halves = gl.reshape(halves, [64, n // 2])
