@@ -43,7 +43,7 @@ def test_another_answer_is_found(llama: TinyModel) -> None:  # noqa: F811
     judge = Judge(llama.model, llama.model)
     prompt = [1, 2, 3]
     wanted = judge.greedy(prompt, 6)
-    logits: Any = llama.model(torch.tensor([[*prompt, *wanted[:2]]])).logits[0, -1]
+    logits: Any = llama.model(torch.tensor([[*prompt, *wanted[:2]]])).logits[0, -1].detach()
     wrong = [*wanted[:2], int(logits.argmin()), *wanted[3:]]
     found = judge.judge(prompt, wanted, wrong)
     assert (found.same, found.verdict) == (2, "different")
