@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -148,3 +149,23 @@ def test_sizes_of_graphs() -> None:
     assert batch_sizes(1) == [1]
     assert batch_sizes(40) == [1, 2, 4, 8, 16, 32, 40]
     assert batch_sizes(256)[-3:] == [224, 240, 256]
+
+
+def test_what_cannot_be_captured_is_launched(
+    llama: TinyModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Guesses without a graph leave decode steps theirs, and are no longer made alike."""
+
+    def graphs_of(tokens: int, *_: object) -> str:
+        if tokens > 1:
+            raise RuntimeError("not this one")
+        return "graphs"
+
+    llm = engine(llama, speculative="ngram")
+    llm.config = dataclasses.replace(llm.config, cuda_graphs=True)
+    llm._scheduler.uniform_drafts = 4
+    monkeypatch.setattr("headway.engine.llm.CudaRecorder", lambda device: None)
+    monkeypatch.setattr(llm, "graphs_of", graphs_of)
+    assert llm._capture(0, 4) == ["graphs"]
+    assert llm._scheduler.uniform_drafts == 0
+    assert "guesses are checked without CUDA graphs: RuntimeError: not this one" in caplog.text

@@ -573,14 +573,18 @@ class LLM:
         if not self.config.cuda_graphs:
             return []
         record = CudaRecorder(self.device)
-        try:
-            return [
-                self.graphs_of(tokens, padding_page, batch_sizes(most), record)
-                for tokens in sorted({1, 1 + self._scheduler.uniform_drafts})
-            ]
-        except Exception as error:  # whatever a model does that cannot be captured
-            logger.warning("decode runs without CUDA graphs: %s: %s", type(error).__name__, error)
-            return []
+        captured = []
+        for tokens in sorted({1, 1 + self._scheduler.uniform_drafts}):
+            try:
+                graphs = self.graphs_of(tokens, padding_page, batch_sizes(most), record)
+            except Exception as error:  # whatever a model does that cannot be captured
+                what = "decode runs" if tokens == 1 else "guesses are checked"
+                message = f"{type(error).__name__}: {error}"
+                logger.warning("%s without CUDA graphs: %s", what, message)
+                self._scheduler.uniform_drafts = 0
+                break
+            captured.append(graphs)
+        return captured
 
     def graphs_of(
         self, tokens_per_sequence: int, padding_page: int, sizes: Sequence[int], record: Record
