@@ -129,7 +129,8 @@ def _plain(name: str, arguments: dict[str, Any]) -> Any:
         flags = ("return_attn_probs", "return_lse", "return_softmax_lse")
         return any(arguments.get(flag, False) for flag in flags)
     if name in ("window_left", "window_right"):
-        side = arguments["window_size"][name == "window_right"]
+        left, right = arguments["window_size"]
+        side = left if name == "window_left" else right
         return -1 if side is None else side
     if name == "rotary_interleaved":
         return arguments.get(name, True)

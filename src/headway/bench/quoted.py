@@ -67,6 +67,16 @@ def _attention(reading: Reading, rate: str, form: str, only: Sequence[str] = ())
     return table if only else f"{table}\n\n{summary(reading.results, names[0])}."
 
 
+def _by_page_size(reading: Reading) -> str:
+    """TB/s of each case by the size of its pages."""
+    for row in reading.results:
+        row["case"], _, row["page"] = row["case"].rpartition(" page ")
+    rows, sizes = pivot(reading.results, "case", "page", "tbps")
+    sizes = sorted(sizes, key=int)
+    columns = [Column(size, f"pages of {size}", ".2f") for size in sizes]
+    return markdown(rows, [Column("case", "case"), *columns])
+
+
 def _served(reading: Reading) -> str:
     """Tokens per second of an engine, by shape: whatever the shape is about."""
     for row in reading.results:
@@ -139,6 +149,7 @@ TABLES: dict[str, tuple[str, Callable[[Reading], str]]] = {
     ),
     "decode": ("h200/hopper-decode.json", lambda r: _attention(r, "tbps", ".2f")),
     "decode-float8": ("h200/hopper-decode-float8.json", lambda r: _attention(r, "tbps", ".2f")),
+    "pages": ("h200/hopper-pages.json", _by_page_size),
     "overhead": ("h200/hopper-overhead.json", _overhead),
     "first-call": ("h200/first-call.json", _first_call),
     "mla": ("h200/mla_prefill.json", _latent),
