@@ -47,7 +47,7 @@ ORDERS = (
     Order(
         ("sm90",),
         ("decode",),
-        ("hopper", "portable", "fa3", "flashinfer", "fa4", "fa2"),
+        ("hopper", "portable", "flashinfer", "fa3", "fa4", "fa2"),
         "benchmarks/results/h200/hopper-decode.json",
     ),
     Order(
