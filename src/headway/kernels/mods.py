@@ -351,8 +351,10 @@ def kind_of(aux: Any) -> Hashable:
         return tuple(kind_of(x) for x in aux)
     if isinstance(aux, Tensor):
         return aux.dtype, aux.data_ptr() % 16 == 0
-    # Triton compiles for 1 and for multiples of 16 apart from other integers.
-    return (aux == 1, aux % 16 == 0, aux >= 2**31) if isinstance(aux, int) else type(aux)
+    if isinstance(aux, int):
+        # Triton compiles for 1 and for multiples of 16 apart from other integers.
+        return aux == 1, aux % 16 == 0, aux >= 2**31
+    return type(aux)
 
 
 @functools.cache
