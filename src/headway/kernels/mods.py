@@ -345,7 +345,7 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def kind_of(aux: Any) -> Hashable:
+def kind_of(aux: Any) -> object:
     """What compiled code depends on in ``aux``: the types in its nest of tuples, and pointer alignment."""
     if isinstance(aux, tuple):
         return tuple(kind_of(x) for x in aux)

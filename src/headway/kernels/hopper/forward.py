@@ -33,6 +33,7 @@ from headway.kernels.hopper.tiles import (
     forward_tile,
     padded_dims,
 )
+from headway.kernels.mods import kind_of
 
 _UNSPECIALISED = [
     "rows_q",
@@ -419,7 +420,7 @@ class Prepared:
     ) -> DirectLaunch:
         plan, cfg = self._plan, self._plan.cfg
         kinds = (None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in pointers)
-        key = (plan.key, *kinds, *self._scalars[2:], _kind_of(self._aux))
+        key = (plan.key, *kinds, *self._scalars[2:], kind_of(self._aux))
         found = _LAUNCHES.get(key)
         if found is None:
             compiled = forward_kernel.warmup(
@@ -554,7 +555,7 @@ def _plan(
     return _Plan(
         cfg=cfg,
         grid=(min(tiles * splits, processors), 1, 1),
-        key=(cfg, tuple(n >= 2**31 for n in numbers), _kind_of(key_strides), device),
+        key=(cfg, tuple(n >= 2**31 for n in numbers), kind_of(key_strides), device),
         numbers=numbers,
         splits=splits,
         key_strides=key_strides,
@@ -683,16 +684,6 @@ def section_of(
         return heads
     fullest = max(range(most // 2 + 1, most + 1), key=lambda n: (((groups - 1) % n + 1) / n, n))
     return fullest * group
-
-
-def _kind_of(aux: Any) -> Any:
-    """What compiled code depends on in ``aux``: the types in its nest of tuples, and pointer alignment."""
-    if isinstance(aux, tuple):
-        return tuple(_kind_of(x) for x in aux)
-    if isinstance(aux, Tensor):
-        return aux.dtype, aux.data_ptr() % 16 == 0
-    # Triton compiles for 1 and for multiples of 16 apart from other integers.
-    return (aux == 1, aux % 16 == 0, aux >= 2**31) if isinstance(aux, int) else type(aux)
 
 
 def _check_strides(name: str, strides: tuple[int, ...]) -> None:
