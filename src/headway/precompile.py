@@ -124,8 +124,8 @@ def _rotary_dim(config: Any, head_dim: int) -> int:
 
 
 def _block_cases(config: Any, dtype: torch.dtype) -> tuple[Case, ...]:
-    """Norms and gated activations, where the configuration has what they need under its usual names."""
-    from headway.kernels.portable.cases import gates, norms
+    """What stands around attention, where the configuration has what it needs under its usual names."""
+    from headway.kernels.portable.cases import gates, greedy, norms
 
     cases = []
     if hidden := getattr(config, "hidden_size", 0):
@@ -138,6 +138,8 @@ def _block_cases(config: Any, dtype: torch.dtype) -> tuple[Case, ...]:
     activation = activations.get(getattr(config, "hidden_act", None) or "")
     if activation and (inner := getattr(config, "intermediate_size", 0)):
         cases.append(Case("gates", functools.partial(gates, inner, activation, dtype)))
+    if vocabulary := getattr(config, "vocab_size", 0):
+        cases.append(Case("greedy", functools.partial(greedy, vocabulary, dtype)))
     return tuple(cases)
 
 

@@ -171,7 +171,7 @@ def test_what_a_model_needs_is_known_from_its_configuration(model: str) -> None:
 
     labels = [case.label for case in precompile.model_cases(EngineConfig(model=model))]
     kinds = ["layers like 0: decode", "layers like 0: prefill", "layers like 0: write"]
-    assert labels == [*kinds, "norms", "gates"]
+    assert labels == [*kinds, "norms", "gates", "greedy"]
 
 
 def test_an_unknown_target_is_a_mistake_that_names_those_there_are() -> None:

@@ -226,6 +226,13 @@ def gates(inner: int, activation: Activation, dtype: torch.dtype) -> None:
     gated(_meta(1, 8, 2 * inner, dtype=dtype), activation)
 
 
+def greedy(vocabulary: int, dtype: torch.dtype) -> None:
+    """The choice of the next tokens from logits (sequences, vocabulary)."""
+    from headway.kernels.portable.argmax import argmax
+
+    argmax(_meta(8, vocabulary, dtype=dtype))
+
+
 def _work(num_heads: int) -> DeviceWork:
     """A plan with parts to merge, which plans for many tiles have not."""
     return plan_on_device(
@@ -295,6 +302,7 @@ def _default() -> tuple[Case, ...]:
         _case("writes 128", writes, _layer(128), rotary_dim=128),
         _case("norms", norms, 4096, _BF16),
         _case("gates", gates, 14336, "silu", _BF16),
+        _case("greedy", greedy, 128256, _BF16),
         _case("merge 128", merged, 128, torch.float32),
         _case("work list", persistent_prefill, _BF16, False),
         _case("mla prefill float8", quantised_prefill),
