@@ -95,25 +95,26 @@ def model_cases(config: EngineConfig) -> tuple[Case, ...]:
     """
     _need_triton()
     from headway.engine import describe
-    from headway.kernels.portable.cases import step, writes
+    from headway.kernels.portable.cases import latent_step, step, writes
+    from headway.serving.mla import MLALayer
 
     probe, dtype = describe.probe_without_weights(config)
     if dtype not in (torch.bfloat16, torch.float16):
         dtype = torch.bfloat16  # what the engine computes in on a GPU
     cases = []
     for number, kind in enumerate(describe.kinds(probe)):
-        given: dict[str, Any] = {
-            "page_size": config.page_size,
-            "dtype": dtype,
-            "rotary_dim": _rotary_dim(probe.config, kind.layer.head_dim),
-        }
+        given: dict[str, Any] = {"page_size": config.page_size, "dtype": dtype}
+        is_latent = isinstance(kind.layer, MLALayer)  # rotated before its vectors are written
+        if not is_latent:
+            given["rotary_dim"] = _rotary_dim(probe.config, kind.layer.head_dim)
         for batch_size, new_tokens in STEPS:
             name = f"layers like {number}: " + ("decode" if new_tokens == 1 else "prefill")
             sizes: dict[str, Any] = {"batch_size": batch_size, "new_tokens": new_tokens}
-            cases.append(Case(name, functools.partial(step, kind.layer, **sizes, **given)))
-        cases.append(
-            Case(f"layers like {number}: write", functools.partial(writes, kind.layer, **given))
-        )
+            run: Any = latent_step if is_latent else step
+            cases.append(Case(name, functools.partial(run, kind.layer, **sizes, **given)))
+        if not is_latent:
+            write = functools.partial(writes, kind.layer, **given)
+            cases.append(Case(f"layers like {number}: write", write))
     return (*cases, *_block_cases(probe.config, dtype))
 
 

@@ -17,6 +17,7 @@ from headway.serving.base import AttentionLayer
 
 if TYPE_CHECKING:
     from headway.kernels.portable.gated import Activation
+    from headway.serving.mla import MLALayer
 
 #: Caches of more than 2 GiB, as servers have them: AMD's compiler looks at that.
 _PAGES = 1 << 24
@@ -167,6 +168,56 @@ def step(
         layer,
         TokenRotary(angle, angle) if rotary_dim else None,
     )
+
+
+def latent_step(
+    layer: MLALayer,
+    *,
+    batch_size: int,
+    new_tokens: int,
+    page_size: int = 16,
+    dtype: torch.dtype = _BF16,
+    max_seqlen_k: int = 8192,
+) -> None:
+    """A latent layer in a step of the engine: decode on latent vectors, or prefill of expanded ones.
+
+    Prefill attends to a step's own tokens and to those of the cache apart, and merges.
+    """
+    from headway.interface import flash_attn_varlen_func, merge_states
+    from headway.serving.base import ForwardBatch
+    from headway.serving.mla import MLABackend
+
+    tokens, heads = batch_size * new_tokens, layer.num_q_heads
+    width = layer.nope_dim + layer.head_dim - layer.latent_dim
+    q, ends = _meta(tokens, heads, width, dtype=dtype), _int32(batch_size + 1)
+    if new_tokens == 1:
+        table = _int32(batch_size, -(-max_seqlen_k // page_size))
+        cache = _meta(_PAGES, page_size, 1, layer.head_dim, dtype=dtype)
+        new = _meta(tokens, 1, layer.head_dim, dtype=dtype)
+        backend = MLABackend("portable")
+        backend.init_forward_metadata(
+            ForwardBatch(ends, _int32(batch_size), table, new_tokens, max_seqlen_k)
+        )
+        latents, values = (x[..., : layer.latent_dim] for x in (new, cache))
+        backend.forward_decode(q, new, latents, (cache, values), layer)
+        return
+    parts = [
+        flash_attn_varlen_func(
+            q,
+            _meta(keys, heads, width, dtype=dtype),
+            _meta(keys, heads, layer.value_dim, dtype=dtype),
+            ends,
+            ends,
+            new_tokens,
+            keys // batch_size,
+            softmax_scale=layer.softmax_scale,
+            causal=keys == tokens,
+            return_lse=True,
+            backend="portable",
+        )
+        for keys in (tokens, batch_size * max_seqlen_k)
+    ]
+    merge_states(*zip(*parts, strict=True))
 
 
 def writes(
