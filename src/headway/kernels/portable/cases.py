@@ -183,7 +183,8 @@ def latent_step(
 
     Prefill attends to a step's own tokens and to those of the cache apart, and merges.
     """
-    from headway.interface import flash_attn_varlen_func, merge_states
+    from headway.interface import flash_attn_varlen_func
+    from headway.kernels.portable.combine import merge_states
     from headway.serving.base import ForwardBatch
     from headway.serving.mla import MLABackend
 
@@ -217,7 +218,8 @@ def latent_step(
         )
         for keys in (tokens, batch_size * max_seqlen_k)
     ]
-    merge_states(*zip(*parts, strict=True))
+    outs, lses = zip(*parts, strict=True)
+    merge_states(list(outs), list(lses))
 
 
 def writes(
