@@ -194,7 +194,7 @@ def command(
         del llm
         gc.collect()  # captured graphs and their engine refer to each other
     rows = [text_row(told[0], one) | answer_row(told[0], one) for one in told[1:]]
-    Console().print(report.table(rows, COLUMNS, Path(config.model).stem))
+    Console().print(report.table(rows, COLUMNS, Path(config.model).name))
     if output is not None:
         held = dataclasses.asdict(config) | {"model": Path(config.model).name, "compared": settings}
         held |= {"texts_from": [file.name for file in text or ()]}

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from headway.engine.llm import LLM
 
 
-#: Output tokens of the round that warms up.
-WARM_UP_TOKENS = 8
+#: Output tokens of the round that warms up, and the most prompt tokens of all its sequences together.
+WARM_UP_TOKENS, WARM_UP_PROMPT_TOKENS = 8, 1 << 18
 
 
 class Headway(Peer):
@@ -86,7 +86,8 @@ def measure(
     """One row per engine: ``repeats`` runs on fresh random prompts, after one that warms up.
 
     Engines take turns, on the same prompts, each in another place of the order every time. The first
-    round generates a few tokens only: everything is compiled then.
+    round generates a few tokens for as many sequences as show every kind of step: everything is compiled
+    then.
     """
     draw = random.Random(seed)
     tokens = range(vocab_size // 10, vocab_size - vocab_size // 10)
@@ -96,7 +97,8 @@ def measure(
         turn = round_number % len(engines)
         for engine in (*engines[turn:], *engines[:turn]):
             if round_number == 0:
-                engine.generate(prompts, min(shape.output_len, WARM_UP_TOKENS))
+                few = prompts[: max(1, WARM_UP_PROMPT_TOKENS // shape.input_len)]
+                engine.generate(few, min(shape.output_len, WARM_UP_TOKENS))
             else:
                 runs[engine.name].append(engine.generate(prompts, shape.output_len))
     return [as_row(engine, shape, runs[engine.name]) for engine in engines]
@@ -196,12 +198,15 @@ def command(
         label = f"headway {backend}" if names else "headway"
         try:
             found, facts = _run(one, label, wanted_shapes, repeats, wanted, vllm_python)
-        except HeadwayError as error:
+        except Exception as error:  # the other backends are still worth a row
             if not names:
                 raise
-            console.print(f"{label}: {error}", markup=False)
-            found = [{"engine": label, "error": str(error)}]
+            said = str(error) if isinstance(error, HeadwayError) else repr(error)
+            console.print(f"{label}: {said}", markup=False)
+            found = [{"engine": label, "error": said}]
         rows += found
+        if facts and output is not None and parallel.rank() == 0:  # a run that is stopped has these
+            _save(output, config, rows, facts | {"repeats": repeats, "backends": names})
         gc.collect()  # captured graphs and their engine refer to each other
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -209,14 +214,21 @@ def command(
         raise HeadwayError("no backend could run the model")
     if parallel.rank() > 0:
         return
-    title = f"{Path(config.model).stem}, {facts['dtype']}, {facts['device']}"
+    title = f"{Path(config.model).name}, {facts['dtype']}, {facts['device']}"
     measured = [row for row in rows if "error" not in row]
     console.print(report.table(measured, COLUMNS, title))
     if output is not None:
-        settings = asdict(config) | facts | {"model": Path(config.model).name, "repeats": repeats}
-        settings |= {"threads": torch.get_num_threads(), "backends": names}
-        report.Reading("generate", settings, rows).save(output)
         console.print(f"wrote {output}", markup=False)
+
+
+def _save(
+    output: Path, config: EngineConfig, rows: list[dict[str, Any]], facts: dict[str, Any]
+) -> None:
+    import torch
+
+    settings = asdict(config) | facts | {"model": Path(config.model).name}
+    settings["threads"] = torch.get_num_threads()
+    report.Reading("generate", settings, rows).save(output)
 
 
 def _run(
