@@ -465,7 +465,8 @@ def _one_length(length: int, q: Tensor, cu_seqlens_q: Tensor | None) -> int | Te
 
 def _merges_here(part: Tensor) -> bool:
     """Whether partial results are merged by a kernel; elsewhere by the reference, in float64."""
-    return _HAS_TRITON and part.device.type == "cuda" and part.dtype != torch.float64
+    is_there = _HAS_TRITON and part.device.type in ("cuda", "meta")
+    return is_there and part.dtype != torch.float64
 
 
 def _merging() -> Any:

@@ -150,7 +150,7 @@ def _fill(name: str, buffer: Tensor, values: np.ndarray) -> None:
 
 
 def _compute_units(device: torch.device | None) -> int:
-    on_gpu = torch.cuda.is_available() if device is None else device.type == "cuda"
+    on_gpu = torch.cuda.is_available() if device is None else device.type != "cpu"
     if on_gpu:
         return torch.cuda.get_device_properties(device).multi_processor_count
     return os.cpu_count() or 1

@@ -385,6 +385,10 @@ class DeviceWork:
         return out, torch.empty(rows, num_heads, dtype=torch.float32, device=device)
 
 
+#: Each list begins at a multiple of 16 bytes: kernels are compiled for such addresses, and for others.
+ALIGNMENT = 4
+
+
 class Event(Protocol):
     """A point in a stream, as ``torch.cuda.Event`` is."""
 
@@ -409,17 +413,19 @@ class Staging:
 
     def copied(self, lists: Sequence[Ints]) -> list[Tensor]:
         """Arrays as int32 tensors on the device, in memory of their own, in order with its stream."""
-        sizes = [values.size for values in lists]
+        sizes = [-(-values.size // ALIGNMENT) * ALIGNMENT for values in lists]
         host, event = self._slot(sum(sizes))
-        arrays = host.numpy()[: sum(sizes)]
-        np.concatenate([values.ravel() for values in lists], out=arrays, casting="unsafe")
+        arrays, start = host.numpy(), 0
+        for values, size in zip(lists, sizes, strict=True):
+            arrays[start : start + values.size] = values.ravel()
+            start += size
         # A copy even where host and device share memory: the slot is written again.
         there = host[: sum(sizes)].to(self.device, non_blocking=True, copy=True)
         if event is not None:
             with devices.use(self.device):  # on the stream of the copy, not of another device
                 event.record()
-        pieces = there.split(sizes)
-        return [piece.view(values.shape) for piece, values in zip(pieces, lists, strict=True)]
+        pieces = zip(there.split(sizes), lists, strict=True)
+        return [piece[: values.size].view(values.shape) for piece, values in pieces]
 
     def _slot(self, size: int) -> tuple[Tensor, Event | None]:
         """The slot whose turn it is, free to be written and large enough."""
@@ -473,7 +479,7 @@ def plan_on_device(
     lens = np.asarray(context_lens, np.int64)
     values = np.concatenate(([0], np.cumsum(-(-lens // granularity.kvlen) * granularity.kvlen)))
     lists = (
-        work.work_info,  # first: rows of 32 bytes, on an aligned address
+        work.work_info,  # first: rows of 32 bytes, on an address aligned to them
         work.work_indptr,
         work.reduce_indptr,
         work.reduce_final_map,

@@ -361,3 +361,12 @@ def test_a_plan_with_the_lse_is_the_same_with_a_part_for_every_item(number: int)
     tiles = {tuple(row) for row in whole.work_info[:, 2:4].tolist()}
     assert {tuple(row) for row in parts.reduce_final_map.tolist()} == tiles
     assert parts.partial_rows == 256 * len(parts.reduce_partial_map)
+
+
+def test_every_list_begins_at_a_multiple_of_16_bytes() -> None:
+    """What kernels are compiled for follows from the call, not from the lengths of the lists before."""
+    lists = [np.full(n, n) for n in (1, 3, 8, 0, 5)]
+    got = Staging(torch.device("cpu")).copied(lists)
+    assert [(t.tolist(), t.storage_offset() % 4) for t in got] == [
+        ([n] * n, 0) for n in (1, 3, 8, 0, 5)
+    ]

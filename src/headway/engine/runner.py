@@ -113,7 +113,7 @@ class ModelRunner:
             ends.append(len(ids))
             rows += range(len(ids) - chunk.num_rows, len(ids))
         table = self._pages.fill(chunks)
-        if self.device.type == "cuda":
+        if self.device.type != "cpu":
             table = self._pages.padded(table)
         pending = any(source >= 0 for source in sources)
         sent = self._send(ids, sources if pending else [], positions, contexts, ends, rows, table)

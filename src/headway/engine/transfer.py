@@ -18,8 +18,10 @@ def upload(
 ) -> Tensor:
     """The values as a tensor on the device; it may still be on its way, in the order of the stream."""
     tensor = torch.as_tensor(values, dtype=dtype)
-    if device.type != "cuda":
+    if device.type == "cpu":
         return tensor.clone() if isinstance(values, np.ndarray) else tensor
+    if device.type == "meta":  # nothing is computed there, only compiled
+        return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 

@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import math
 import operator
+import os
 from collections.abc import Callable, Hashable, Mapping
 from importlib import metadata
 from types import SimpleNamespace
@@ -50,11 +51,14 @@ LATENT_TOKENS = 16
 #: Which kernel runs a call: decode with values that are keys too is one of its own.
 Work = Literal["prefill", "decode", "absorbed MLA"]
 
+#: Meta tensors are for compiling ahead of time.
+_DEVICES = frozenset({"cuda", "meta"})
+
 _FLOAT8 = torch.float8_e4m3fn
 _HALF = frozenset({(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16)})
 
 _PREFILL = Capabilities(
-    device_types=frozenset({"cuda"}),
+    device_types=_DEVICES,
     dtypes=_HALF,
     features=ALL_FEATURES - {Feature.QV, Feature.DESCALE},
     head_dims=HeadDims(maximum=256, multiple_of=8),
@@ -63,7 +67,7 @@ _PREFILL = Capabilities(
 )
 
 _DECODE = Capabilities(
-    device_types=frozenset({"cuda"}),
+    device_types=_DEVICES,
     dtypes=_HALF | {(_FLOAT8, _FLOAT8), (torch.bfloat16, _FLOAT8), (torch.float16, _FLOAT8)},
     features=ALL_FEATURES - {Feature.QV},
     head_dims=HeadDims(maximum=256, multiple_of=8),
@@ -74,7 +78,7 @@ _DECODE = Capabilities(
 
 _WHOLE_ROWS = DimRange((576, 576), (512, 512))
 _LATENT = Capabilities(
-    device_types=frozenset({"cuda"}),
+    device_types=_DEVICES,
     dtypes=_HALF,
     features=ALL_FEATURES - {Feature.DESCALE},
     head_dims=HeadDims(only=frozenset(), pairs=frozenset({(576, 512)})),
@@ -123,6 +127,9 @@ class HopperProvider(Provider):
     def unavailable(self, device: torch.device) -> str | None:
         if importlib.util.find_spec("triton") is None:
             return "the package triton is not installed"
+        if device.type == "meta":  # stands for the target that HEADWAY_TARGET names
+            is_hopper = os.environ.get("HEADWAY_TARGET") == "sm90"
+            return None if is_hopper else "runs on sm90; no such target is named for meta tensors"
         if device.type != "cuda" or torch.version.hip is not None:
             return "runs on NVIDIA GPUs of compute capability 9.0"
         capability = torch.cuda.get_device_capability(device)

@@ -64,7 +64,12 @@ ORDERS = (
     ),
     Order(("gfx*",), _BOTH, ("portable", "aiter"), "not measured: no such device was at hand"),
     Order(("mp*",), _BOTH, ("mate",), "the only provider on these devices"),
-    Order(("meta",), _BOTH, ("portable",), "nothing runs: compiled for the target that was named"),
+    Order(
+        ("meta",),
+        _BOTH,
+        ("hopper", "portable"),
+        "nothing runs: compiled for the target that is named",
+    ),
 )
 
 

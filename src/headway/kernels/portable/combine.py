@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from headway.errors import InvalidInputError
-from headway.kernels._triton import cdiv, jit, next_power_of_2, tl
+from headway.kernels._triton import cdiv, jit, next_power_of_2, tl, triton
 from headway.kernels.portable.numeric import LN2, LOG2E, cast
 from headway.kernels.portable.spans import query_span
 from headway.plan import Schedule
@@ -152,7 +152,7 @@ def merge_kernel(
     tl.store(lse_ptr + row, lse)
 
 
-@jit
+@triton.jit(do_not_specialize=["rows", "seqlen"])
 def states_kernel(
     outs,
     lses,

@@ -20,7 +20,9 @@ from headway.kernels.portable.operands import bits, block_width, dependent_launc
 FEW, MANY = 4, 16
 
 
-@jit
+@triton.jit(
+    do_not_specialize=["stride_table"], do_not_specialize_on_alignment=["cu_seqlens_q", "seqlens_k"]
+)
 def slots_kernel(
     cu_seqlens_q,
     seqlens_k,
