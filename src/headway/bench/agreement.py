@@ -26,7 +26,7 @@ from headway.bench import report
 from headway.engine import parallel
 from headway.engine.config import EngineConfig
 from headway.engine.request import SamplingParams
-from headway.errors import InvalidInputError
+from headway.errors import HeadwayError, InvalidInputError
 
 if TYPE_CHECKING:
     import transformers
@@ -296,6 +296,9 @@ def compare(
         try:
             llm = LLM(replace(config, **changes))
             answers = llm.generate(asked, params)
+            failed = next((one.error for one in answers if one.error is not None), None)
+            if failed is not None:
+                raise HeadwayError(failed)
         except Exception as error:  # the other settings are still worth a row
             yield row | {"error": f"{type(error).__name__}: {error}"}
             continue
@@ -402,9 +405,16 @@ def command(
 
     place = parallel.join(tensor_parallel_size, choose_device(device))
 
+    held = {"dtype": dtype, "max_tokens": max_tokens, "near": NEAR}
+    held["tensor_parallel_size"] = tensor_parallel_size
+    so_far: list[dict[str, Any]] = []
+
     def told(row: dict[str, Any]) -> None:
         shown = {key: value for key, value in row.items() if key != "verdicts"}
         print(shown, flush=True)
+        so_far.append(row)
+        if output is not None and parallel.rank() == 0:  # a run that is stopped has these
+            report.Reading("agreement", held, so_far).save(output)
 
     rows = run(
         names,
@@ -419,10 +429,6 @@ def command(
     if parallel.rank() > 0:
         return
     Console().print(report.table(rows, COLUMNS, "greedy answers beside transformers'"))
-    if output is not None:
-        held = {"dtype": dtype, "max_tokens": max_tokens, "near": NEAR}
-        held["tensor_parallel_size"] = tensor_parallel_size
-        report.Reading("agreement", held, rows).save(output)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,32 @@
 """Many short requests, some cancelled at any moment, some failing: is anything lost, does anything leak?
 
 ``python -m headway.bench.churn MODEL --requests 10000 --output reading.json`` adds requests at random
-times, takes some back, and lets the text of some fail in the middle. Afterwards every request has ended
-once, every token was told, and every page is free; and the engine says what it said before.
+times, takes some back, lets the text of some fail in the middle, and some steps as a whole. Afterwards
+every request has ended once, every token was told, and every page is free; and the engine says what it
+said before.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import random
 import time
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from torch import Tensor
 
 from headway import flags
 from headway.bench import report
 from headway.engine.config import EngineConfig
 from headway.engine.llm import LLM
 from headway.engine.request import FinishReason, RequestOutput, SamplingParams
+from headway.engine.scheduler import Chunk
 from headway.errors import HeadwayError
 
 
@@ -61,9 +67,45 @@ class Ledger:
             self.ended[name] = output.finish_reason
 
 
+@contextlib.contextmanager
+def failing_steps(llm: LLM, draw: random.Random) -> Iterator[None]:
+    """One step in a hundred fails in its model call, before it computes or behind it."""
+    runner: Any = llm._runner
+    run = runner.run
+
+    def run_or_fail(chunks: Sequence[Chunk]) -> Tensor:
+        place = draw.randrange(200)
+        if place == 0:
+            raise HeadwayError("a step that fails before its model call")
+        logits: Tensor = run(chunks)
+        if place == 1:
+            raise HeadwayError("a step that fails behind its model call")
+        return logits
+
+    runner.run = run_or_fail
+    logger = logging.getLogger("headway.engine.llm")
+    logger.addFilter(_is_meant)
+    try:
+        yield
+    finally:
+        runner.run = run
+        logger.removeFilter(_is_meant)
+
+
+def _is_meant(record: logging.LogRecord) -> bool:
+    """Keep failures that are asked for out of the log."""
+    error = record.exc_info and record.exc_info[1]
+    return not (isinstance(error, HeadwayError) and str(error).startswith("a step that fails"))
+
+
 def churn(llm: LLM, count: int, seed: int) -> Ledger:
     """Run ``count`` requests. Every step may bring arrivals and cancellations."""
     draw = random.Random(seed)
+    with failing_steps(llm, random.Random(seed + 1)):
+        return _churn(llm, count, draw)
+
+
+def _churn(llm: LLM, count: int, draw: random.Random) -> Ledger:
     ledger = Ledger()
     added = 0
     vocabulary = min(256, llm.model_config.vocab_size)
@@ -132,7 +174,12 @@ def command(
     llm = LLM(config)
     start = time.perf_counter()
     ended = survives(llm, requests)
-    row: dict[str, Any] = {"requests": requests, **{f"ended_{k}": n for k, n in ended.items()}}
+    named = {
+        name: getattr(llm.config, name)
+        for name in ("overlap", "speculative", "kv_cache_dtype", "page_size")
+    }
+    row: dict[str, Any] = named | {"requests": requests}
+    row |= {f"ended_{reason}": number for reason, number in ended.items()}
     row |= {
         "lost_requests": 0,
         "lost_pages": 0,

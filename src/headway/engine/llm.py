@@ -701,6 +701,7 @@ def _completion(prompt: Sequence[int], pieces: Sequence[RequestOutput]) -> Compl
         logprobs=tuple(one for piece in pieces for one in piece.new_logprobs),
         cached_tokens=last.cached_tokens,
         prompt_logprobs=tuple(one for piece in pieces for one in piece.prompt_logprobs),
+        error=last.error,
     )
 
 

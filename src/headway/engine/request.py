@@ -92,6 +92,7 @@ class Completion:
     logprobs: tuple[TokenLogprob, ...] = ()
     cached_tokens: int = 0
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    error: str | None = None  # why it ended with FinishReason.ERROR
 
 
 @dataclass(frozen=True)
