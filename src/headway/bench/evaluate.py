@@ -13,6 +13,7 @@ import math
 import os
 import shlex
 import statistics
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -115,12 +116,12 @@ def evaluate(settings: EvalSettings, url: str, server: str, api_key: str | None)
         HeadwayError: lm-eval is not installed, or knows no such task; no server answers.
     """
     model = _first_model(url, api_key)
-    with _quiet(api_key):
+    with _quiet(api_key), _readable(settings.tokenizer or model) as tokenizer:
         lm_eval, task_manager = _lm_eval(settings)
         arguments = {
             "model": model,
             "base_url": f"{url}/v1/completions",
-            "tokenizer": settings.tokenizer or model,
+            "tokenizer": tokenizer,
             "tokenizer_backend": "huggingface",
             "num_concurrent": settings.num_concurrent,
             "max_length": _context(url, api_key),
@@ -140,6 +141,21 @@ def evaluate(settings: EvalSettings, url: str, server: str, api_key: str | None)
             fewshot_random_seed=settings.seed,
         )
     return list(scores(found["samples"], server))
+
+
+@contextlib.contextmanager
+def _readable(tokenizer: str) -> Iterator[str]:
+    """lm-eval reads folders and hub names: the tokenizer of a GGUF file is written into a folder."""
+    path = Path(tokenizer)
+    if path.suffix != ".gguf":
+        yield tokenizer
+        return
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        found = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        found.save_pretrained(folder)
+        yield folder
 
 
 def scores(samples: Mapping[str, Sequence[Mapping[str, Any]]], server: str) -> Iterator[Score]:
