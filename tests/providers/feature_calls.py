@@ -283,6 +283,7 @@ _named(
         "64, append with rotary": lambda: pages(64, 2, new=2, **_rotary()),
         "64, leftpad": lambda: pages(64, 2, causal=True, cache_leftpad=int32(50, 3, 0, 20)),
         "64, batch_idx": lambda: pages(64, cache_batch_idx=int32(3, 0, 2, 1), **_any_pages()),
+        "64, all of them": lambda: pages(64, 3, causal=True, cache_seqlens=None, **_any_pages()),
         "64, ragged queries": lambda: ragged_queries(pages(64, causal=True)),
         "256, ragged queries": lambda: ragged_queries(pages(256, causal=True)),
         "64, long": lambda: pages(64, lengths=(9000, 7, 4096, 1), causal=True),

@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from tests.calls import Call, assert_matches, calls
+from tests.providers import feature_calls
 
 
 @settings(
@@ -26,4 +27,9 @@ def test_long_prefill_equals_the_reference(dtype: torch.dtype, causal: bool) -> 
     q = torch.randn(1, 700, 6, 64, dtype=dtype)
     k, v = (torch.randn(1, 1500, 2, 64, dtype=dtype) for _ in range(2))
     call = Call("dense", {"q": q, "k": k, "v": v, "causal": causal}, "long prefill")
+    assert_matches(call.run("cpu"), call.run("reference"), call)
+
+
+def test_pages_without_lengths_are_keys_to_their_ends() -> None:
+    call = feature_calls.named("pages of 64, all of them")
     assert_matches(call.run("cpu"), call.run("reference"), call)

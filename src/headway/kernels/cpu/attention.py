@@ -621,6 +621,11 @@ def _strides(tensor: Tensor | None) -> tuple[int, int]:
     return (0, 0) if tensor is None else tensor.stride()  # type: ignore[return-value]
 
 
+def _longest(k: Tensor, page_table: Tensor | None) -> int:
+    """Rows of keys that a sequence has where no length is given; ragged ones always have lengths."""
+    return k.shape[1] if page_table is None else k.shape[1] * page_table.shape[1]
+
+
 class AttentionCall:
     """Attention over ragged, dense or paged keys and values, to run once or for many layers of a model.
 
@@ -734,7 +739,7 @@ class AttentionCall:
             head_dim,
             head_dim_v,
             seqlen_q,
-            k.shape[0] if ragged_k else k.shape[1],
+            _longest(k, page_table),
             0 if ragged_k else k.shape[1],
             _UNBOUNDED if window_left is None else window_left,
             _UNBOUNDED if window_right is None else window_right,
