@@ -95,6 +95,7 @@ def serve(
 ) -> None:
     """Serve a model through an OpenAI-compatible HTTP API."""
     from headway.engine.collector import settled
+    from headway.engine.warm_up import warm_up
     from headway.server import run
     from headway.server.context import ServerSettings
 
@@ -104,7 +105,7 @@ def serve(
         _serve_together(config)
     listener = run.bind(host, port)
     llm = _load(config)
-    _warm_up(llm)
+    warm_up(llm)
     leader = _lead(llm)
     port = listener.getsockname()[1]
     shown = host if ":" not in host else f"[{host}]"
@@ -127,11 +128,12 @@ def _serve_together(config: EngineConfig) -> None:
         return
     from headway.engine.collector import settled
     from headway.engine.lead import follow
+    from headway.engine.warm_up import warm_up
 
     for number in (signal.SIGTERM, signal.SIGINT):  # the leader drains, and says when that was all
         signal.signal(number, signal.SIG_IGN)
     llm = _load(config)
-    _warm_up(llm)
+    warm_up(llm)
     with settled():
         follow(llm)
     raise typer.Exit
@@ -164,18 +166,6 @@ def _load(config: EngineConfig) -> LLM:
     from headway.engine.llm import LLM
 
     return LLM(config, progress=True)
-
-
-def _warm_up(llm: LLM) -> None:
-    """Compile what a first prefill and a first decode step compile, before clients wait for it."""
-    from headway.engine.request import SamplingParams
-
-    params = SamplingParams(
-        max_tokens=min(2, llm.max_model_len - 1), temperature=0, ignore_eos=True
-    )
-    (done,) = llm.generate([[0] * min(8, llm.max_model_len - params.max_tokens)], params)
-    if done.finish_reason.value == "error":
-        raise HeadwayError("the model cannot generate; the log above has the reason")
 
 
 def _introduce(llm: LLM, names: tuple[str, ...], url: str, key: bool) -> None:

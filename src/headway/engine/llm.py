@@ -165,7 +165,7 @@ class LLM:
             self.backend,
             max_sequences=config.max_running_requests,
             max_pages=kv_cache.pages_for(self.max_model_len, config.page_size),
-            graphs=self._capture(num_pages, config.max_running_requests),
+            graphs=self._capture(num_pages, config.max_running_requests, progress=progress),
         )
         self._in_flight: Step | None = None
         self._requests: dict[str, Request] = {}
@@ -312,6 +312,10 @@ class LLM:
     def has_unfinished(self) -> bool:
         """Whether another ``step`` would do anything."""
         return bool(self._requests)
+
+    def unfinished(self) -> tuple[str, ...]:
+        """Ids of the requests that have not ended."""
+        return tuple(self._requests)
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request now; its pages come back. None where no such request is unfinished."""
@@ -542,7 +546,7 @@ class LLM:
                 self.abort(name)
             raise
         pieces: dict[str, list[RequestOutput]] = {str(i): [] for i in range(len(prompts))}
-        with _completion_bar(len(prompts), show=progress) as advance:
+        with _bar("Completing", len(prompts), show=progress) as advance:
             while self.has_unfinished():
                 for output in self.step():
                     pieces[output.request_id].append(output)
@@ -551,6 +555,18 @@ class LLM:
         return [_completion(tokens[int(name)], parts) for name, parts in pieces.items()]
 
     # --- state ------------------------------------------------------------------------------------
+
+    def forget(self) -> None:
+        """Forget what was computed: the prefix cache and all counters.
+
+        Raises:
+            InvalidInputError: there are unfinished requests.
+        """
+        if self._requests:
+            raise InvalidInputError("forget", f"{len(self._requests)} unfinished requests", "none")
+        self._prefix_cache.clear()
+        self._scheduler.forget()
+        self._prompt_tokens = self._output_tokens = 0
 
     def stats(self) -> EngineStats:
         """Counters since the start, and what is going on now."""
@@ -567,16 +583,18 @@ class LLM:
             output_tokens=self._output_tokens,
         )
 
-    def _capture(self, padding_page: int, most: int) -> list[DecodeGraphs]:
+    def _capture(self, padding_page: int, most: int, *, progress: bool) -> list[DecodeGraphs]:
         """Decode steps as CUDA graphs, with and without guesses; none where they are off, or the model
         cannot be captured."""
         if not self.config.cuda_graphs:
             return []
-        record = CudaRecorder(self.device)
+        record, sizes = CudaRecorder(self.device), batch_sizes(most)
         captured = []
         for tokens in sorted({1, 1 + self._scheduler.uniform_drafts}):
+            title = "Capturing decode steps" if tokens == 1 else "Capturing checks of guesses"
             try:
-                graphs = self.graphs_of(tokens, padding_page, batch_sizes(most), record)
+                with _bar(title, len(sizes), show=progress) as advance:
+                    graphs = self.graphs_of(tokens, padding_page, sizes, record, advance)
             except Exception as error:  # whatever a model does that cannot be captured
                 what = "decode runs" if tokens == 1 else "guesses are checked"
                 message = f"{type(error).__name__}: {error}"
@@ -587,9 +605,14 @@ class LLM:
         return captured
 
     def graphs_of(
-        self, tokens_per_sequence: int, padding_page: int, sizes: Sequence[int], record: Record
+        self,
+        tokens_per_sequence: int,
+        padding_page: int,
+        sizes: Sequence[int],
+        record: Record,
+        advance: Callable[[], None] = lambda: None,
     ) -> DecodeGraphs:
-        """Captured steps in which every sequence has so many new tokens."""
+        """Captured steps in which every sequence has so many new tokens; ``advance`` after each size."""
         limits = GraphLimits(
             max_batch_size=sizes[-1],
             max_pages=kv_cache.pages_for(self.max_model_len, self.config.page_size),
@@ -610,7 +633,7 @@ class LLM:
             return logits
 
         graphs = DecodeGraphs(forward, backend, limits, sizes, record)
-        graphs.capture()
+        graphs.capture(advance)
         return graphs
 
     def _cache_size(self, shapes: Sequence[kv_cache.KVShape], limit: int) -> tuple[int, int]:
@@ -706,10 +729,10 @@ def _completion(prompt: Sequence[int], pieces: Sequence[RequestOutput]) -> Compl
 
 
 @contextlib.contextmanager
-def _completion_bar(total: int, *, show: bool) -> Iterator[Callable[[], None]]:
-    """A progress bar over finished prompts; yields what to call at each."""
+def _bar(title: str, total: int, *, show: bool) -> Iterator[Callable[[], None]]:
+    """A progress bar over ``total`` things; yields what to call at each."""
     from rich.progress import Progress
 
     with Progress(disable=not show) as bars:
-        task = bars.add_task("Completing", total=total)
+        task = bars.add_task(title, total=total)
         yield lambda: bars.advance(task)

@@ -146,6 +146,10 @@ class Scheduler:
         self.uniform_drafts = uniform_drafts
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin to count anew."""
         self.num_preemptions = 0
         self.hit_tokens = 0
         self.query_tokens = 0

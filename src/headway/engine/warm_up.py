@@ -1,0 +1,56 @@
+"""Before the first client: what its request would wait for is compiled, and what cannot run is found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from headway.engine.kv_cache import pages_for
+from headway.engine.llm import LLM
+from headway.engine.request import SamplingParams
+from headway.errors import HeadwayError
+
+#: A prompt and how it goes on.
+Asked = tuple[int, SamplingParams]
+
+
+def warm_up(llm: LLM) -> None:
+    """Run every kind of step once: short and long prompts, decode alone and beside a prompt, greedy and
+    drawn tokens. The engine has forgotten it all then. Processes of a tensor-parallel engine do it
+    together.
+
+    Raises:
+        HeadwayError: the model cannot generate this way, with the reason.
+    """
+    for number, wave in enumerate(waves(llm)):
+        for index, (length, params) in enumerate(wave):
+            llm.add_request(f"warm-up {number}.{index}", [0] * length, params)
+        _step(llm)
+    while llm.has_unfinished():
+        _step(llm)
+    llm.forget()
+
+
+def waves(llm: LLM) -> Sequence[Sequence[Asked]]:
+    """Requests that begin a step after those before them."""
+    room = llm.max_model_len - 1
+    greedy = SamplingParams(max_tokens=min(4, room), temperature=0, seed=0, ignore_eos=True)
+    first = [(min(8, llm.max_model_len - greedy.max_tokens), greedy)]
+    if llm.device.type == "cpu":  # compiles nothing that depends on lengths
+        return [first]
+    last = SamplingParams(max_tokens=1, temperature=0, seed=0, ignore_eos=True)
+    drawn = SamplingParams(
+        max_tokens=1, temperature=1, top_p=0.9, top_k=8, logprobs=1, seed=0, ignore_eos=True
+    )
+    # Beside the first wave's page, and the spare one that each running sequence is kept.
+    pages = llm.stats().pages_total - 2 * pages_for(llm.max_model_len, llm.config.page_size)
+    longest = min(llm.config.chunked_prefill_size or 1, room, pages * llm.config.page_size)
+    second = [(length, params) for length, params in ((longest, last), (1, drawn)) if length > 0]
+    return [first, second]
+
+
+def _step(llm: LLM) -> None:
+    for output in llm.step():
+        if output.error is not None:
+            for name in list(llm.unfinished()):
+                llm.abort(name)
+            raise HeadwayError(f"the model cannot generate this way: {output.error}")

@@ -1,0 +1,70 @@
+"""What a server does before its first client: every kind of step once, and nothing of it stays."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from headway.engine import warm_up
+from headway.engine.request import SamplingParams
+from headway.errors import HeadwayError, InvalidInputError
+from tests.engine.conftest import TinyModel, engine
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("tokens", [32, 64, 512])
+def test_nothing_of_it_stays(
+    llama: TinyModel, monkeypatch: pytest.MonkeyPatch, overlap: bool, tokens: int
+) -> None:
+    llm = engine(llama, max_model_len=32, kv_cache_tokens=tokens, overlap=overlap)
+    steps: list[list[int]] = []
+    run = llm._runner.run
+
+    def seen(chunks):  # type: ignore[no-untyped-def]
+        steps.append(sorted(chunk.num_tokens for chunk in chunks))
+        return run(chunks)
+
+    monkeypatch.setattr(llm._runner, "run", seen)
+    real = llm.device
+    llm.device = torch.device("cuda")  # where lengths decide what is compiled
+    waves = warm_up.waves(llm)
+    llm.device = real
+    monkeypatch.setattr(warm_up, "waves", lambda llm: waves)
+    before = llm.stats()
+    warm_up.warm_up(llm)
+    assert llm.stats() == before
+    assert not llm.has_unfinished()
+    assert [8] in steps
+    assert [1] in steps
+    if tokens == 512:
+        assert [1, 1, 31] in steps  # a token of the first, and both new prompts
+    monkeypatch.undo()
+    (one,) = llm.generate([[1, 2, 3]], SamplingParams(max_tokens=8, temperature=0))
+    assert list(one.token_ids) == llama.greedy([1, 2, 3], 8)
+
+
+def test_seeds_are_those_of_an_engine_without_it(llama: TinyModel) -> None:
+    fresh, warm = engine(llama), engine(llama)
+    warm_up.warm_up(warm)
+    drawn = SamplingParams(max_tokens=8, temperature=1)
+    a, b = (llm.generate([[1, 2, 3]], drawn)[0].token_ids for llm in (fresh, warm))
+    assert a == b
+
+
+def test_what_cannot_run_is_said(llama: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = engine(llama)
+
+    def refuse(chunks):  # type: ignore[no-untyped-def]
+        raise HeadwayError("no provider takes pages of 3 tokens")
+
+    monkeypatch.setattr(llm._runner, "run", refuse)
+    with pytest.raises(HeadwayError, match=r"cannot generate this way: .*pages of 3 tokens"):
+        warm_up.warm_up(llm)
+    assert not llm.has_unfinished()
+
+
+def test_requests_are_not_forgotten(llama: TinyModel) -> None:
+    llm = engine(llama)
+    llm.add_request("a", [1], SamplingParams(max_tokens=1))
+    with pytest.raises(InvalidInputError, match="1 unfinished requests"):
+        llm.forget()
