@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from headway.engine import sampler
+from headway.engine import loader, sampler
 from headway.engine.config import EngineConfig
 from headway.engine.llm import LLM
 from headway.engine.request import FinishReason, RequestOutput, SamplingParams
@@ -394,3 +394,15 @@ def test_progress_bars_come_and_go(
     shown = capsys.readouterr()
     assert "Loading" not in shown.out + shown.err
     quiet.generate([[1]], GREEDY)
+
+
+def test_a_backend_that_cannot_run_the_model_is_refused_before_weights_are_read(
+    llama: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "load", lambda *_, **__: pytest.fail("weights were read"))
+    with pytest.raises(UnsupportedError, match="fa3: runs on NVIDIA GPUs"):
+        engine(llama, attention_backend="fa3")
+    with pytest.raises(InvalidInputError, match="attention_backend: got fa9; want auto, hopper"):
+        engine(llama, attention_backend="fa9")
+    with pytest.raises(InvalidInputError, match=r"model: got nope\.gguf; want a path that exists"):
+        loader.find(EngineConfig(model="nope.gguf"))

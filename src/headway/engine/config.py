@@ -90,6 +90,12 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidInputError(name, value, "at least 1, or None")
+        if self.attention_backend != "auto":
+            from headway.providers import NAMES  # which imports torch: help does without
+
+            if self.attention_backend not in NAMES:
+                wanted = ", ".join(("auto", *NAMES))
+                raise InvalidInputError("attention_backend", self.attention_backend, wanted)
         if self.mem_fraction is not None and not 0 < self.mem_fraction < 1:
             raise InvalidInputError("mem_fraction", self.mem_fraction, "between 0 and 1, or None")
         if self.overlap and self.speculative != "off":

@@ -15,7 +15,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from headway.engine import kv_cache, loader, parallel, sampler
+from headway.engine import early, kv_cache, loader, parallel, sampler
 from headway.engine.acceleration import Acceleration, accelerate
 from headway.engine.attention import PagedAttention, probe_layers
 from headway.engine.calibration import kv_scales
@@ -122,6 +122,7 @@ class LLM:
     """
 
     def __init__(self, config: EngineConfig, *, progress: bool = False) -> None:
+        early.insist(config)
         loaded = loader.load(config, progress=progress)
         self.device = next(loaded.model.parameters()).device
         self.config = config = config.resolved(self.device.type)

@@ -81,7 +81,7 @@ def load(config: EngineConfig, *, progress: bool = False) -> LoadedModel:
         config=text_config,
         tokenizer=tokenizer,
         name=config.model,
-        max_model_len=_max_model_len(config, text_config),
+        max_model_len=max_model_len(config, text_config),
         eos_token_ids=_eos_token_ids(model, tokenizer),
     )
 
@@ -94,8 +94,15 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InvalidInputError("device", name, "auto, cpu or a GPU that is there") from error
+        wanted = f"auto, cpu or a GPU that is there: torch {torch.__version__} {_gpus()}"
+        raise InvalidInputError("device", name, wanted) from error
     return device
+
+
+def _gpus() -> str:
+    if not torch.backends.cuda.is_built():
+        return "is built without GPUs"
+    return f"sees {torch.cuda.device_count()}"
 
 
 def find(config: EngineConfig) -> Source:
@@ -122,7 +129,8 @@ def find(config: EngineConfig) -> Source:
         return Source(str(path))
     if path.is_dir() and not (path / "config.json").is_file():
         raise InvalidInputError("model", config.model, "a folder that has a config.json")
-    if not path.is_dir() and (path.is_absolute() or config.model.startswith((".", "~"))):
+    local = path.is_absolute() or config.model.startswith((".", "~")) or path.suffix == ".gguf"
+    if not path.is_dir() and local:
         raise InvalidInputError("model", config.model, "a path that exists, or a hub name")
     return Source(config.model)
 
@@ -252,7 +260,7 @@ def _hub_errors(config: EngineConfig) -> Iterator[None]:
         ) from error
 
 
-def _max_model_len(config: EngineConfig, text_config: PretrainedConfig) -> int:
+def max_model_len(config: EngineConfig, text_config: PretrainedConfig) -> int:
     """The model's own limit, or the smaller one asked for."""
     limit = getattr(text_config, "max_position_embeddings", None)
     reason = "the model's max_position_embeddings"
