@@ -584,7 +584,9 @@ class LLM:
             output_tokens=self._output_tokens,
         )
 
-    def _capture(self, padding_page: int, most: int, *, progress: bool) -> list[DecodeGraphs]:
+    def _capture(
+        self, padding_page: int, most: int, *, progress: bool = False
+    ) -> list[DecodeGraphs]:
         """Decode steps as CUDA graphs, with and without guesses; none where they are off, or the model
         cannot be captured."""
         if not self.config.cuda_graphs:
