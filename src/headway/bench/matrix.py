@@ -95,10 +95,14 @@ def _await_url(process: subprocess.Popen[str], said: IO[str]) -> str:
 
 
 def _reason(text: str) -> str:
-    """The error in what a server said, or else its last line."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    errors = [line for line in lines if re.match(r"[\w.]+Error: ", line)]
-    return next(reversed(errors or lines), "it said nothing")
+    """The error in what a server said, with the lines that belong to it, or else its last line."""
+    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+    errors = [i for i, line in enumerate(lines) if re.match(r"headway: |[\w.]+Error: ", line)]
+    if not errors:
+        return lines[-1].strip() if lines else "it said nothing"
+    first, *rest = lines[errors[-1] :]
+    more = itertools.takewhile(lambda line: line.startswith("  "), rest)
+    return "; ".join([first.removeprefix("headway: "), *(line.strip() for line in more)])
 
 
 def run(
@@ -107,19 +111,27 @@ def run(
     dimensions: Sequence[str],
     load: Callable[[str], dict[str, Any]],
     told: Callable[[str], None],
+    so_far: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
 ) -> list[dict[str, Any]]:
-    """One row per combination: what ``load`` returns for its URL, or the error that kept it from that."""
+    """One row per combination: what ``load`` returns for its URL, or the error that kept it from that.
+
+    ``so_far`` is given the rows after each.
+    """
     rows = []
     for variant in variants(dimensions):
         told(variant.label)
         row: dict[str, Any] = {"server": variant.label}
+        start = time.monotonic()
         try:
             with serving(model, [*shlex.split(flags), *variant.flags]) as url:
+                row["ready_s"] = time.monotonic() - start
                 row |= load(url)
         except HeadwayError as error:
             row["error"] = str(error)
             told(f"{variant.label}: {error}")
+        row["seconds"] = time.monotonic() - start
         rows.append(row)
+        so_far(rows)
     return rows
 
 
@@ -132,6 +144,7 @@ COLUMNS = (
     report.Column("median_tpot_ms", "TPOT (ms)", ".2f"),
     report.Column("p99_itl_ms", "ITL p99 (ms)", ".2f"),
     report.Column("median_e2el_ms", "latency (ms)", ".1f"),
+    report.Column("ready_s", "ready after (s)", ".1f"),
 )
 
 _PANELS = (

@@ -436,7 +436,8 @@ def summarise(samples: Sequence[Sample]) -> LoadResult:
         request_throughput=len(good) / duration,
         output_throughput=output / duration,
         total_throughput=total / duration,
-        peak_output_throughput=peak_output_throughput(good),
+        # A run of less than a second has no second to be counted in.
+        peak_output_throughput=max(peak_output_throughput(good), output / duration),
         peak_concurrency=peak_concurrency(samples),
         **figures,
     )
@@ -597,7 +598,15 @@ def _compare(
     def told(text: str) -> None:
         console.print(text, markup=False)
 
-    rows = matrix.run(model, flags_, dimensions, load, told)
+    asked = asdict(settings) | {"model": Path(model).name, "matrix": list(dimensions)}
+    asked |= {"request_rate": str(settings.request_rate), "serve_flags": flags_}
+    asked.pop("prompts_file")
+
+    def so_far(rows: list[dict[str, Any]]) -> None:
+        if output is not None:  # a run that is stopped has these
+            report.Reading("serve", asked, rows).save(output)
+
+    rows = matrix.run(model, flags_, dimensions, load, told, so_far)
     measured = [row for row in rows if "error" not in row]
     if not measured:
         raise HeadwayError("no server could be measured; the reasons are above")
@@ -606,10 +615,6 @@ def _compare(
         matrix.plot(measured, plot)
         console.print(f"wrote {plot}", markup=False)
     if output is not None:
-        asked = asdict(settings) | {"model": Path(model).name, "matrix": list(dimensions)}
-        asked |= {"request_rate": str(settings.request_rate), "serve_flags": flags_}
-        asked.pop("prompts_file")
-        report.Reading("serve", asked, rows).save(output)
         console.print(f"wrote {output}", markup=False)
 
 
