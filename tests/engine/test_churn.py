@@ -27,14 +27,17 @@ POOL: dict[str, Any] = {"kv_cache_tokens": 330, "max_model_len": 64, "max_runnin
         {"overlap": False},
         {"overlap": True},
         {"speculative": "ngram"},
+        {"speculative": "ngram", "overlap": True, "kv_cache_dtype": "fp8_e4m3"},
         {"overlap": True, "disable_prefix_cache": True, "page_size": 3},
     ],
-    ids=["plain", "overlap", "speculative", "no prefix cache"],
+    ids=["plain", "overlap", "speculative", "speculative overlap float8", "no prefix cache"],
 )
 def test_nothing_is_lost_or_leaks(llama: TinyModel, settings: dict[str, Any]) -> None:
     llm = engine(llama, **POOL, **settings)
     ended = survives(llm, REQUESTS)
     assert set(ended) >= {"length", "abort", "error"}
+    if "kv_cache_dtype" in settings:  # has answers of its own, which survives() compares
+        return
     (one,) = llm.generate([[1, 2, 3]], SamplingParams(max_tokens=8, temperature=0))
     assert list(one.token_ids) == llama.greedy([1, 2, 3], 8)
 

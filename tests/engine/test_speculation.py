@@ -6,11 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-from headway.engine.config import EngineConfig
 from headway.engine.llm import LLM
 from headway.engine.request import FinishReason, SamplingParams
 from headway.engine.speculation import NgramIndex, accepted
-from headway.errors import InvalidInputError
 from tests.engine.conftest import TinyModel, engine
 
 #: Prompts that repeat themselves, so that there is something to look up.
@@ -63,7 +61,7 @@ def test_greedy_output_stays_what_it_is(
     name: str, drafts: int, tiny: Callable[[str], TinyModel]
 ) -> None:
     model = tiny(name)
-    llm = engine(model, speculative="ngram", num_draft_tokens=drafts)
+    llm = engine(model, speculative="ngram", num_draft_tokens=drafts, overlap=drafts != 4)
     found, _ = steps(llm, PROMPTS, GREEDY)
     assert found == [model.greedy(prompt, 30) for prompt in PROMPTS]
     assert llm.stats().pages_used == 0
@@ -82,16 +80,19 @@ def test_guesses_that_are_right_save_steps(llama: TinyModel) -> None:
     assert count <= plain_count
 
 
-def test_in_a_pool_that_is_too_small(llama: TinyModel) -> None:
-    llm = engine(llama, speculative="ngram", kv_cache_tokens=150, max_model_len=120, page_size=4)
+@pytest.mark.parametrize("overlap", [False, True])
+def test_in_a_pool_that_is_too_small(llama: TinyModel, overlap: bool) -> None:
+    pool = {"kv_cache_tokens": 150, "max_model_len": 120, "page_size": 4}
+    llm = engine(llama, speculative="ngram", overlap=overlap, **pool)
     found, _ = steps(llm, PROMPTS, GREEDY)
     assert found == [llama.greedy(prompt, 30) for prompt in PROMPTS]
     assert llm.stats().preemptions > 0
     assert llm.stats().pages_used == 0
 
 
-def test_stops_and_limits_hold_within_a_step(llama: TinyModel) -> None:
-    llm = engine(llama, speculative="ngram")
+@pytest.mark.parametrize("overlap", [False, True])
+def test_stops_and_limits_hold_within_a_step(llama: TinyModel, overlap: bool) -> None:
+    llm = engine(llama, speculative="ngram", overlap=overlap)
     tokens = llama.greedy(PROMPTS[0], 30)
     for limit in range(1, 12):
         (one,) = llm.generate([PROMPTS[0]], SamplingParams(max_tokens=limit, temperature=0))
@@ -111,6 +112,38 @@ def test_requests_that_draw_at_random_are_not_guessed_for(llama: TinyModel) -> N
     assert [one.token_ids for one in plain] == [one.token_ids for one in guessed]
 
 
-def test_overlap_needs_known_tokens() -> None:
-    with pytest.raises(InvalidInputError, match="overlap"):
-        EngineConfig("m", overlap=True, speculative="ngram")
+def test_texts_are_told_while_the_next_step_is_under_way(llama: TinyModel) -> None:
+    """With overlap every step but the last is launched before the tokens of the one before are told."""
+    llm = engine(llama, speculative="ngram", overlap=True)
+    order: list[str] = []
+    launch, tell = llm._launch, llm._tell
+    llm._launch = lambda chunks: (order.append("launch"), launch(chunks))[1]  # type: ignore[method-assign]
+    llm._tell = lambda settled: (order.append("tell") if settled else None, tell(settled))[1]  # type: ignore[method-assign]
+    found, _ = steps(llm, [PROMPTS[0]], GREEDY)
+    assert found == [llama.greedy(PROMPTS[0], 30)]
+    assert order[:3] == ["launch", "launch", "tell"]
+    assert order[-1] == "tell"
+    assert order.count("launch") == order.count("tell")
+
+
+def test_a_stop_in_the_text_ends_what_has_a_step_under_way(llama: TinyModel) -> None:
+    """What is drawn behind the stop is not told, and its pages come back."""
+    free = SamplingParams(max_tokens=60, temperature=0)
+    whole = engine(llama).generate(["abcabcabc"], free)[0].text
+    stop = next(whole[i : i + 2] for i in range(8, 50) if whole[i : i + 2].isascii())
+    params = SamplingParams(max_tokens=60, temperature=0, stop=(stop,))
+    ended = []
+    for overlap in (False, True):
+        llm = engine(llama, speculative="ngram", overlap=overlap)
+        llm.add_request("a", llm.encode("abcabcabc"), params)
+        told, counts = 0, []
+        while llm.has_unfinished():
+            for output in llm.step():
+                told += len(output.new_token_ids)
+                counts.append((told, output.output_tokens, output.finish_reason))
+        assert all(said == counted for said, counted, _ in counts)
+        llm.step()
+        assert llm.stats().pages_used == 0
+        ended.append(counts[-1])
+    assert ended[0] == ended[1]
+    assert ended[0][2] is FinishReason.STOP

@@ -98,9 +98,6 @@ class EngineConfig:
                 raise InvalidInputError("attention_backend", self.attention_backend, wanted)
         if self.mem_fraction is not None and not 0 < self.mem_fraction < 1:
             raise InvalidInputError("mem_fraction", self.mem_fraction, "between 0 and 1, or None")
-        if self.overlap and self.speculative != "off":
-            wanted = "off: guesses are made from tokens that are known"
-            raise InvalidInputError("overlap", "on with speculative", wanted)
 
     def resolved(self, device_type: str) -> EngineConfig:
         """The same with every setting that depends on the kind of device filled in."""
@@ -109,7 +106,7 @@ class EngineConfig:
             "mem_fraction": 0.85 if gpu else 0.4,
             "chunked_prefill_size": 16384 if gpu else 512,
             "max_running_requests": 256 if gpu else 64,
-            "overlap": gpu and self.speculative == "off",
+            "overlap": gpu,
         }
         missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         return dataclasses.replace(self, cuda_graphs=self.cuda_graphs and gpu, **missing)

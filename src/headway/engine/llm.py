@@ -88,6 +88,23 @@ class Step:
     scorings: list[Scoring]
 
 
+@dataclass(frozen=True)
+class Known:
+    """A token that a request has got: its ``output_tokens``-th, and why it ends there, if it does."""
+
+    sampled: sampler.Sampled
+    output_tokens: int
+    reason: FinishReason | None
+
+
+@dataclass(frozen=True)
+class Settled:
+    """The tokens that a step gave a request, in order; their text is not told yet."""
+
+    request: Request
+    known: list[Known]
+
+
 class Draws(Protocol):
     """Tokens that are drawn, or will be."""
 
@@ -329,23 +346,32 @@ class LLM:
         """Compute one step and return what it added, one output for each request it touched.
 
         With overlap the step is launched, and what the one before added is returned: the device computes
-        while the host prepares.
+        while the host prepares. Guesses are made from tokens that are known, so with them only texts are
+        left for after the launch.
 
         A failure in one request ends that request with FinishReason.ERROR. A failure of the model call
         ends the requests that were in it.
         """
-        chunks = self._scheduler.schedule()
-        outputs: list[RequestOutput] = []
-        launched = None
-        if chunks:
-            try:
-                launched = self._launch(chunks)
-            except Exception as error:
-                logger.exception("a step of %d requests failed", len(chunks))
-                outputs = [self._fail(chunk.sequence.request_id, error) for chunk in chunks]
+        settled: list[Settled] = []
+        if self._in_flight is not None and self.config.speculative != "off":
+            settled, self._in_flight = self._settle(self._in_flight), None
+        outputs, launched = self._start()
         if self.config.overlap:
             launched, self._in_flight = self._in_flight, launched
-        return outputs if launched is None else outputs + self._collect(launched)
+        if launched is not None:
+            settled += self._settle(launched)
+        return outputs + self._tell(settled)
+
+    def _start(self) -> tuple[list[RequestOutput], Step | None]:
+        """Launch the next step, if there is one; outputs are of requests that it failed with."""
+        chunks = self._scheduler.schedule()
+        if not chunks:
+            return [], None
+        try:
+            return [], self._launch(chunks)
+        except Exception as error:
+            logger.exception("a step of %d requests failed", len(chunks))
+            return [self._fail(chunk.sequence.request_id, error) for chunk in chunks], None
 
     def _launch(self, chunks: Sequence[Chunk]) -> Step:
         """Start a step; its sequences go on as if its tokens were known."""
@@ -404,62 +430,95 @@ class LLM:
             logger.exception("drawing %d tokens together failed", len(rows))
             return DrawsAlone(logits, rows)
 
-    def _collect(self, step: Step) -> list[RequestOutput]:
-        """Wait for a step's tokens and hand them to the requests that are still there."""
+    def _settle(self, step: Step) -> list[Settled]:
+        """Wait for a step's tokens and let the requests that are still there have them."""
         for scoring in step.scorings:
             entries = scoring.scores.collect()
             scoring.request.prompt_scores.update(enumerate(entries, scoring.first))
-        outputs = []
+        settled = []
         sampled = iter(step.drawn.collect())
         for one in step.drawings:
             mine = [next(sampled) for _ in range(1 + len(one.drafts))]
-            name = one.request.sequence.request_id
-            if self._requests.get(name) is not one.request:
-                continue  # aborted, or ended by the step before
-            try:
-                outputs.append(self._take_all(one, mine))
-            except Exception as error:
-                outputs.append(self._fail(name, error))
-        return outputs
+            if self._is_here(one.request):  # not aborted, nor ended by the step before
+                settled.append(Settled(one.request, self._known(one, mine)))
+        return settled
 
-    def _take_all(self, drawing: Drawing, sampled: Sequence[sampler.Sampled]) -> RequestOutput:
-        """Let a request have its token, and those that its guesses were right about."""
+    def _is_here(self, request: Request) -> bool:
+        return self._requests.get(request.sequence.request_id) is request
+
+    def _known(self, drawing: Drawing, sampled: Sequence[sampler.Sampled]) -> list[Known]:
+        """Enter a request's token, and those that its guesses were right about, up to its end."""
         request, sequence = drawing.request, drawing.request.sequence
         right = accepted(drawing.drafts, [one.token_id for one in sampled])
-        outputs = [self._take(request, sampled[0])]
-        for one in sampled[1 : 1 + right]:
+        known: list[Known] = []
+        for one in sampled[: 1 + right]:
+            if known:
+                sequence.num_computed += (
+                    1  # the guess before this token was right: it is in the cache
+                )
+                sequence.tokens.append(PENDING)
+                sequence.num_pending += 1
+            if one.error is None:
+                sequence.tokens[-sequence.num_pending] = one.token_id
+                sequence.num_pending -= 1
+                self._scheduler.remember(sequence)
+                self._output_tokens += 1
+            reason = self._ends(request, one)
+            known.append(Known(one, sequence.num_output_tokens, reason))
+            if reason is not None:
+                sequence.is_over = True
+                break
+        return known
+
+    def _ends(self, request: Request, sampled: sampler.Sampled) -> FinishReason | None:
+        """Whether a request ends with its latest token, whatever the text says."""
+        if sampled.error is not None:
+            return FinishReason.ERROR
+        if sampled.token_id in request.stop_token_ids:
+            return FinishReason.STOP
+        sequence = request.sequence
+        if sequence.num_known >= (sequence.limit or self.max_model_len):
+            return FinishReason.LENGTH
+        return None
+
+    def _tell(self, settled: Sequence[Settled]) -> list[RequestOutput]:
+        """What the requests say with their new tokens."""
+        outputs = []
+        for one in settled:
+            if not self._is_here(one.request):
+                continue  # it failed with the step that was launched since
+            try:
+                outputs.append(self._tell_all(one))
+            except Exception as error:
+                outputs.append(self._fail(one.request.sequence.request_id, error))
+        return outputs
+
+    def _tell_all(self, settled: Settled) -> RequestOutput:
+        outputs = []
+        for known in settled.known:
+            outputs.append(self._tell_one(settled.request, known))
             if outputs[-1].finish_reason is not None:
                 break
-            sequence.num_computed += 1  # the guess before this token was right: it is in the cache
-            sequence.tokens.append(PENDING)
-            sequence.num_pending += 1
-            outputs.append(self._take(request, one))
         return outputs[0] if len(outputs) == 1 else _joined(outputs)
 
-    def _take(self, request: Request, sampled: sampler.Sampled) -> RequestOutput:
-        """Let a request have its oldest pending token, now that it is known."""
-        sequence, params = request.sequence, request.params
+    def _tell_one(self, request: Request, known: Known) -> RequestOutput:
+        """The output for one token; its text may end the request."""
+        sampled, reason, count = known.sampled, known.reason, known.output_tokens
         if sampled.error is not None:
             return self._finish(request, FinishReason.ERROR, error=sampled.error)
         token = sampled.token_id
-        sequence.tokens[-sequence.num_pending] = token
-        sequence.num_pending -= 1
-        self._scheduler.remember(sequence)
-        self._output_tokens += 1
         logprobs = () if sampled.logprob is None else (sampled.logprob,)
-        stopped = token in request.stop_token_ids
+        stopped = reason is FinishReason.STOP
         text = ""
-        if request.detokenizer is not None and (not stopped or params.include_stop_str_in_output):
+        if request.detokenizer is not None and (
+            not stopped or request.params.include_stop_str_in_output
+        ):
             piece = request.detokenizer.add(token)
-            text, stopped = piece.text, stopped or piece.stop is not None
-        reason = None
-        if stopped:
-            reason = FinishReason.STOP
-        elif sequence.num_known >= (sequence.limit or self.max_model_len):
-            reason = FinishReason.LENGTH
+            text = piece.text
+            reason = FinishReason.STOP if piece.stop is not None else reason
         if reason is not None:
-            return self._finish(request, reason, text, (token,), logprobs)
-        return self._output(request, text, (token,), logprobs)
+            return self._finish(request, reason, text, (token,), logprobs, output_tokens=count)
+        return self._output(request, text, (token,), logprobs, output_tokens=count)
 
     def _fail(self, request_id: str, error: Exception) -> RequestOutput:
         message = f"{type(error).__name__}: {error}"
@@ -473,6 +532,7 @@ class LLM:
         tokens: tuple[int, ...] = (),
         logprobs: tuple[TokenLogprob, ...] = (),
         error: str | None = None,
+        output_tokens: int | None = None,
     ) -> RequestOutput:
         """Take a request out of the engine, with the text still withheld."""
         del self._requests[request.sequence.request_id]
@@ -482,7 +542,7 @@ class LLM:
             text += rest.text
             if rest.stop is not None and reason is FinishReason.LENGTH:
                 reason = FinishReason.STOP
-        return self._output(request, text, tokens, logprobs, reason, error)
+        return self._output(request, text, tokens, logprobs, reason, error, output_tokens)
 
     def _output(
         self,
@@ -492,8 +552,11 @@ class LLM:
         logprobs: tuple[TokenLogprob, ...],
         reason: FinishReason | None = None,
         error: str | None = None,
+        output_tokens: int | None = None,
     ) -> RequestOutput:
+        """``output_tokens`` are counted with the last of ``tokens``; default: all that are known."""
         sequence = request.sequence
+        count = sequence.num_output_tokens if output_tokens is None else output_tokens
         return RequestOutput(
             request_id=sequence.request_id,
             new_text=text,
@@ -502,14 +565,14 @@ class LLM:
             finish_reason=reason,
             error=error,
             prompt_tokens=sequence.num_prompt_tokens,
-            output_tokens=sequence.num_output_tokens,
+            output_tokens=count,
             cached_tokens=sequence.cached_tokens or 0,
-            prompt_logprobs=self._prompt_logprobs(request) if tokens else (),
+            prompt_logprobs=self._prompt_logprobs(request) if tokens and count == 1 else (),
         )
 
     def _prompt_logprobs(self, request: Request) -> tuple[TokenLogprob, ...]:
-        """The prompt's entries, once."""
-        if request.params.prompt_logprobs is None or request.sequence.num_output_tokens > 1:
+        """The prompt's entries."""
+        if request.params.prompt_logprobs is None:
             return ()
         return tuple(entry for _, entry in sorted(request.prompt_scores.items()))
 

@@ -42,6 +42,7 @@ class Sequence:
     num_pending: int = (
         0  # last of ``tokens`` that are drawn but not known yet: PENDING stands for them
     )
+    is_over: bool = False  # it has its last token, and leaves once that is told
     reads_prompt: bool = (
         False  # every prompt token's logits are wanted, so none comes from the cache
     )
@@ -66,7 +67,9 @@ class Sequence:
 
     @property
     def is_ending(self) -> bool:
-        """Whether its last token is drawn, only not known yet."""
+        """Whether its last token is drawn, only not known or not told yet."""
+        if self.is_over:
+            return True
         return self.num_pending > 0 and self.limit is not None and len(self.tokens) >= self.limit
 
 
