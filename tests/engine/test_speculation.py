@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 
-from headway.engine.llm import LLM
-from headway.engine.request import FinishReason, SamplingParams
+from headway.engine.llm import LLM, Settled, Step
+from headway.engine.request import FinishReason, RequestOutput, SamplingParams
+from headway.engine.scheduler import Chunk
 from headway.engine.speculation import NgramIndex, accepted
 from tests.engine.conftest import TinyModel, engine
 
@@ -82,7 +84,7 @@ def test_guesses_that_are_right_save_steps(llama: TinyModel) -> None:
 
 @pytest.mark.parametrize("overlap", [False, True])
 def test_in_a_pool_that_is_too_small(llama: TinyModel, overlap: bool) -> None:
-    pool = {"kv_cache_tokens": 150, "max_model_len": 120, "page_size": 4}
+    pool: dict[str, Any] = {"kv_cache_tokens": 150, "max_model_len": 120, "page_size": 4}
     llm = engine(llama, speculative="ngram", overlap=overlap, **pool)
     found, _ = steps(llm, PROMPTS, GREEDY)
     assert found == [llama.greedy(prompt, 30) for prompt in PROMPTS]
@@ -112,13 +114,24 @@ def test_requests_that_draw_at_random_are_not_guessed_for(llama: TinyModel) -> N
     assert [one.token_ids for one in plain] == [one.token_ids for one in guessed]
 
 
-def test_texts_are_told_while_the_next_step_is_under_way(llama: TinyModel) -> None:
+def test_texts_are_told_while_the_next_step_is_under_way(
+    llama: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With overlap every step but the last is launched before the tokens of the one before are told."""
     llm = engine(llama, speculative="ngram", overlap=True)
     order: list[str] = []
     launch, tell = llm._launch, llm._tell
-    llm._launch = lambda chunks: (order.append("launch"), launch(chunks))[1]  # type: ignore[method-assign]
-    llm._tell = lambda settled: (order.append("tell") if settled else None, tell(settled))[1]  # type: ignore[method-assign]
+
+    def launched(chunks: Sequence[Chunk]) -> Step:
+        order.append("launch")
+        return launch(chunks)
+
+    def told(settled: Sequence[Settled]) -> list[RequestOutput]:
+        order.extend(["tell"] * bool(settled))
+        return tell(settled)
+
+    monkeypatch.setattr(llm, "_launch", launched)
+    monkeypatch.setattr(llm, "_tell", told)
     found, _ = steps(llm, [PROMPTS[0]], GREEDY)
     assert found == [llama.greedy(PROMPTS[0], 30)]
     assert order[:3] == ["launch", "launch", "tell"]
