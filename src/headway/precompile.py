@@ -9,25 +9,27 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from headway.errors import HeadwayError, InvalidInputError
 from headway.kernels.compile import TARGETS, Case, Report, compile_cases
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from transformers import PreTrainedModel
 
     from headway.engine.config import EngineConfig
+    from headway.engine.rehearsal import Rehearsal
     from headway.kernels.portable.gated import Activation
-
-#: Steps of the engine that a model's kernels are compiled for: (sequences, new tokens of each).
-STEPS = ((8, 1), (4, 1024))
+    from headway.serving.base import AttentionLayer
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Precompiled:
 
 
 def _row(report: Report) -> dict[str, Any]:
-    row = {k: v for k, v in dataclasses.asdict(report).items() if v != ""}
+    row = {k: v for k, v in dataclasses.asdict(report).items() if v != "" and k != "key"}
     return row | {"seconds": round(report.seconds, 1)}
 
 
@@ -94,28 +96,43 @@ def model_cases(config: EngineConfig) -> tuple[Case, ...]:
     Of the checkpoint only the configuration is read.
     """
     _need_triton()
-    from headway.engine import describe
-    from headway.kernels.portable.cases import latent_step, step, writes
-    from headway.serving.mla import MLALayer
+    from headway.engine import describe, loader
+    from headway.engine.attention import probe_layers
+    from headway.engine.rehearsal import Rehearsal
 
-    probe, dtype = describe.probe_without_weights(config)
+    model, dtype = describe.model_without_weights(config)
+    text_config = model.config.get_text_config()
     if dtype not in (torch.bfloat16, torch.float16):
         dtype = torch.bfloat16  # what the engine computes in on a GPU
-    cases = []
-    for number, kind in enumerate(describe.kinds(probe)):
-        given: dict[str, Any] = {"page_size": config.page_size, "dtype": dtype}
-        is_latent = isinstance(kind.layer, MLALayer)  # rotated before its vectors are written
-        if not is_latent:
-            given["rotary_dim"] = _rotary_dim(probe.config, kind.layer.head_dim)
-        for batch_size, new_tokens in STEPS:
-            name = f"layers like {number}: " + ("decode" if new_tokens == 1 else "prefill")
-            sizes: dict[str, Any] = {"batch_size": batch_size, "new_tokens": new_tokens}
-            run: Any = latent_step if is_latent else step
-            cases.append(Case(name, functools.partial(run, kind.layer, **sizes, **given)))
-        if not is_latent:
-            write = functools.partial(writes, kind.layer, **given)
-            cases.append(Case(f"layers like {number}: write", write))
-    return (*cases, *_block_cases(probe.config, dtype))
+    longest = loader.max_model_len(config, text_config)
+    found = describe.kinds(probe_layers(model, text_config))
+    cases: list[Case] = []
+    for number, kind in enumerate(found):
+        width = _rotary_dim(text_config, kind.layer.head_dim)
+        rehearsal = Rehearsal.of(kind.layer, config, dtype, longest, width)
+        cases += _layer_cases(f"layers like {number}", rehearsal, model)
+    return (*cases, *_block_cases(model, [kind.layer for kind in found], dtype))
+
+
+def _layer_cases(name: str, rehearsal: Rehearsal, model: nn.Module) -> Iterator[Case]:
+    """A layer's attention in the engine's steps."""
+    from headway.engine.blocks import head_norms_of
+    from headway.engine.rehearsal import BANDS
+    from headway.serving.mla import MLALayer
+
+    yield Case(f"{name}: decode", rehearsal.decode)
+    limit = rehearsal.config.chunked_prefill_size or rehearsal.max_model_len
+    limit = min(limit, rehearsal.max_model_len)
+    for band in BANDS:
+        few, many = band[0], min(band[-1], limit)
+        if few > limit:
+            break
+        tokens = f"{few}" if few == many else f"{few} to {many}"
+        yield Case(f"{name}: {tokens} new tokens", functools.partial(rehearsal.prefill, band))
+    if not isinstance(rehearsal.layer, MLALayer):
+        styles = [norm.style for norm in head_norms_of(model)]
+        write = functools.partial(rehearsal.writes, styles)
+        yield Case(f"{name}: write", write)
 
 
 def _rotary_dim(config: Any, head_dim: int) -> int:
@@ -124,24 +141,50 @@ def _rotary_dim(config: Any, head_dim: int) -> int:
     return int(head_dim * (1.0 if share is None else share)) // 2 * 2
 
 
-def _block_cases(config: Any, dtype: torch.dtype) -> tuple[Case, ...]:
-    """What stands around attention, where the configuration has what it needs under its usual names."""
-    from headway.kernels.portable.cases import gates, greedy, norms
+def _block_cases(
+    model: PreTrainedModel, layers: Sequence[AttentionLayer], dtype: torch.dtype
+) -> Iterator[Case]:
+    """What stands around attention, where the model has it under the usual names."""
+    from headway.engine.blocks import feed_forward_widths, head_norms_of, norms_of
+    from headway.kernels.norm_style import NormStyle
+    from headway.kernels.portable.cases import gates, greedy, head_norms, norms
 
-    cases = []
-    if hidden := getattr(config, "hidden_size", 0):
-        cases.append(Case("norms", functools.partial(norms, hidden, dtype)))
-    activations: dict[str, Activation] = {
-        "silu": "silu",
-        "gelu_pytorch_tanh": "gelu_tanh",
-        "gelu": "gelu",
+    for width, style in norms_of(model):
+        tried = [one for one in NormStyle if one <= style]  # when the model is loaded
+        yield Case(f"norms {width}", functools.partial(norms, width, dtype, tried))
+    rows = {
+        (heads, norm.width, _row_width(layer), norm.style)
+        for norm, layer in itertools.product(head_norms_of(model), layers)
+        for heads in (layer.num_q_heads, layer.num_kv_heads)
+        if norm.width == layer.head_dim
     }
-    activation = activations.get(getattr(config, "hidden_act", None) or "")
-    if activation and (inner := getattr(config, "intermediate_size", 0)):
-        cases.append(Case("gates", functools.partial(gates, inner, activation, dtype)))
-    if vocabulary := getattr(config, "vocab_size", 0):
-        cases.append(Case("greedy", functools.partial(greedy, vocabulary, dtype)))
-    return tuple(cases)
+    for heads, width, row, style in sorted(rows):
+        call = functools.partial(head_norms, heads, width, row, dtype, style)
+        yield Case(f"norms of {heads} heads in {row}", call)
+    for width in sorted(feed_forward_widths(model)):
+        for activation in _tried(model.config.get_text_config()):
+            gate = functools.partial(gates, width, activation, dtype)
+            yield Case(f"gates {width} {activation}", gate)
+    vocabulary = model.config.get_text_config().vocab_size
+    yield Case("greedy", functools.partial(greedy, vocabulary, dtype))
+
+
+def _row_width(layer: AttentionLayer) -> int:
+    """Of the product for queries, keys and values."""
+    keys = layer.head_dim + layer.head_dim_v
+    return layer.head_dim * layer.num_q_heads + keys * layer.num_kv_heads
+
+
+def _tried(config: Any) -> Iterator[Activation]:
+    """The activations that are tried for a model's feed-forward blocks when it is loaded, up to its own."""
+    from headway.kernels.portable.gated import ACTIVATIONS
+
+    names = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+    own = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
+    for activation in ACTIVATIONS:
+        yield activation
+        if activation == names.get(own or ""):
+            return
 
 
 def _need_triton() -> None:
@@ -169,7 +212,16 @@ def compile_all(
         progress(done, len(pairs), f"{found[0].target} {found[0].label}")
     order = {(case.label, target): at for at, (case, target) in enumerate(pairs)}
     reports.sort(key=lambda report: order[report.label, report.target])
-    return Precompiled(tuple(reports), time.perf_counter() - start)
+    return Precompiled(tuple(_once_each(reports)), time.perf_counter() - start)
+
+
+def _once_each(reports: Iterable[Report]) -> Iterator[Report]:
+    """Every kernel where it comes first, with the time of the case that compiled it."""
+    found: dict[object, list[Report]] = {}
+    for number, report in enumerate(reports):
+        found.setdefault((report.target, report.key) if report.key else number, []).append(report)
+    for same in found.values():
+        yield dataclasses.replace(same[0], seconds=max(report.seconds for report in same))
 
 
 def table(done: Precompiled) -> Table:

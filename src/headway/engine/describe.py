@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from headway import dispatch
 from headway.engine import loader
@@ -64,6 +65,15 @@ def probe_without_weights(config: EngineConfig) -> tuple[LayerProbe, torch.dtype
 
     ``config.model`` may also be the path of a config.json.
     """
+    model, dtype = model_without_weights(config)
+    return probe_layers(model, model.config.get_text_config()), dtype
+
+
+def model_without_weights(config: EngineConfig) -> tuple[PreTrainedModel, torch.dtype]:
+    """A model on the meta device, of whose checkpoint only the configuration is read; the latter's dtype.
+
+    ``config.model`` may also be the path of a config.json.
+    """
     path = Path(config.model)
     if path.name == "config.json" and path.is_file():
         config = dataclasses.replace(config, model=str(path.parent))
@@ -75,7 +85,7 @@ def probe_without_weights(config: EngineConfig) -> tuple[LayerProbe, torch.dtype
     with torch.device("meta"):
         model = loader.load_model(bare, source, model_config)
     keep_latent(model)
-    return probe_layers(model, model.config.get_text_config()), dtype
+    return model, dtype
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,7 @@ class Report:
     seconds: float = 0.0
     tile: str = ""  # for kernels that have one: rows x keys, warps, stages
     error: str = ""
+    key: str = ""  # that Triton's cache keeps it under
 
     @property
     def failure(self) -> str | None:
@@ -191,6 +192,7 @@ def stand_in(target: str) -> Iterator[list[Compiled]]:
 
     driver = _triton.triton.runtime.driver
     before = driver._active
+    _forget_kernels()
     driver.set_active(_StandIn(target))
     properties = SimpleNamespace(multi_processor_count=FACTS[target].multiprocessors)
     try:
@@ -198,12 +200,27 @@ def stand_in(target: str) -> Iterator[list[Compiled]]:
             _environment(TARGET_VARIABLE, target),
             _replaced(jit_function, "run", run),
             _replaced(torch.cuda, "get_device_properties", lambda device: properties),
+            _replaced(torch.cuda, "is_current_stream_capturing", lambda: False),
             _replaced(torch._C, "_cuda_getCurrentRawStream", lambda device: 0),
             contextlib.suppress(_NothingToStart),
         ):
             yield launches
     finally:
         driver.set_active(before)
+        _forget_kernels()
+
+
+def _forget_kernels() -> None:
+    """Let choices and launchers begin anew: what they keep is of another target, or was never loaded."""
+    from headway import dispatch
+    from headway.kernels import _triton
+    from headway.kernels.hopper import decode, decode_plan, direct, forward
+
+    dispatch.forget()
+    for table in (_triton._compiled, direct._STARTED, forward._LAUNCHES):
+        table.clear()
+    for function in (decode._kernel_for, decode_plan._launches_for, decode_plan._planner):
+        function.cache_clear()
 
 
 class _NothingToStart(Exception):
@@ -288,8 +305,18 @@ def _report(case: Case, target: str, launch: Compiled) -> Report:
         error = f"{type(launch.error).__name__}: {launch.error}"
         return Report(case.label, launch.name, target, error=error, **same)
     registers, spilled = resources(launch.kernel)
-    shared = launch.kernel.metadata.shared
-    return Report(case.label, launch.name, target, registers, spilled, shared, **same)
+    numbers = registers, spilled, launch.kernel.metadata.shared
+    return Report(case.label, launch.name, target, *numbers, key=launch.kernel.hash, **same)
+
+
+def _once_each(launches: Iterable[Compiled]) -> Iterator[Compiled]:
+    """The first launch of every kernel, and those that failed."""
+    seen = set()
+    for launch in launches:
+        if launch.kernel is None or launch.kernel.hash not in seen:
+            yield launch
+        if launch.kernel is not None:
+            seen.add(launch.kernel.hash)
 
 
 # --- many at once -----------------------------------------------------------------------------------
@@ -305,7 +332,7 @@ def compile_case(case: Case, target: str) -> list[Report]:
             if isinstance(raised, _NothingToStart):
                 raise
             error = raised
-    reports = [_report(case, target, launch) for launch in launches]
+    reports = [_report(case, target, launch) for launch in _once_each(launches)]
     if error is not None:
         text = f"{type(error).__name__}: {error}"
         reports.append(Report(case.label, "(launcher)", target, error=text))

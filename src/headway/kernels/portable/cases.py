@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from headway.kernels.compile import Case
+from headway.kernels.norm_style import NormStyle
 from headway.mla import TILE
 from headway.persistent import DeviceWork, plan_on_device
 from headway.problem import Mask
@@ -17,10 +19,12 @@ from headway.serving.base import AttentionLayer
 
 if TYPE_CHECKING:
     from headway.kernels.portable.gated import Activation
-    from headway.serving.mla import MLALayer
 
 #: Caches of more than 2 GiB, as servers have them: AMD's compiler looks at that.
 _PAGES = 1 << 24
+
+#: Rows of which a program of the norm kernel takes 1, 2, 4, 8 and 16, as far as rows are narrow enough.
+NORM_ROWS = (3, 512, 1024, 2048, 4096)
 
 _BF16, _FLOAT8 = torch.bfloat16, torch.float8_e4m3fn
 
@@ -170,58 +174,6 @@ def step(
     )
 
 
-def latent_step(
-    layer: MLALayer,
-    *,
-    batch_size: int,
-    new_tokens: int,
-    page_size: int = 16,
-    dtype: torch.dtype = _BF16,
-    max_seqlen_k: int = 8192,
-) -> None:
-    """A latent layer in a step of the engine: decode on latent vectors, or prefill of expanded ones.
-
-    Prefill attends to a step's own tokens and to those of the cache apart, and merges.
-    """
-    from headway.interface import flash_attn_varlen_func
-    from headway.kernels.portable.combine import merge_states
-    from headway.serving.base import ForwardBatch
-    from headway.serving.mla import MLABackend
-
-    tokens, heads = batch_size * new_tokens, layer.num_q_heads
-    width = layer.nope_dim + layer.head_dim - layer.latent_dim
-    q, ends = _meta(tokens, heads, width, dtype=dtype), _int32(batch_size + 1)
-    if new_tokens == 1:
-        table = _int32(batch_size, -(-max_seqlen_k // page_size))
-        cache = _meta(_PAGES, page_size, 1, layer.head_dim, dtype=dtype)
-        new = _meta(tokens, 1, layer.head_dim, dtype=dtype)
-        backend = MLABackend("portable")
-        backend.init_forward_metadata(
-            ForwardBatch(ends, _int32(batch_size), table, new_tokens, max_seqlen_k)
-        )
-        latents, values = (x[..., : layer.latent_dim] for x in (new, cache))
-        backend.forward_decode(q, new, latents, (cache, values), layer)
-        return
-    parts = [
-        flash_attn_varlen_func(
-            q,
-            _meta(keys, heads, width, dtype=dtype),
-            _meta(keys, heads, layer.value_dim, dtype=dtype),
-            ends,
-            ends,
-            new_tokens,
-            keys // batch_size,
-            softmax_scale=layer.softmax_scale,
-            causal=keys == tokens,
-            return_lse=True,
-            backend="portable",
-        )
-        for keys in (tokens, batch_size * max_seqlen_k)
-    ]
-    outs, lses = zip(*parts, strict=True)
-    merge_states(list(outs), list(lses))
-
-
 def writes(
     layer: AttentionLayer,
     *,
@@ -230,7 +182,6 @@ def writes(
     rotary_dim: int = 0,
 ) -> None:
     """The write of new tokens whose queries and keys have norms, in every style, for few and for many."""
-    from headway.kernels.portable.norm import NormStyle
     from headway.kernels.portable.store import store_tokens
 
     weight = _meta(layer.head_dim, dtype=dtype)
@@ -264,12 +215,26 @@ def _caches(layer: AttentionLayer, page_size: int, dtype: torch.dtype) -> tuple[
     return _meta(*shape, layer.head_dim, dtype=dtype), _meta(*shape, layer.head_dim_v, dtype=dtype)
 
 
-def norms(hidden: int, dtype: torch.dtype) -> None:
-    """Norms of hidden states, in every style, for few tokens and for many."""
-    from headway.kernels.portable.norm import NormStyle, rms_norm
+def norms(width: int, dtype: torch.dtype, styles: Iterable[NormStyle] = tuple(NormStyle)) -> None:
+    """Norms of rows, for every number of them that a program may take."""
+    from headway.kernels.portable.norm import rms_norm
 
-    for tokens, style in itertools.product((8, 4096), NormStyle):
-        rms_norm(_meta(1, tokens, hidden, dtype=dtype), _meta(hidden, dtype=dtype), 1e-6, style)
+    weight = _meta(width, dtype=dtype)
+    for rows, style in itertools.product(NORM_ROWS, styles):
+        rms_norm(_meta(1, rows, width, dtype=dtype), weight, 1e-6, style)
+
+
+def head_norms(heads: int, width: int, row: int, dtype: torch.dtype, style: NormStyle) -> None:
+    """Norms of heads that are parts of rows ``row`` wide, before and behind the exchange of heads and
+    tokens."""
+    from headway.kernels.portable.norm import rms_norm
+
+    weight = _meta(width, dtype=dtype)
+    aligned = {-(-rows // heads // 16) * 16 for rows in NORM_ROWS}
+    for tokens in (1, *sorted({n + odd for n in aligned for odd in (0, 1)})):
+        x = _meta(1, tokens, row, dtype=dtype)[..., : heads * width].unflatten(-1, (heads, width))
+        rms_norm(x, weight, 1e-6, style)
+        rms_norm(x.transpose(1, 2), weight, 1e-6, style)
 
 
 def gates(inner: int, activation: Activation, dtype: torch.dtype) -> None:

@@ -13,12 +13,25 @@ from typing import Any
 
 import torch
 
-from headway.kernels._triton import cdiv, jit, next_power_of_2, tl
+from headway.kernels._triton import cdiv, next_power_of_2, tl, triton
 from headway.kernels.portable.spans import key_span, query_span
 from headway.plan import Schedule
 
+#: One kernel for all sizes of batches: planning is too short to gain from knowing them.
+_UNSPECIALISED = [
+    "rows_q",
+    "num_new",
+    "capacity",
+    "batch_size",
+    "num_work",
+    "tiles",
+    "slots",
+    "max_splits",
+    "widest",
+]
 
-@jit
+
+@triton.jit(do_not_specialize=_UNSPECIALISED)
 def schedule_kernel(
     num_splits_ptr,
     split_start_ptr,
