@@ -253,6 +253,14 @@ def test_appending_wider_values_to_a_float8_cache_scales_and_saturates() -> None
     assert (values[0, 0].float() == 3.0).all()
 
 
+def test_rotated_float8_saturates() -> None:
+    x = torch.full((1, 1, 4), 448.0).to(torch.float8_e4m3fn)
+    ones = torch.ones(1, 1)
+    turned = reference.rotate(x, ones, ones, torch.tensor([0]), True)
+    assert turned.dtype == x.dtype
+    assert turned.float().tolist() == [[[0.0, 448.0, 448.0, 448.0]]]
+
+
 @settings(max_examples=40, deadline=None)
 @given(cuts=st.lists(st.integers(0, 12), min_size=0, max_size=3), causal=st.booleans())
 def test_merging_parts_equals_the_whole(cuts: list[int], causal: bool) -> None:

@@ -146,8 +146,10 @@ def apply_score_mod(problem: Problem, scores: Tensor, b: int, pos: Tensor, keys:
     if mod is None:
         return scores
     aux = (problem.aux_tensors,) if problem.aux_tensors else ()
-    changed = torch.as_tensor(mod(scores, *_indices(problem, b, pos, keys), *aux))
-    return changed.to(scores.dtype).expand_as(scores)
+    changed = mod(scores, *_indices(problem, b, pos, keys), *aux)
+    if changed is None:
+        raise InvalidInputError("score_mod", "None returned by it", "the new score, returned")
+    return torch.as_tensor(changed).to(scores.dtype).expand_as(scores)
 
 
 def visible_keys(problem: Problem, b: int, pos: Tensor, keys: Tensor) -> Tensor:
@@ -156,10 +158,10 @@ def visible_keys(problem: Problem, b: int, pos: Tensor, keys: Tensor) -> Tensor:
     if problem.mask.mask_mod is None:
         return visible
     aux = (problem.aux_tensors,) if problem.aux_tensors else ()
-    shown = torch.as_tensor(
-        problem.mask.mask_mod(*_indices(problem, b, pos, keys), *aux), device=pos.device
-    )
-    return visible & shown.bool()
+    shown = problem.mask.mask_mod(*_indices(problem, b, pos, keys), *aux)
+    if shown is None:
+        raise InvalidInputError("mask_mod", "None returned by it", "true or false, returned")
+    return visible & torch.as_tensor(shown, device=pos.device).bool()
 
 
 def _indices(problem: Problem, b: int, pos: Tensor, keys: Tensor) -> tuple[Tensor, ...]:
@@ -223,9 +225,9 @@ def append(problem: Problem, new: Append) -> Tensor:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool) -> Tensor:
     """Rotary embedding of (n, H, D) rows; pairs (0, 1), (2, 3).. if interleaved, else (i, i + half).
 
-    Computed in float32 (float64 stays float64) and rounded once to the dtype of ``x``.
+    Computed in float32 (float64 stays float64) and rounded once to the dtype of ``x``; float8 saturates.
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = torch.float64 if x.dtype is torch.float64 else torch.float32
     half = cos.shape[1]
     c, s = (t[positions].to(wide)[:, None, :] for t in (cos, sin))
     turned, rest = x[..., : 2 * half].to(wide), x[..., 2 * half :]
@@ -235,6 +237,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: 
     else:
         a, b = turned[..., :half], turned[..., half:]
         pairs = torch.cat((a * c - b * s, a * s + b * c), dim=-1)
+    if x.dtype in FLOAT8_DTYPES:
+        pairs = _saturated(pairs, x.dtype)
     return torch.cat((pairs.to(x.dtype), rest), dim=-1)
 
 
@@ -245,8 +249,13 @@ def quantised(rows: Tensor, dtype: torch.dtype, descale: Tensor | None, b: int) 
     wide = rows.float()
     if descale is not None:
         wide = wide / descale[b][None, :, None]
+    return _saturated(wide, dtype).to(dtype)
+
+
+def _saturated(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x within the range of ``dtype``: a plain cast would turn what is beyond it into NaN."""
     limit = torch.finfo(dtype).max
-    return wide.clamp(-limit, limit).to(dtype)
+    return x.clamp(-limit, limit)
 
 
 def write_rows(problem: Problem, cache: Tensor, b: int, start: int, rows: Tensor) -> None:
