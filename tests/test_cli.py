@@ -99,6 +99,7 @@ def test_flags_arrive_as_the_settings_they_name() -> None:
         ("explain --heads 5/3", "q: got 5 heads"),
         ("explain --backend warp", "--backend: got 'warp'"),
         ("explain --window a,b", "--window"),
+        ("explain --window 5,3,2", "--window: got '5,3,2'"),
         ("bench serve --url http://127.0.0.1:1", "no server answers"),
         ("bench serve --num-prompts 0", "--num-prompts: got 0"),
         ("bench generate m --batch-sizes 1,x", "--batch-sizes"),
@@ -145,6 +146,13 @@ def test_explain_pins_and_takes_every_feature() -> None:
     assert result.exit_code == 0, result.output
     assert "-> reference" in result.output
     assert "pinned by backend=reference" in result.output
+
+
+def test_explain_says_that_a_pinned_provider_cannot_run_the_call() -> None:
+    result = CliRunner().invoke(cli.app, ["explain", "--device", "cpu", "--backend", "fa3"])
+    assert result.exit_code == 0, result.output
+    assert "->" not in result.output
+    assert "pinned by backend=fa3, which cannot run this call" in result.output
 
 
 def test_providers_are_listed() -> None:

@@ -232,7 +232,7 @@ def _one_sequence(call: Call) -> Problem:
         kwargs |= {n: t[:1] for n, t in kwargs.items() if n.endswith("_descale")}
     elif "cache_seqlens" in kwargs and not {"cu_seqlens_q", "rotary_seqlens"} & kwargs.keys():
         rows = ("q", "qv", "k", "v", "page_table", "cache_seqlens", "cache_leftpad")
-        kwargs |= {n: kwargs[n][:1] for n in rows if n in kwargs}
+        kwargs |= {n: kwargs[n][:1] for n in rows if kwargs.get(n) is not None}
         kwargs |= {n: t[:1] for n, t in kwargs.items() if n.endswith("_descale")}
         if "page_table" not in kwargs and "cache_batch_idx" not in kwargs:
             kwargs |= {n: kwargs[n][:1] for n in ("k_cache", "v_cache")}
@@ -391,7 +391,8 @@ def test_explain_says_what_was_pinned_and_by_what(monkeypatch: pytest.MonkeyPatc
     assert dispatch.explain(problem(backend="cpu")).why == "pinned by backend=cpu"
     monkeypatch.setenv("HEADWAY_BACKEND", "fa3")
     explanation = dispatch.explain(problem())
-    assert (explanation.chosen, explanation.why) == (None, "pinned by HEADWAY_BACKEND=fa3")
+    assert explanation.chosen is None
+    assert explanation.why == "pinned by HEADWAY_BACKEND=fa3, which cannot run this call"
 
 
 # --- devices ----------------------------------------------------------------------------------------------
@@ -409,6 +410,12 @@ def test_no_question_about_a_device_fails_on_any_build_of_torch(
             assert reason is None or isinstance(reason, str)
         assert set(headway.supported_versions("cpu")) <= {3, 4}
         assert headway.is_fa3_supported("cpu") == (3 in headway.supported_versions("cpu"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_version_runs_on_a_device_that_is_not_there() -> None:
+    assert headway.supported_versions("cuda") == ()
+    assert not headway.is_fa3_supported("cuda:1")
 
 
 def test_toolkit_versions_are_numbers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import headway
-from headway import interface, ops
+from headway import UnsupportedError, interface, ops
 
 BACKENDS = ("cpu", "reference")
 
@@ -151,6 +151,21 @@ def test_a_number_for_all_lengths() -> None:
 
     tensors = normal(1, 2, 1, 4, 32), normal(2, 2, 9, 2, 32), normal(3, 2, 9, 2, 32)
     torch.testing.assert_close(compiled(call, [])(*tensors), call(*tensors))
+
+
+def test_a_compiled_backward_pass_says_that_there_is_none() -> None:
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return headway.flash_attn_func(q * 2, k, v, window_size=None) + 1
+
+    q = normal(1, 2, 9, 4, 32).requires_grad_()
+    k, v = normal(2, 2, 30, 2, 32), normal(3, 2, 30, 2, 32)
+    run = torch.compile(call, backend="aot_eager", fullgraph=True)
+    out = run(q, k, v)
+    torch.testing.assert_close(out, call(q, k, v))
+    with pytest.raises(UnsupportedError, match="no gradients"):
+        out.sum().backward()
+    with torch.no_grad():
+        assert not run(q, k, v).requires_grad
 
 
 def test_mods_break_the_graph_and_stay_right() -> None:

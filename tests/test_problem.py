@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -85,6 +86,37 @@ WRONG: list[tuple[str, dict[str, Any], str, str]] = [
     ("dense", {"out": normal(2, 3, 4, 9)}, "out", "(2, 3, 4, 8)"),
     ("dense", {"ver": 2}, "ver", "3, 4"),
     ("dense", {"backend": "fa9"}, "backend", "reference"),
+    ("dense", {"q": normal(2, 3, 4, 8).to_sparse()}, "q", "4 dimensions"),
+    ("dense", {"q": normal(2, 3, 0, 8)}, "q", "at least one head"),
+    ("dense", {"q": normal(2, 3, 4, 0), "k": normal(2, 5, 2, 0)}, "q", "at least 1 wide"),
+    ("dense", {"k": normal(2, 5, 0, 8), "v": normal(2, 5, 0, 8)}, "k", "at least one head"),
+    ("dense", {"v": None}, "v", "tensor"),
+    ("dense", {"attention_chunk": 1.5}, "attention_chunk", "length"),
+    ("dense", {"softmax_scale": "small"}, "softmax_scale", "number"),
+    ("dense", {"softcap": "small"}, "softcap", "number"),
+    ("dense", {"num_splits": None}, "num_splits", "automatic"),
+    ("dense", {"sm_margin": None}, "sm_margin", "multiprocessors"),
+    ("dense", {"sinks": [0.0] * 4}, "sinks", "(4,)"),
+    ("dense", {"qv": [1]}, "qv", "tensor"),
+    ("dense", {"qv": [1], "only_qv": True}, "qv", "4 dimensions"),
+    ("dense", {"out": [1]}, "out", "(2, 3, 4, 8)"),
+    ("dense", {"out": normal(8).expand(2, 3, 4, 8)}, "out", "rows of its own"),
+    ("dense", {"aux_tensors": normal(3)}, "aux_tensors", "list or tuple"),
+    ("dense", {"aux_tensors": [1], "score_mod": abs}, "aux_tensors[0]", "on cpu"),
+    ("dense", {"score_mod": lambda *given: None}, "score_mod", "returned"),
+    ("dense", {"mask_mod": lambda *given: None}, "mask_mod", "returned"),
+    ("dense", {"backend": ["cpu"]}, "backend", "name of a provider"),
+    ("ragged", {"q": normal(5, 8)}, "q", "3 dimensions"),
+    ("ragged", {"k": "text"}, "k", "tensor"),
+    ("ragged", {"cu_seqlens_q": [0, 2, 5]}, "cu_seqlens_q", "(batch_size + 1,)"),
+    ("ragged", {"cu_seqlens_q": torch.tensor(5)}, "cu_seqlens_q", "(batch_size + 1,)"),
+    ("ragged", {"cu_seqlens_q": int32(0, 2, 5)[None]}, "cu_seqlens_q", "(batch_size + 1,)"),
+    ("ragged", {"cu_seqlens_q": int32()}, "cu_seqlens_q", "(batch_size + 1,)"),
+    ("ragged", {"cu_seqlens_k": [0, 4, 9]}, "cu_seqlens_k", "(batch_size + 1,)"),
+    ("ragged", {"max_seqlen_q": 3.5}, "max_seqlen_q", "non-negative length"),
+    ("ragged", {"max_seqlen_k": "5"}, "max_seqlen_k", "non-negative length"),
+    ("ragged", {"min_seqlen_k": "5"}, "min_seqlen_k", "non-negative length"),
+    ("ragged", {"seqused_q": int32(-1, 1)}, "seqused_q", "between 0 and"),
     ("ragged", {"cu_seqlens_q": torch.tensor([0, 2, 5])}, "cu_seqlens_q", "int32"),
     ("ragged", {"cu_seqlens_q": int32(0, 2, 9)}, "cu_seqlens_q", "5 rows"),
     ("ragged", {"cu_seqlens_q": int32(1, 2, 5)}, "cu_seqlens_q", "0 first"),
@@ -109,6 +141,14 @@ WRONG: list[tuple[str, dict[str, Any], str, str]] = [
         "page_table",
         "page -1",
     ),
+    ("paged", {"page_table": [[0, 1], [2, 3]]}, "page_table", "int32"),
+    ("paged", {"k_cache": None}, "k_cache", "page_size"),
+    ("paged", {"v_cache": None}, "v_cache", "page_size"),
+    ("paged", {"v_cache": normal(6, 4, 1, 8)}, "v_cache", "shape of k_cache"),
+    ("paged", {"page_table": None}, "k_cache", "batch size of q"),
+    ("paged", {"cache_seqlens": torch.tensor([7, 3])}, "cache_seqlens", "int32"),
+    ("paged", {"cu_seqlens_q": [0, 1, 2], "cache_seqlens": 3}, "cu_seqlens_q", "(batch_size + 1,)"),
+    ("paged", {"k": [1], "v": [1]}, "k", "tensor"),
     ("paged", {"cache_seqlens": int32(7, 13)}, "cache_seqlens", "capacity"),
     ("paged", {"cache_seqlens": 3.5}, "cache_seqlens", "int"),
     ("paged", {"cache_leftpad": int32(8, 0)}, "cache_leftpad", "between 0 and"),
@@ -145,6 +185,29 @@ WRONG: list[tuple[str, dict[str, Any], str, str]] = [
 ]
 
 
+FLOAT8_CACHE = {n: normal(6, 4, 2, 8).to(torch.float8_e4m3fn) for n in ("k_cache", "v_cache")}
+WRONG += [
+    ("paged", FLOAT8_CACHE | {"k_descale": 2.0}, "k_descale", "float32 tensor"),
+    ("paged", FLOAT8_CACHE | {"k_descale": torch.ones(2)}, "k_descale", "(2, 2)"),
+]
+
+NEW = {"k": normal(2, 2, 2, 8), "v": normal(2, 2, 2, 8), "causal": True}
+
+
+def tables(positions: int) -> dict[str, Any]:
+    return {"rotary_cos": normal(positions, 2), "rotary_sin": normal(positions, 2)}
+
+
+#: Tables that are read beyond their end give whatever lies there.
+WRONG += [
+    ("paged", NEW | tables(8), "rotary_cos", "at least 9"),
+    ("paged", NEW | tables(8) | {"causal": False}, "rotary_cos", "at least 9"),
+    ("paged", NEW | tables(9) | {"q": normal(2, 3, 4, 8)}, "rotary_cos", "at least 10"),
+    ("paged", NEW | tables(9) | {"rotary_seqlens": int32(0, 8)}, "rotary_cos", "at least 10"),
+    ("paged", NEW | tables(9) | {"rotary_seqlens": int32(0, -1)}, "rotary_seqlens", "from 0"),
+]
+
+
 @pytest.mark.parametrize(("call", "changes", "argument", "wanted"), WRONG)
 def test_a_wrong_argument_is_named(
     call: str, changes: dict[str, Any], argument: str, wanted: str
@@ -158,6 +221,92 @@ def test_a_wrong_argument_is_named(
 @pytest.mark.parametrize("call", CALLS)
 def test_the_unchanged_calls_run(call: str) -> None:
     assert torch.isfinite(CALLS[call]()).all()
+
+
+def test_tables_that_just_suffice_are_taken() -> None:
+    assert torch.isfinite(paged(**NEW, **tables(9))).all()
+    several = {"q": normal(2, 3, 4, 8), "causal": False}  # all of them at the first new position
+    assert torch.isfinite(paged(**NEW | tables(9) | several)).all()
+
+
+@pytest.mark.parametrize("window", [None, (None, None), [-1, -1], (np.int64(9), np.int32(9))])
+def test_an_unbounded_window_has_many_spellings(window: Any) -> None:
+    torch.manual_seed(0)
+    assert dense(window_size=window).shape == (2, 3, 4, 8)
+
+
+@pytest.mark.parametrize("cu_seqlens", [[0, 7, 10], torch.tensor([0, 7, 10]), int32(0, 7)])
+def test_lengths_of_pages_are_checked_as_cu_seqlens_k(cu_seqlens: Any) -> None:
+    k, table = normal(6, 4, 2, 8), torch.tensor([[0, 5, 1], [2, 0, 0]], dtype=torch.int32)
+    with pytest.raises(InvalidInputError, match=r"^cu_seqlens_k: .*int32 .*\("):
+        ragged(k=k, v=k, page_table=table, cu_seqlens_k=cu_seqlens, max_seqlen_k=None)
+
+
+PARTS, LSES = normal(2, 3, 5, 4, 8), normal(2, 3, 5, 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "argument"),
+    [
+        ({"out_partial": [PARTS]}, "out_partial"),
+        ({"out_partial": PARTS.int()}, "out_partial"),
+        ({"lse_partial": LSES[0]}, "lse_partial"),
+        ({"lse_partial": LSES.to("meta")}, "lse_partial"),
+        ({"out": torch.empty(3, 5, 4, 8, device="meta")}, "out"),
+        ({"out": torch.empty(5, 4, 8)}, "out"),
+    ],
+)
+def test_parts_that_do_not_fit_are_named(changes: dict[str, Any], argument: str) -> None:
+    with pytest.raises(InvalidInputError) as caught:
+        headway.flash_attn_combine(**{"out_partial": PARTS, "lse_partial": LSES} | changes)
+    assert caught.value.argument == argument
+
+
+@pytest.mark.parametrize(
+    ("outs", "lses", "argument"),
+    [
+        ([], [], "outs"),
+        ([PARTS[0]], [], "outs"),
+        ([PARTS[0, 0, 0]], [LSES[0, 0, 0]], "outs[0]"),
+        ([PARTS[0], PARTS[0, :2]], [LSES[0].mT] * 2, "outs[1]"),
+        ([PARTS[0]] * 2, [LSES[0].mT, LSES[0]], "lses[1]"),
+    ],
+)
+def test_states_that_do_not_fit_are_named(outs: Any, lses: Any, argument: str) -> None:
+    with pytest.raises(InvalidInputError) as caught:
+        headway.merge_states(outs, lses)
+    assert caught.value.argument == argument
+    merged, _ = headway.merge_states(PARTS, LSES.mT)
+    assert merged.shape == PARTS.shape[1:]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"cache_seqlens": [7, 3]},
+        {"cache_seqlens": torch.tensor([7, 3])},
+        {"cache_leftpad": int32(1, 2, 3)},
+        {"num_splits": -1},
+        {"sm_margin": -1},
+        {"max_seqlen_k": "12"},
+        {"num_heads_kv": 0},
+        {"num_heads_q": 3},
+        {"headdim": None},
+    ],
+)
+def test_sizes_of_a_plan_are_checked(changes: dict[str, Any]) -> None:
+    sizes = {
+        "max_seqlen_q": 1,
+        "max_seqlen_k": 12,
+        "num_heads_q": 4,
+        "num_heads_kv": 2,
+        "headdim": 8,
+    }
+    arguments = {"batch_size": 2, "cache_seqlens": int32(7, 3)} | sizes
+    assert headway.get_scheduler_metadata(**arguments).num_splits.tolist() == [1, 1]
+    with pytest.raises(InvalidInputError) as caught:
+        headway.get_scheduler_metadata(**arguments | changes)
+    assert caught.value.argument in changes
 
 
 @pytest.mark.parametrize("name", ["aux_scalars", "gather_kv_indices", "block_sparse_tensors"])

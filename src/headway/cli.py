@@ -376,10 +376,10 @@ def _pair(name: str, text: str) -> tuple[int, int]:
 
 def _window(text: str) -> tuple[int, int]:
     try:
-        left, right = [int(word) for word in (text.split(",") * 2)[:2]] if text else []
+        left, right = [int(word) for word in (text if "," in text else f"{text},-1").split(",")]
     except ValueError:
         raise InvalidInputError("window", repr(text), "LEFT or LEFT,RIGHT, like 4095,0") from None
-    return (left, right) if "," in text else (left, -1)
+    return left, right
 
 
 def _choice(argument: str, name: str | None, choices: dict[str | None, str]) -> Any:
@@ -450,8 +450,30 @@ app.command(name="eval")(evaluate.command)
 # --- compile ------------------------------------------------------------------------------------------
 
 
+#: Settings of an engine that decide which kernels it launches.
+_OF_KERNELS = (
+    "load_format",
+    "dtype",
+    "max_model_len",
+    "page_size",
+    "kv_cache_dtype",
+    "mla_prefill_dtype",
+    "chunked_prefill_size",
+    "max_running_requests",
+    "cuda_graphs",
+    "speculative",
+    "num_draft_tokens",
+    "attention_backend",
+    "flash_attn_version",
+    "revision",
+    "trust_remote_code",
+)
+
+
 @app.command(name="compile")
+@flags.takes(EngineConfig, "settings", only=_OF_KERNELS)
 def compile_kernels(
+    settings: dict[str, Any],
     model: Annotated[
         str | None,
         typer.Option(help="What this model needs: folder, GGUF file or hub name. Default: all."),
@@ -466,18 +488,20 @@ def compile_kernels(
     every: Annotated[
         bool, typer.Option("--every", help="Every width, dtype and mask, not only every tile.")
     ] = False,
-    page_size: Annotated[int, typer.Option(min=1, help="Of the model's KV cache.")] = 16,
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes; default: CPUs.")] = None,
     json: Annotated[Path | None, typer.Option(help="Also write the table to this file.")] = None,
 ) -> None:
-    """Compile kernels ahead of time, for any GPU, without one; exits with 1 if one fails."""
+    """Compile kernels ahead of time, for any GPU, without one; exits with 1 if one fails.
+
+    With --model what `headway serve` launches for it, given the same settings.
+    """
     from rich.console import Console
 
     from headway import precompile
 
     targets = precompile.check_targets(target or [])
     if model is not None:
-        cases = precompile.model_cases(EngineConfig(model=model, page_size=page_size))
+        cases = precompile.model_cases(EngineConfig(model=model, **settings))
     else:
         cases = precompile.default_cases(every=every)
     done = _compile(cases, targets, jobs or os.cpu_count() or 1)

@@ -75,6 +75,11 @@ def resolved(device: int | str | torch.device | None = None) -> torch.device:
     return torch.device(kind) if device is None or kind == "cpu" else torch.device(kind, device)
 
 
+def is_present(device: torch.device) -> bool:
+    """Whether this build of torch sees such a device at all."""
+    return device.type not in ("cuda", "musa") or _has(device.type)
+
+
 def _has(device_type: str) -> bool:
     namespace = getattr(torch, device_type, None)
     return namespace is not None and namespace.is_available()

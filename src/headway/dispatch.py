@@ -214,7 +214,10 @@ def explain(problem: Problem) -> Explanation:
         chosen = None
     rows = tuple(_row(name, problem, version) for name in providers.NAMES)
     if pinned is not None:
-        return Explanation(rows, chosen, f"pinned by {source}={pinned}")
+        why = f"pinned by {source}={pinned}"
+        if chosen is None:
+            why += ", which cannot run this call"
+        return Explanation(rows, chosen, why)
     if chosen is None:
         return Explanation(rows, None, "no provider can run this call")
     return Explanation(rows, chosen, _why(problem, version, chosen, rows))
@@ -261,6 +264,8 @@ def supported_versions(device: int | str | torch.device | None = None) -> tuple[
         A tuple of 3 and 4, in order; empty where no provider runs at all.
     """
     where = devices.resolved(device)
+    if not devices.is_present(where):
+        return ()
     able = [providers.get(name) for name in providers.NAMES if name not in providers.PINNED_ONLY]
     able = [provider for provider in able if provider.unavailable(where) is None]
     return tuple(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from headway import interface
+from headway.errors import InvalidInputError, UnsupportedError
 from headway.problem import FLOAT8_DTYPES
 
 #: Optional tensors of the operators, under the names that the public functions give them.
@@ -100,6 +101,14 @@ def call(function: str, arguments: dict[str, Any]) -> Tensor | tuple[Tensor, Ten
         return _uncompiled(function, arguments)
     q = arguments["q"]
     out = arguments["out"]
+    inputs = [x for x in (q, k, v, new_k, new_v, arguments["qv"]) if x is not None]
+    trains = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    if trains and out is not None:
+        given, wanted = (
+            "a tensor beside inputs that require gradients",
+            "the call in torch.no_grad()",
+        )
+        raise InvalidInputError("out", given, wanted)
     if out is None:
         dtype = torch.bfloat16 if q.dtype in FLOAT8_DTYPES else q.dtype
         out = q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=dtype)
@@ -110,6 +119,8 @@ def call(function: str, arguments: dict[str, Any]) -> Tensor | tuple[Tensor, Ten
     else:
         tensors += [arguments.get(name) for name in NEW_TENSORS]
         lse = torch.ops.headway.attention_append(q, k, v, out, new_k, new_v, *tensors, *plain)
+    if trains:
+        out = torch.ops.headway.without_backward(out, inputs)
     return (out, lse) if plain[-1] else out
 
 
@@ -129,7 +140,7 @@ def _plain(name: str, arguments: dict[str, Any]) -> Any:
         flags = ("return_attn_probs", "return_lse", "return_softmax_lse")
         return any(arguments.get(flag, False) for flag in flags)
     if name in ("window_left", "window_right"):
-        left, right = arguments["window_size"]
+        left, right = arguments["window_size"] or (None, None)
         side = left if name == "window_left" else right
         return -1 if side is None else side
     if name == "rotary_interleaved":
@@ -169,7 +180,8 @@ def _run(function: str, given: dict[str, Any]) -> Tensor:
     known = PARAMETERS[function]
     arguments = {n: x for n, x in given.items() if n in known and x is not None}
     arguments["window_size"] = (given["window_left"], given["window_right"])
-    result = getattr(interface, function)(**arguments, return_softmax_lse=given["lse"])
+    with torch.no_grad():
+        result = getattr(interface, function)(**arguments, return_softmax_lse=given["lse"])
     return result[1] if given["lse"] else given["q"].new_empty(0, dtype=torch.float32)
 
 
@@ -217,6 +229,39 @@ attention_append = torch.library.custom_op(
     ),
 )
 attention_append.register_fake(lambda q, *rest: _fake_lse(q, rest[-1]))
+
+without_backward = torch.library.custom_op(
+    "headway::without_backward",
+    lambda out, inputs: out.clone(),
+    mutates_args=(),
+    schema="(Tensor out, Tensor[] inputs) -> Tensor",
+)
+without_backward.register_fake(lambda out, inputs: torch.empty_like(out))
+
+
+def _no_gradient(gradient: Tensor, like: Tensor) -> Tensor:
+    raise UnsupportedError("Headway computes no gradients: train with torch's own attention")
+
+
+#: An operator, so that whoever compiles a backward pass does not run it.
+no_gradient = torch.library.custom_op(
+    "headway::no_gradient",
+    _no_gradient,
+    mutates_args=(),
+    schema="(Tensor gradient, Tensor like) -> Tensor",
+)
+no_gradient.register_fake(lambda gradient, like: torch.empty_like(like))
+
+
+def _refuse_backward(ctx: Any, gradient: Tensor) -> tuple[None, list[Tensor]]:
+    return None, [torch.ops.headway.no_gradient(gradient, x) for x in ctx.saved_tensors]
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1])
+
+
+without_backward.register_autograd(_refuse_backward, setup_context=_keep_inputs)
 
 combine = torch.library.custom_op(
     "headway::combine",

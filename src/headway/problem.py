@@ -13,9 +13,11 @@ import contextvars
 import enum
 import itertools
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -44,6 +46,23 @@ class KVLayout(enum.Enum):
     DENSE = "dense"  # (rows, seqlen, num_kv_heads, head_dim)
     RAGGED = "ragged"  # (total_k, num_kv_heads, head_dim) with cu_seqlens_k
     PAGED = "paged"  # (num_pages, page_size, num_kv_heads, head_dim) with page_table
+
+
+#: Shapes of keys by layout, as messages say them.
+KEY_SHAPES = {
+    KVLayout.DENSE: "(batch, seqlen_k, num_kv_heads, head_dim)",
+    KVLayout.RAGGED: "(total_k, num_kv_heads, head_dim) with cu_seqlens_k",
+    KVLayout.PAGED: "(num_pages, page_size, num_kv_heads, head_dim) with page_table",
+}
+
+
+@dataclass(frozen=True)
+class Names:
+    """What a caller's function calls the keys, the values and their lengths: messages say the same."""
+
+    k: str = "k"
+    v: str = "v"
+    seqlens_k: str = "seqused_k / cache_seqlens"
 
 
 @dataclass(frozen=True)
@@ -228,25 +247,44 @@ def values_visible(device: torch.device) -> bool:
 # --- normalisation of arguments ---------------------------------------------------------------------
 
 
+def as_int(name: str, value: object, wanted: str) -> int:
+    """A plain or numpy integer, or a tensor of one, that is not negative."""
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise InvalidInputError(name, repr(value), wanted) from None
+    if number < 0:
+        raise InvalidInputError(name, value, wanted)
+    return number
+
+
+def as_float(name: str, value: Any) -> float:
+    """Whatever Python reads as a number."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise InvalidInputError(name, repr(value), "a number") from None
+
+
 def normalise_mask(
     causal: bool,
-    window_size: Sequence[int | None],
+    window_size: Sequence[int | None] | None,
     attention_chunk: int | None,
     mask_mod: MaskMod | None = None,
 ) -> Mask:
-    """One meaning for the window conventions in use: -1 and None are both unbounded, per side."""
-    if isinstance(window_size, int) or len(window_size) != 2:
+    """One meaning for the window conventions in use: -1 and None are unbounded, per side or for both."""
+    if window_size is None:
+        window_size = (None, None)
+    if not isinstance(window_size, Sequence) or len(window_size) != 2:
         raise InvalidInputError("window_size", window_size, "a pair (left, right)")
     sides: list[int | None] = []
     for side in window_size:
-        if side is not None and (isinstance(side, bool) or not isinstance(side, int) or side < -1):
-            raise InvalidInputError(
-                "window_size", tuple(window_size), "non-negative widths, -1 or None for unbounded"
-            )
-        sides.append(None if side in (None, -1) else side)
-    chunk = attention_chunk or 0
-    if chunk < 0:
-        raise InvalidInputError("attention_chunk", attention_chunk, "0 (off) or a positive length")
+        integral = isinstance(side, Integral) and not isinstance(side, bool)
+        if side is not None and (not integral or side < -1):
+            wanted = "non-negative integers, -1 or None for unbounded"
+            raise InvalidInputError("window_size", tuple(window_size), wanted)
+        sides.append(None if side in (None, -1) else int(side))
+    chunk = as_int("attention_chunk", attention_chunk or 0, "0 (off) or a positive length")
     if mask_mod is not None and not callable(mask_mod):
         raise InvalidInputError("mask_mod", type(mask_mod).__name__, "a callable or None")
     return Mask(bool(causal), sides[0], 0 if causal else sides[1], chunk, mask_mod)
@@ -266,12 +304,13 @@ def lengths_as_tensor(
 # --- checks -----------------------------------------------------------------------------------------
 
 
-def check(problem: Problem) -> Problem:
+def check(problem: Problem, names: Names | None = None) -> Problem:
     """Every check of every argument; returns the problem or raises InvalidInputError."""
-    _check_tensors(problem)
+    names = names or Names()
+    _check_tensors(problem, names)
     _check_queries(problem)
-    _check_keys(problem)
-    _check_heads(problem)
+    _check_keys(problem, names)
+    _check_heads(problem, names)
     _check_qv(problem)
     _check_scores(problem)
     _check_descales(problem)
@@ -280,14 +319,18 @@ def check(problem: Problem) -> Problem:
     _check_out(problem)
     _check_hints(problem)
     if values_visible(problem.device):
-        _check_values(problem)
+        _check_values(problem, names)
     return problem
 
 
-def _check_tensors(p: Problem) -> None:
-    for name, tensor in (("q", p.q), ("k", p.k), ("v", p.v)):
-        if not isinstance(tensor, Tensor):
-            raise InvalidInputError(name, type(tensor).__name__, "a torch.Tensor")
+def _require_tensor(name: str, value: object, wanted: str = "a tensor") -> None:
+    if not isinstance(value, Tensor):
+        raise InvalidInputError(name, type(value).__name__, wanted)
+
+
+def _check_tensors(p: Problem, names: Names) -> None:
+    for name, tensor in (("q", p.q), (names.k, p.k), (names.v, p.v)):
+        _require_tensor(name, tensor)
         if tensor.device != p.q.device:
             raise InvalidInputError(name, tensor.device, f"the device of q, {p.q.device}")
         if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
@@ -297,19 +340,18 @@ def _check_tensors(p: Problem) -> None:
         if tensor.dtype not in FLOAT_DTYPES and tensor.dtype not in FLOAT8_DTYPES:
             raise InvalidInputError(name, tensor.dtype, "a floating-point or float8 dtype")
     if p.v.dtype != p.k.dtype:
-        raise InvalidInputError("v", p.v.dtype, f"the dtype of k, {p.k.dtype}")
+        raise InvalidInputError(names.v, p.v.dtype, f"the dtype of {names.k}, {p.k.dtype}")
     if p.q.dtype != p.k.dtype and not (
         p.k.dtype in FLOAT8_DTYPES and p.q.dtype in (torch.bfloat16, torch.float16, torch.float32)
     ):
-        raise InvalidInputError(
-            "q", p.q.dtype, f"the dtype of k, {p.k.dtype} (or k and v float8 beside a wider q)"
-        )
+        wanted = f"the dtype of {names.k}, {p.k.dtype} (or keys and values float8 beside a wider q)"
+        raise InvalidInputError("q", p.q.dtype, wanted)
 
 
 def _check_int32(name: str, tensor: object, shape: tuple[int | None, ...], p: Problem) -> None:
     text = "(" + ", ".join("any" if n is None else str(n) for n in shape) + ")"
-    if not isinstance(tensor, Tensor):
-        raise InvalidInputError(name, type(tensor).__name__, f"an int32 tensor of shape {text}")
+    _require_tensor(name, tensor, f"an int32 tensor of shape {text}")
+    assert isinstance(tensor, Tensor)
     if tensor.dtype != torch.int32:
         raise InvalidInputError(name, tensor.dtype, "torch.int32")
     if tensor.device != p.device:
@@ -341,23 +383,15 @@ def _check_queries(p: Problem) -> None:
         raise InvalidInputError("max_seqlen_q", p.max_seqlen_q, "a non-negative length")
 
 
-def _check_keys(p: Problem) -> None:
+def _check_keys(p: Problem, names: Names) -> None:
     b = p.batch_size
     want_dims = 3 if p.kv_layout is KVLayout.RAGGED else 4
-    shapes = {
-        KVLayout.DENSE: "(batch, seqlen_k, num_kv_heads, head_dim)",
-        KVLayout.RAGGED: "(total_k, num_kv_heads, head_dim) with cu_seqlens_k",
-        KVLayout.PAGED: "(num_pages, page_size, num_kv_heads, head_dim) with page_table",
-    }
-    for name, t in (("k", p.k), ("v", p.v)):
+    for name, t in ((names.k, p.k), (names.v, p.v)):
         if t.dim() != want_dims:
-            raise InvalidInputError(name, f"shape {tuple(t.shape)}", shapes[p.kv_layout])
+            raise InvalidInputError(name, f"shape {tuple(t.shape)}", KEY_SHAPES[p.kv_layout])
     if p.v.shape[:-1] != p.k.shape[:-1]:
-        raise InvalidInputError(
-            "v",
-            f"shape {tuple(p.v.shape)}",
-            f"the shape of k, {tuple(p.k.shape)}, but for head_dim",
-        )
+        wanted = f"the shape of {names.k}, {tuple(p.k.shape)}, but for head_dim"
+        raise InvalidInputError(names.v, f"shape {tuple(p.v.shape)}", wanted)
     if p.kv_layout is KVLayout.RAGGED:
         _check_int32("cu_seqlens_k", p.cu_seqlens_k, (b + 1,), p)
         if p.cache_batch_idx is not None:
@@ -365,7 +399,7 @@ def _check_keys(p: Problem) -> None:
                 "cache_batch_idx", "a tensor", "None with cu_seqlens_k (it picks cache rows)"
             )
     if p.seqlens_k is not None:
-        _check_int32("seqused_k / cache_seqlens", p.seqlens_k, (b,), p)
+        _check_int32(names.seqlens_k, p.seqlens_k, (b,), p)
     if p.leftpad_k is not None:
         _check_int32("cache_leftpad", p.leftpad_k, (b,), p)
     if p.cache_batch_idx is not None:
@@ -374,21 +408,24 @@ def _check_keys(p: Problem) -> None:
         rows = None if p.cache_batch_idx is not None else b
         _check_int32("page_table", p.page_table, (rows, None), p)
         if p.k.shape[1] == 0:
-            raise InvalidInputError("k", "page_size 0", "a page_size of at least 1")
+            raise InvalidInputError(names.k, "page_size 0", "a page_size of at least 1")
     elif p.kv_layout is KVLayout.DENSE and p.cache_batch_idx is None and p.k.shape[0] != b:
         raise InvalidInputError(
-            "k",
+            names.k,
             f"{p.k.shape[0]} rows",
             f"{b}, the batch size of q (or cache_batch_idx, or page_table)",
         )
 
 
-def _check_heads(p: Problem) -> None:
+def _check_heads(p: Problem, names: Names) -> None:
     if p.q.shape[-1] != p.k.shape[-1]:
-        raise InvalidInputError("q", f"head_dim {p.head_dim}", f"that of k, {p.k.shape[-1]}")
-    if p.head_dim == 0 or p.head_dim_v == 0:
-        raise InvalidInputError("head_dim", 0, "at least 1")
-    if p.num_kv_heads == 0 or p.num_q_heads % p.num_kv_heads:
+        wanted = f"that of {names.k}, {p.k.shape[-1]}"
+        raise InvalidInputError("q", f"head_dim {p.head_dim}", wanted)
+    for name, t in (("q", p.q), (names.k, p.k), (names.v, p.v)):
+        if 0 in t.shape[-2:]:
+            wanted = "at least one head, at least 1 wide"
+            raise InvalidInputError(name, f"shape {tuple(t.shape)}", wanted)
+    if p.num_q_heads % p.num_kv_heads:
         raise InvalidInputError(
             "q", f"{p.num_q_heads} heads", f"a multiple of the {p.num_kv_heads} key/value heads"
         )
@@ -397,6 +434,7 @@ def _check_heads(p: Problem) -> None:
 def _check_qv(p: Problem) -> None:
     if p.qv is None:
         return
+    _require_tensor("qv", p.qv)
     want = (*p.q.shape[:-1], p.head_dim_v)
     if tuple(p.qv.shape) != want:
         raise InvalidInputError(
@@ -417,6 +455,7 @@ def _check_scores(p: Problem) -> None:
     if s.score_mod is not None and not callable(s.score_mod):
         raise InvalidInputError("score_mod", type(s.score_mod).__name__, "a callable or None")
     if s.sinks is not None:
+        _require_tensor("sinks", s.sinks, f"a tensor of shape ({p.num_q_heads},)")
         if tuple(s.sinks.shape) != (p.num_q_heads,):
             raise InvalidInputError(
                 "sinks", f"shape {tuple(s.sinks.shape)}", f"({p.num_q_heads},), one per query head"
@@ -426,10 +465,10 @@ def _check_scores(p: Problem) -> None:
                 "sinks", f"{s.sinks.dtype} on {s.sinks.device}", f"a float dtype on {p.device}"
             )
     for i, aux in enumerate(p.aux_tensors):
-        if not isinstance(aux, Tensor) or aux.device != p.device:
-            raise InvalidInputError(
-                f"aux_tensors[{i}]", getattr(aux, "device", type(aux).__name__), f"on {p.device}"
-            )
+        _require_tensor(f"aux_tensors[{i}]", aux, f"a tensor on {p.device}")
+        if aux.device != p.device:
+            wanted = f"the device of q, {p.device}"
+            raise InvalidInputError(f"aux_tensors[{i}]", aux.device, wanted)
     if p.aux_tensors and s.score_mod is None and p.mask.mask_mod is None:
         raise InvalidInputError("aux_tensors", "tensors", "a score_mod or mask_mod that uses them")
 
@@ -449,6 +488,7 @@ def _check_descales(p: Problem) -> None:
                 f"a tensor beside {name} of {of.dtype}",
                 f"None unless {name} is float8",
             )
+        _require_tensor(f"{name}_descale", t, f"a float32 tensor of shape {want}")
         if t.dtype != torch.float32 or tuple(t.shape) != want or t.device != p.device:
             raise InvalidInputError(
                 f"{name}_descale",
@@ -464,6 +504,7 @@ def _check_append(p: Problem, a: Append) -> None:
         raise InvalidInputError("cache_seqlens", None, "given when k and v are appended")
     rows = ("k", a.k, p.head_dim), ("v", a.v, p.head_dim_v)
     for name, t, dim in rows:
+        _require_tensor(name, t)
         if a.cu_seqlens is not None:
             want: tuple[int, ...] = (a.k.shape[0], p.num_kv_heads, dim)
         else:
@@ -510,6 +551,7 @@ def _check_rotary(p: Problem, r: Rotary) -> None:
 def _check_out(p: Problem) -> None:
     if p.out is None:
         return
+    _require_tensor("out", p.out, f"a tensor of shape {p.out_shape}")
     if tuple(p.out.shape) != p.out_shape:
         raise InvalidInputError("out", f"shape {tuple(p.out.shape)}", str(p.out_shape))
     if p.out.device != p.device or p.out.stride(-1) != 1:
@@ -518,19 +560,20 @@ def _check_out(p: Problem) -> None:
             f"{p.out.device}, strides {p.out.stride()}",
             f"{p.device}, last-dimension stride 1",
         )
+    if any(n > 1 and step == 0 for n, step in zip(p.out.shape, p.out.stride(), strict=True)):
+        wanted = "rows of its own for every query and head (it looks expanded)"
+        raise InvalidInputError("out", f"strides {p.out.stride()}", wanted)
     if p.out.dtype not in FLOAT_DTYPES:
         raise InvalidInputError("out", p.out.dtype, "a 16-, 32- or 64-bit floating-point dtype")
 
 
 def _check_hints(p: Problem) -> None:
-    if p.hints.num_splits < 0:
-        raise InvalidInputError(
-            "num_splits", p.hints.num_splits, "0 (automatic) or a positive count"
-        )
-    if p.hints.sm_margin < 0:
-        raise InvalidInputError("sm_margin", p.hints.sm_margin, "0 or more multiprocessors")
+    as_int("num_splits", p.hints.num_splits, "0 (automatic) or a positive count")
+    as_int("sm_margin", p.hints.sm_margin, "0 or more multiprocessors")
     if p.ver not in (None, 3, 4):
-        raise InvalidInputError("ver", p.ver, "3, 4, or None for the fastest")
+        raise InvalidInputError("ver", repr(p.ver), "3, 4, or None for the fastest")
+    if p.backend is not None and not isinstance(p.backend, str):
+        raise InvalidInputError("backend", repr(p.backend), "the name of a provider, or None")
     if p.plan is not None:
         p.plan.check_matches(p)
 
@@ -538,7 +581,7 @@ def _check_hints(p: Problem) -> None:
 # --- checks of values ---------------------------------------------------------------------------------
 
 
-def _check_values(p: Problem) -> None:
+def _check_values(p: Problem, names: Names) -> None:
     if p.cu_seqlens_q is not None:
         _check_cu_seqlens("cu_seqlens_q", p.cu_seqlens_q, p.q.shape[0])
     if p.cu_seqlens_k is not None:
@@ -548,13 +591,14 @@ def _check_values(p: Problem) -> None:
     if p.seqused_q is not None:
         rows = _row_capacity(p.cu_seqlens_q, p.q, p)
         if bool(((p.seqused_q > rows) | (p.seqused_q < 0)).any()):
-            raise InvalidInputError(
-                "seqused_q", p.seqused_q.tolist(), f"at most the rows of q, {rows.tolist()}"
-            )
+            wanted = f"between 0 and the rows of q, {rows.tolist()}"
+            raise InvalidInputError("seqused_q", p.seqused_q.tolist(), wanted)
     longest = int(query_lengths(p).max()) if p.batch_size else 0
     if longest > p.max_seqlen_q:
         raise InvalidInputError("max_seqlen_q", p.max_seqlen_q, f"at least {longest}")
-    _check_key_values(p)
+    _check_key_values(p, names)
+    if p.append is not None and p.append.rotary is not None:
+        _check_rotary_positions(p, p.append.rotary)
 
 
 def _check_cu_seqlens(name: str, cu: Tensor, total: int) -> None:
@@ -595,7 +639,26 @@ def key_ends(p: Problem) -> Tensor:
     return _row_capacity(p.cu_seqlens_k, p.k, p)
 
 
-def _check_key_values(p: Problem) -> None:
+def _check_rotary_positions(p: Problem, r: Rotary) -> None:
+    """The tables hold every position that is looked up."""
+    new, queries = append_lengths(p), query_lengths(p)
+    assert p.seqlens_k is not None
+    assert new is not None
+    first = p.seqlens_k if r.seqlens is None else r.seqlens
+    if not (p.mask.causal or p.mask.is_local):
+        queries = queries.clamp(max=1)  # all at the first position
+    steps = torch.maximum(new, queries)
+    ends = torch.where(steps > 0, first + steps, 0)
+    if bool((torch.where(steps > 0, first, 0) < 0).any()):
+        raise InvalidInputError("rotary_seqlens", first.tolist(), "positions from 0 on")
+    longest = int(ends.max()) if p.batch_size else 0
+    if longest > r.cos.shape[0]:
+        raise InvalidInputError(
+            "rotary_cos", f"{r.cos.shape[0]} positions", f"at least {longest}, for the new tokens"
+        )
+
+
+def _check_key_values(p: Problem, names: Names) -> None:
     ends = key_ends(p)
     if p.kv_layout is KVLayout.PAGED:
         assert p.page_table is not None
@@ -604,7 +667,7 @@ def _check_key_values(p: Problem) -> None:
         capacity = _row_capacity(p.cu_seqlens_k, p.k, p)
     if bool((ends > capacity).any()) or bool((ends < 0).any()):
         raise InvalidInputError(
-            "seqused_k / cache_seqlens",
+            names.seqlens_k,
             f"keys up to {ends.tolist()} (appended ones included)",
             f"between 0 and the capacity of each sequence, {capacity.tolist()}",
         )

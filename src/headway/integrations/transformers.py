@@ -30,7 +30,7 @@ from transformers import modeling_flash_attention_utils as flash_utils
 from transformers.generation.continuous_batching import continuous_api, initialization
 from transformers.utils.import_utils import is_tracing
 
-from headway import interface
+from headway import gradients, interface
 from headway.compat import flash_attn_interface
 from headway.errors import UnsupportedError
 
@@ -129,7 +129,10 @@ def attention_forward(
             attended = interface.flash_attn_func(q, k, v, **call)
             assert isinstance(attended, Tensor)
             out = attended
-    return _without_backward(query, out), None
+    if gradients.required(query, key, value):
+        instead = 'train with attn_implementation="sdpa"'
+        return gradients.refused(out, query, key, value, instead=instead), None
+    return out, None
 
 
 def _refuse(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
@@ -221,26 +224,6 @@ def _visible(b: Any, h: Any, q_idx: Any, kv_idx: Any, aux: tuple[Any, ...]) -> A
 
 def _biased(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any, aux: tuple[Any, ...]) -> Any:
     return score + aux[-1][b, h, q_idx - aux[0], kv_idx]
-
-
-class _Inference(torch.autograd.Function):
-    """Lets a forward pass outside of ``torch.no_grad`` run, and a backward pass say why it cannot."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, out: Tensor) -> Tensor:
-        return out.view_as(out)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        raise UnsupportedError(
-            'Headway computes no gradients: train with attn_implementation="sdpa"'
-        )
-
-
-def _without_backward(query: Tensor, out: Tensor) -> Tensor:
-    if torch.is_grad_enabled() and query.requires_grad:
-        return _Inference.apply(query, out)
-    return out
 
 
 # --- the mask function --------------------------------------------------------------------------------
