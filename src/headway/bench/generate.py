@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from headway.engine.llm import LLM
 
 
-#: Output tokens of the round that warms up, and the most prompt tokens of all its sequences together.
+#: Output tokens of the round that warms up, and the most prompt tokens together where nothing is decoded.
 WARM_UP_TOKENS, WARM_UP_PROMPT_TOKENS = 8, 1 << 18
 
 
@@ -86,8 +86,7 @@ def measure(
     """One row per engine: ``repeats`` runs on fresh random prompts, after one that warms up.
 
     Engines take turns, on the same prompts, each in another place of the order every time. The first
-    round generates a few tokens for as many sequences as show every kind of step: everything is compiled
-    then.
+    round generates a few tokens: everything is compiled then.
     """
     draw = random.Random(seed)
     tokens = range(vocab_size // 10, vocab_size - vocab_size // 10)
@@ -97,8 +96,9 @@ def measure(
         turn = round_number % len(engines)
         for engine in (*engines[turn:], *engines[:turn]):
             if round_number == 0:
-                few = prompts[: max(1, WARM_UP_PROMPT_TOKENS // shape.input_len)]
-                engine.generate(few, min(shape.output_len, WARM_UP_TOKENS))
+                few = max(1, WARM_UP_PROMPT_TOKENS // shape.input_len)
+                count = few if shape.output_len == 1 else shape.batch_size
+                engine.generate(prompts[:count], min(shape.output_len, WARM_UP_TOKENS))
             else:
                 runs[engine.name].append(engine.generate(prompts, shape.output_len))
     return [as_row(engine, shape, runs[engine.name]) for engine in engines]
