@@ -102,6 +102,40 @@ def test_plan_of_the_step_serves_every_layer_and_out_is_filled():
         assert torch.equal(out.bfloat16(), mla.prefill(q, k, v, CU_Q, CU_K, fp8=True))
 
 
+def test_a_plan_of_other_lengths_is_refused_where_lengths_can_be_seen():
+    """Its work list would cut sequences where the others end."""
+    q, k, v = inputs()
+    other = CU_Q.clone()
+    other[1] += 1
+    plan = mla.plan_prefill(other, CU_K, num_heads_k=4, causal=False)
+    with pytest.raises(InvalidInputError, match="which the plan was made from"):
+        mla.prefill(q, k, v, CU_Q, CU_K, causal=False, fp8=True, plan=plan)
+
+
+@pytest.mark.parametrize("changes", [{"num_heads_k": 0}, {"num_heads_q": 6}, {"num_cu": 0}])
+def test_sizes_of_a_plan_are_checked(changes):
+    with pytest.raises(InvalidInputError) as caught:
+        mla.plan_prefill(CU_Q, CU_K, **{"num_heads_k": 4, "device": "cpu"} | changes)
+    assert caught.value.argument in ("num_heads_k", "num_cu")
+
+
+@pytest.mark.parametrize("backend", ["hopper", "portable"])
+def test_a_kernel_for_gpus_that_is_named_does_not_run_on_a_cpu(backend):
+    q, k, v = inputs()
+    with pytest.raises(headway.UnsupportedError, match=f"backend={backend} cannot"):
+        mla.prefill(q, k, v, CU_Q, CU_K, fp8=True, backend=backend)
+
+
+def test_gradients_are_refused():
+    q, k, v = inputs()
+    for fp8 in (True, False):
+        out = mla.prefill(q.requires_grad_(), k, v, CU_Q, CU_K, fp8=fp8)
+        with pytest.raises(headway.UnsupportedError, match="no gradients"):
+            out.sum().backward()
+        with pytest.raises(InvalidInputError, match="no_grad"):
+            mla.prefill(q, k, v, CU_Q, CU_K, fp8=fp8, out=out.detach())
+
+
 def test_chunks_of_a_prefix_merge_to_the_whole():
     """New tokens causal, a cached chunk without a mask, merged by their LSE."""
     q, k, v = inputs(dtype=torch.float32)
@@ -131,6 +165,12 @@ def test_chunks_of_a_prefix_merge_to_the_whole():
         ({"softmax_scale": -0.1}, "positive number"),
         ({"backend": "fa3"}, '"hopper" or "portable"'),
         ({"cu_seqlens_q": CU_K, "cu_seqlens_k": CU_Q}, "77 query tokens and 3 keys"),
+        ({"cu_seqlens_q": CU_Q.tolist()}, "int32 tensor"),
+        ({"plan": "of the day"}, "what plan_prefill returned"),
+        ({"q_scale": 2.0}, "^q_scale: got float"),
+        ({"v_scale": torch.ones(3)}, "^v_scale: got 3 elements"),
+        ({"out": torch.empty(43, 4, 64)}, "^out: .*128"),
+        ({"out": torch.empty(43, 4, 128, dtype=torch.int32)}, "^out: got torch.int32"),
     ],
 )
 def test_refusals(changes, said):

@@ -96,3 +96,22 @@ def test_strided_and_batched_inputs():
 def test_refusals(arguments, said):
     with pytest.raises(InvalidInputError, match=said):
         quant.quantise(*arguments)
+
+
+def test_wrong_kinds_are_named():
+    x = torch.ones(3, 4, 8)
+    with pytest.raises(InvalidInputError, match=r"^x: got list"):
+        quant.quantise([1.0])
+    with pytest.raises(InvalidInputError, match=r"^scale: got float"):
+        quant.quantise(x, scale=2.0)
+    with pytest.raises(InvalidInputError, match=r"^scale: got 3 elements"):
+        quant.dequantise(quant.quantise(x).values, torch.ones(3))
+    assert quant.amax_scales([]) == []
+
+
+@pytest.mark.parametrize("shape", [(3, 0, 8), (3, 4, 0), (0, 4, 8), (0, 0)])
+@pytest.mark.parametrize("per", ["tensor", "head"])
+def test_nothing_is_quantised_to_nothing(shape, per):
+    values, scale = quant.quantise(torch.ones(shape), per=per)
+    assert values.shape == shape
+    assert scale.shape == (shape[-2] if per == "head" else 1,)

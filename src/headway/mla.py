@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from headway import devices, persistent, quant
-from headway.errors import InvalidInputError
+from headway import devices, gradients, persistent, quant
+from headway.errors import InvalidInputError, UnsupportedError
 from headway.interface import flash_attn_varlen_func
 from headway.persistent import DeviceWork, Granularity, Staging
-from headway.problem import FLOAT8_DTYPES
+from headway.problem import FLOAT8_DTYPES, FLOAT_DTYPES, values_visible
 
 __all__ = ["get_ps_metadata_info_v1", "get_ps_metadata_v1", "plan_prefill", "prefill"]
 
@@ -166,7 +166,7 @@ def plan_prefill(
     num_heads_k: int,
     num_heads_q: int | None = None,
     causal: bool = True,
-    device: torch.device | None = None,
+    device: torch.device | str | None = None,
     num_cu: int | None = None,
     with_lse: bool = True,
     staging: Staging | None = None,
@@ -185,8 +185,17 @@ def plan_prefill(
     Raises:
         InvalidInputError: lengths that do not fit together; causal with more query tokens than keys.
     """
-    device = cu_seqlens_q.device if device is None else device
-    group = 1 if num_heads_q is None else num_heads_q // num_heads_k
+    for name, cu_seqlens in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if not isinstance(cu_seqlens, Tensor):
+            given = type(cu_seqlens).__name__
+            raise InvalidInputError(name, given, "an int32 tensor of shape (batch_size + 1,)")
+    if num_heads_k < 1 or (num_heads_q or num_heads_k) % num_heads_k:
+        given = f"{num_heads_k} for {num_heads_q or num_heads_k} query heads"
+        raise InvalidInputError("num_heads_k", given, "at least 1, dividing the query heads")
+    if num_cu is not None and num_cu < 1:
+        raise InvalidInputError("num_cu", num_cu, "at least 1, or None")
+    device = torch.device(cu_seqlens_q.device if device is None else device)
+    group = (num_heads_q or num_heads_k) // num_heads_k
     on_aiter = group == 1 and _aiter_has(device, num_heads_k)
     qo, kv = (t.cpu().numpy() for t in (cu_seqlens_q, cu_seqlens_k))
     return persistent.plan_on_device(
@@ -268,6 +277,7 @@ def prefill(
 
     Raises:
         InvalidInputError: shapes, dtypes, scales or a plan that do not fit the call.
+        UnsupportedError: a backend that cannot run it here.
     """
     fp8 = _wants_float8(q, k.shape[-2], fp8)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
@@ -288,10 +298,19 @@ def prefill(
             return_attn_probs=return_lse,
             backend=backend,
         )
-    _check_backend(backend)
+    _check_backend(backend, q.device)
     if scale <= 0:
         raise InvalidInputError("softmax_scale", scale, "a positive number in float8")
     _check_prefill(q, k, v, plan, causal)
+    _check_scales(q_scale, k_scale, v_scale, num_heads=k.shape[1])
+    _check_out(out, (*q.shape[:2], v.shape[2]), q.device)
+    trained = gradients.required(q, k, v)
+    if trained and out is not None:
+        given, wanted = (
+            "a tensor beside inputs that require gradients",
+            "the call in torch.no_grad()",
+        )
+        raise InvalidInputError("out", given, wanted)
     if plan is None:
         plan = plan_prefill(
             cu_seqlens_q,
@@ -305,6 +324,8 @@ def prefill(
     if plan.total_q != q.shape[0] or plan.total_k != k.shape[0]:
         given = f"a plan for {plan.total_q} query tokens and {plan.total_k} keys"
         raise InvalidInputError("plan", given, f"one for {q.shape[0]} and {k.shape[0]}")
+    if values_visible(q.device):
+        _check_lengths(plan, cu_seqlens_q, cu_seqlens_k)
     if out is None:
         dtype = torch.bfloat16 if q.dtype in FLOAT8_DTYPES else q.dtype
         out = torch.empty(*q.shape[:2], v.shape[2], dtype=dtype, device=q.device)
@@ -315,7 +336,10 @@ def prefill(
         run = functools.partial(_float8_on_kernels, backend=backend)
     if backend is None and _runs_on_aiter(plan, (q, k, v), scales, return_lse):
         run = _float8_on_aiter
-    run(plan, (q, k, v), scales, scale, out, lse)
+    with torch.no_grad():
+        run(plan, (q, k, v), scales, scale, out, lse)
+    if trained:
+        out = gradients.refused(out, q, k, v)
     return out if lse is None else (out, lse)
 
 
@@ -349,9 +373,43 @@ def _wants_float8(q: Tensor, num_heads_k: int, fp8: bool | None) -> bool:
     return fp8
 
 
-def _check_backend(backend: str | None) -> None:
+def _check_backend(backend: str | None, device: torch.device) -> None:
     if backend not in (None, "hopper", "portable"):
         raise InvalidInputError("backend", repr(backend), '"hopper" or "portable" for float8')
+    if backend is not None and device.type == "cpu":
+        reasons = {backend: ("runs on GPUs",)}
+        raise UnsupportedError(f"backend={backend} cannot run this call", reasons)
+
+
+def _check_scales(*scales: Tensor | None, num_heads: int) -> None:
+    for name, scale in zip(("q_scale", "k_scale", "v_scale"), scales, strict=True):
+        if scale is None:
+            continue
+        wanted = f"a tensor of 1 element, or one for each of the {num_heads} KV heads"
+        if not isinstance(scale, Tensor):
+            raise InvalidInputError(name, type(scale).__name__, wanted)
+        if scale.numel() not in (1, num_heads):
+            raise InvalidInputError(name, f"{scale.numel()} elements", wanted)
+
+
+def _check_out(out: Tensor | None, shape: tuple[int, ...], device: torch.device) -> None:
+    if out is None:
+        return
+    wanted = f"a tensor of shape {shape}, in a floating-point dtype, on {device}"
+    if not isinstance(out, Tensor):
+        raise InvalidInputError("out", type(out).__name__, wanted)
+    if tuple(out.shape) != shape or out.dtype not in FLOAT_DTYPES or out.device != device:
+        raise InvalidInputError("out", f"{out.dtype} {tuple(out.shape)} on {out.device}", wanted)
+
+
+def _check_lengths(plan: DeviceWork, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> None:
+    for name, given, planned in (
+        ("cu_seqlens_q", cu_seqlens_q, plan.qo_indptr),
+        ("cu_seqlens_k", cu_seqlens_k, plan.kv_indptr),
+    ):
+        if given.tolist() != planned.tolist():
+            wanted = f"{planned.tolist()}, which the plan was made from"
+            raise InvalidInputError(name, given.tolist(), wanted)
 
 
 def _check_prefill(q: Tensor, k: Tensor, v: Tensor, plan: DeviceWork | None, causal: bool) -> None:
@@ -366,6 +424,8 @@ def _check_prefill(q: Tensor, k: Tensor, v: Tensor, plan: DeviceWork | None, cau
         raise InvalidInputError("k", shapes, wanted)
     if plan is None:
         return
+    if not isinstance(plan, DeviceWork):
+        raise InvalidInputError("plan", type(plan).__name__, "what plan_prefill returned")
     made_for = (plan.num_heads_k, plan.is_causal, plan.granularity, plan.block_size)
     group = q.shape[1] // k.shape[1]
     if made_for != (k.shape[1], causal, _tile(q.device, k.shape[1], group), 1):

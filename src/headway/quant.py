@@ -54,6 +54,8 @@ def amax_scales(
     tensors: Sequence[Tensor], dtype: torch.dtype = torch.float8_e4m3fn
 ) -> list[Tensor]:
     """:func:`amax_scale` per tensor of several on one device, in fewer launches."""
+    if not tensors:
+        return []
     largest = torch.zeros(len(tensors), device=tensors[0].device)
     for i, x in enumerate(tensors):
         _check(x, dtype, "tensor")
@@ -85,23 +87,35 @@ def quantise(
     _check(x, dtype, per)
     if scale is None:
         scale = amax_scale(x, dtype, per)
+    elif not isinstance(scale, Tensor):
+        raise InvalidInputError("scale", type(scale).__name__, "a float32 tensor, or None")
     scale = scale.reshape(-1).float()
     if scale.numel() not in (1, x.shape[-2]):
         wanted = f"1 element, or one for each of the {x.shape[-2]} heads"
         raise InvalidInputError("scale", f"{scale.numel()} elements", wanted)
     values = torch.empty(x.shape, dtype=dtype, device=x.device)
-    _fill(x.reshape(-1, *x.shape[-2:]), scale, values.view(-1, *x.shape[-2:]))
+    if values.numel():
+        _fill(x.reshape(-1, *x.shape[-2:]), scale, values.view(-1, *x.shape[-2:]))
     return Quantised(values, scale)
 
 
 def dequantise(values: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """``values * scale`` of (..., heads, width) float8 values."""
+    """``values * scale`` of (..., heads, width) float8 values; scale (1,), or (heads,).
+
+    Raises:
+        InvalidInputError: scale has another number of elements.
+    """
+    if scale.numel() not in (1, values.shape[-2]):
+        wanted = f"1 element, or one for each of the {values.shape[-2]} heads"
+        raise InvalidInputError("scale", f"{scale.numel()} elements", wanted)
     return (values.float() * scale.reshape(-1, 1)).to(dtype)
 
 
 def _check(x: Tensor, dtype: torch.dtype, per: str) -> None:
     if dtype not in FLOAT8_DTYPES:
         raise InvalidInputError("dtype", dtype, "a float8 dtype")
+    if not isinstance(x, Tensor):
+        raise InvalidInputError("x", type(x).__name__, "a tensor (..., heads, width)")
     if x.dim() < 2 or not x.is_floating_point() or x.dtype in FLOAT8_DTYPES:
         given = f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
         raise InvalidInputError("x", given, "(..., heads, width) in a wider floating-point dtype")
@@ -111,9 +125,9 @@ def _check(x: Tensor, dtype: torch.dtype, per: str) -> None:
 
 def _raise_to_amax(largest: Tensor, x: Tensor) -> None:
     """Raise ``largest``, (1,) or (heads,), to the largest finite magnitudes of ``x``."""
-    rows = x.reshape(-1, *x.shape[-2:])
-    if rows.numel() == 0:
+    if x.numel() == 0:
         return
+    rows = x.reshape(-1, *x.shape[-2:])
     if _on_kernels(rows):
         from headway.kernels.portable import quantise as kernels
 
