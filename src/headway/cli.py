@@ -452,7 +452,6 @@ app.command(name="eval")(evaluate.command)
 
 #: Settings of an engine that decide which kernels it launches.
 _OF_KERNELS = (
-    "load_format",
     "dtype",
     "max_model_len",
     "page_size",
@@ -500,10 +499,13 @@ def compile_kernels(
     from headway import precompile
 
     targets = precompile.check_targets(target or [])
-    if model is not None:
-        cases = precompile.model_cases(EngineConfig(model=model, **settings))
-    else:
+    if model is None:
+        _need_no(settings)
         cases = precompile.default_cases(every=every)
+    elif every:
+        raise InvalidInputError("every", "with --model", "one of them: a model needs its own alone")
+    else:
+        cases = precompile.model_cases(EngineConfig(model=model, **settings))
     done = _compile(cases, targets, jobs or os.cpu_count() or 1)
     Console(width=None if sys.stdout.isatty() else 140).print(precompile.table(done))
     if json is not None:
@@ -512,6 +514,14 @@ def compile_kernels(
     if done.failures:
         print("\n".join(done.failures), file=sys.stderr)
         raise typer.Exit(1)
+
+
+def _need_no(settings: dict[str, Any]) -> None:
+    """Refuse settings of an engine where there is no model."""
+    unset = EngineConfig(model="")
+    for name, value in settings.items():
+        if value != getattr(unset, name):
+            raise InvalidInputError(name, value, "--model beside it: it says how a model is served")
 
 
 def _compile(cases: tuple[Case, ...], targets: tuple[str, ...], jobs: int) -> Precompiled:

@@ -20,8 +20,13 @@ from headway.errors import InvalidInputError
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-def takes(settings: type, name: str) -> Callable[[Command], Command]:
-    """Replace a command's parameter ``name`` by the flags of the dataclass ``settings``."""
+def takes(
+    settings: type, name: str, only: Sequence[str] | None = None
+) -> Callable[[Command], Command]:
+    """Replace a command's parameter ``name`` by the flags of the dataclass ``settings``.
+
+    ``only``: by these of its fields; what the command gets is then a dict of them.
+    """
 
     def decorate(command: Command) -> Command:
         own = [
@@ -29,12 +34,13 @@ def takes(settings: type, name: str) -> Callable[[Command], Command]:
             for parameter in inspect.signature(command, eval_str=True).parameters.values()
             if parameter.name != name
         ]
-        flags = list(parameters(settings))
+        flags = [flag for flag in parameters(settings) if only is None or flag.name in only]
         names = [flag.name for flag in flags]
 
         @functools.wraps(command)
         def run(**given: Any) -> Any:
-            value = settings(**{flag: given.pop(flag) for flag in names})
+            fields = {flag: given.pop(flag) for flag in names}
+            value = settings(**fields) if only is None else fields
             return command(**{name: value}, **given)
 
         # Arguments come in the order of the command line: the settings' own, then the command's.

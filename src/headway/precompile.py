@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from headway.serving.base import AttentionLayer
 
 
+#: Attention backends whose kernels can be compiled here; auto chooses among them.
+OWN_KERNELS = ("auto", "hopper", "portable")
+
+
 @dataclass(frozen=True)
 class Precompiled:
     """What ``headway compile`` did, kernel by kernel."""
@@ -68,7 +72,7 @@ def check_targets(names: Sequence[str]) -> tuple[str, ...]:
     """Known target names, those of this machine's GPU where none is given; every one on a CPU."""
     unknown = [name for name in names if name not in TARGETS]
     if unknown:
-        raise InvalidInputError("target", ", ".join(unknown), "of " + ", ".join(TARGETS))
+        raise InvalidInputError("target", ", ".join(unknown), "some of " + ", ".join(TARGETS))
     if names:
         return tuple(dict.fromkeys(names))
     if torch.cuda.is_available():
@@ -96,6 +100,9 @@ def model_cases(config: EngineConfig) -> tuple[Case, ...]:
     Of the checkpoint only the configuration is read.
     """
     _need_triton()
+    if config.attention_backend not in OWN_KERNELS:
+        wanted = ", ".join(OWN_KERNELS) + ": other packages bring kernels of their own"
+        raise InvalidInputError("attention_backend", config.attention_backend, wanted)
     from headway.engine import describe, loader
     from headway.engine.attention import probe_layers
     from headway.engine.rehearsal import Rehearsal

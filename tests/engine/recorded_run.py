@@ -118,7 +118,7 @@ def launched(config: EngineConfig, target: str) -> dict[str, str]:
     for module in (fusion, trial):  # what is tried agrees: meta tensors have no content to look at
         replace(module, "agree", lambda mine, theirs: mine.shape == theirs.shape)
     replace(fusion, "_same", lambda before, after: True)
-    return kernels(lambda: serve(config), target)
+    return kernels(lambda: serve(MetaLLM(config)), target)
 
 
 def norm_of(module: Any) -> Norm | None:
@@ -143,10 +143,9 @@ def record(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return lambda: out
 
 
-def serve(config: EngineConfig) -> None:
+def serve(engine: llm.LLM) -> None:
     """The first steps of a service: what ``headway serve`` warms up with, then requests one by one, of
     which some go on from others' prompts."""
-    engine = MetaLLM(config)
     warm_up(engine)
     params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
     for name, prompt in enumerate(prompts(engine.max_model_len - 41)):

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 pytest.importorskip("triton")
 
 from headway import cli, precompile
-from headway.errors import HeadwayError
+from headway.errors import HeadwayError, InvalidInputError
 from headway.kernels.compile import TARGETS, Case, Report
 from headway.kernels.portable import tiles
 
@@ -174,6 +174,17 @@ def test_what_a_model_needs_is_known_from_its_configuration(model: str) -> None:
     steps = ["decode", "2 new tokens", "3 to 4 new tokens", "5 to 8 new tokens", "write"]
     blocks = ["norms 256", "gates 512 silu", "greedy"]
     assert labels == [*(f"layers like 0: {name}" for name in steps), *blocks]
+
+
+def test_what_says_how_a_model_is_served_needs_one(model: str) -> None:
+    for words, reason in (
+        (["--page-size", "64"], "page_size: got 64; want --model beside it"),
+        (["--every", "--model", model], "every: got with --model"),
+        (["--attention-backend", "fa3", "--model", model], "bring kernels of their own"),
+    ):
+        run = CliRunner().invoke(cli.app, ["compile", "--target", "sm90", *words])
+        assert isinstance(run.exception, InvalidInputError)
+        assert reason in str(run.exception)
 
 
 def test_an_unknown_target_is_a_mistake_that_names_those_there_are() -> None:
