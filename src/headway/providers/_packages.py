@@ -54,6 +54,10 @@ class Package:
         """The installed version, None where the installation does not say."""
         return _version(self.distribution)
 
+    def installed(self) -> tuple[str, str] | None:
+        """Its name and version for people; None where it is not installed."""
+        return (str(self), self.version() or "version unknown") if self.found() else None
+
     def parameters(self, function: str) -> frozenset[str]:
         """Names of the parameters of one of its functions; empty where there is no such function."""
         return _parameters(self.module, self.source, function)

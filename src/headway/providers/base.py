@@ -175,7 +175,7 @@ class HeadDims:
         text = f"multiples of {self.multiple_of} up to {self.maximum}"
         if self.only is not None:
             text = ", ".join(str(d) for d in sorted(self.only))
-        if self.unequal is not None:
+        if text and self.unequal is not None:
             text += ", k and v alike"
         more = [f"{a}/{b}" for a, b in sorted(self.pairs)]
         more += [str(dims) for dims in self.unequal or ()]

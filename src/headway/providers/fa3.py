@@ -86,7 +86,7 @@ class Fa3Provider(Provider):
 
     def package(self) -> tuple[str, str] | None:
         package = _installed()
-        return None if package is None else (str(package), package.version() or "version unknown")
+        return None if package is None else package.installed()
 
     def capabilities(self, device: torch.device) -> Capabilities:
         package = _installed()

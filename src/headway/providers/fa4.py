@@ -95,9 +95,7 @@ class Fa4Provider(Provider):
         return PACKAGE.broken()
 
     def package(self) -> tuple[str, str] | None:
-        if not PACKAGE.found():
-            return None
-        return str(PACKAGE), PACKAGE.version() or "version unknown"
+        return PACKAGE.installed()
 
     def capabilities(self, device: torch.device) -> Capabilities:
         return _capabilities(devices.of(device).capability[0], device.type)

@@ -73,9 +73,7 @@ class FlashInferProvider(Provider):
         return PACKAGE.broken()
 
     def package(self) -> tuple[str, str] | None:
-        if not PACKAGE.found():
-            return None
-        return str(PACKAGE), PACKAGE.version() or "version unknown"
+        return PACKAGE.installed()
 
     def capabilities(self, device: torch.device) -> Capabilities:
         return _CAPABILITIES if device.type == "cuda" else _on(device.type)

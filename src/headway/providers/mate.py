@@ -91,9 +91,7 @@ class MateProvider(Provider):
         return PACKAGE.broken()
 
     def package(self) -> tuple[str, str] | None:
-        if not PACKAGE.found():
-            return None
-        return str(PACKAGE), PACKAGE.version() or "version unknown"
+        return PACKAGE.installed()
 
     def capabilities(self, device: torch.device) -> Capabilities:
         return _capabilities(device.type)
