@@ -18,3 +18,18 @@ BLOCKS = [
 @pytest.mark.parametrize("block", BLOCKS)
 def test_an_example_runs(block: str) -> None:
     exec(compile(block, "<documentation>", "exec"), {})
+
+
+def test_every_environment_variable_is_in_one_place() -> None:
+    source = "".join(path.read_text() for path in (DOCS / "src").rglob("*.py"))
+    page = (DOCS / "docs" / "troubleshooting.md").read_text()
+    internal = {"HEADWAY_TARGET", "HEADWAY_MLA"}  # the compiler's own, and a backend's name in vLLM
+    assert set(re.findall(r"HEADWAY_[A-Z0-9_]+", page)) == (
+        set(re.findall(r"HEADWAY_[A-Z0-9_]+", source)) - internal
+    )
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in (DOCS / "README.md", *(DOCS / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
+from headway.providers import cpu
 from tests.calls import Call, assert_matches, calls
 from tests.providers import feature_calls
 
@@ -33,3 +34,12 @@ def test_long_prefill_equals_the_reference(dtype: torch.dtype, causal: bool) -> 
 def test_pages_without_lengths_are_keys_to_their_ends() -> None:
     call = feature_calls.named("pages of 64, all of them")
     assert_matches(call.run("cpu"), call.run("reference"), call)
+
+
+def test_calls_without_compiled_kernels_are_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = feature_calls.named("dense causal").problem()
+    modified = feature_calls.named("dense score_mod").problem()
+    assert cpu.PROVIDER.note(plain) == ""
+    assert "torch operations" in cpu.PROVIDER.note(modified)
+    monkeypatch.setattr(cpu, "_numba_installed", lambda: False)
+    assert "headway[cpu]" in cpu.PROVIDER.note(plain)

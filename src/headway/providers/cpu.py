@@ -39,6 +39,15 @@ class CpuProvider(Provider):
     def documented(self) -> Mapping[str, Capabilities]:
         return {"cpu": self.capabilities(torch.device("cpu"))}
 
+    def note(self, problem: Problem) -> str:
+        if not _numba_installed():
+            return "in torch operations; compiled kernels need numba: pip install 'headway[cpu]'"
+        if not _attention_is_compiled(problem):
+            return (
+                "in torch operations: the compiled kernel has no score_mod, mask_mod, qv, float64"
+            )
+        return ""
+
     def run(self, problem: Problem) -> tuple[Tensor, Tensor | None]:
         q, new = problem.q, problem.append
         if new is not None:
