@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 
 import headway
-from headway import InvalidInputError, dispatch, interface, problem, recall
+from headway import InvalidInputError, arguments, dispatch, interface, problem, recall
 from tests.calls import Call, assert_matches, calls
 from tests.providers.honoured import many
 
@@ -20,7 +20,7 @@ def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Values of CPU tensors count as out of sight."""
     for module in (problem, recall):
         monkeypatch.setattr(module, "values_visible", lambda device: False)
-    monkeypatch.setattr(interface, "_max_rows", _bound)
+    monkeypatch.setattr(arguments, "_max_rows", _bound)
     dispatch.forget()
     yield
     dispatch.forget()
@@ -186,11 +186,11 @@ def test_inside_debug_checks_nothing_is_recalled(monkeypatch: pytest.MonkeyPatch
     found(**dense())
     monkeypatch.undo()
     k = torch.randn(1, 1, 1, 8)
-    arguments = dict.fromkeys(interface.flash_attn_func.__annotations__) | {
+    given = dict.fromkeys(interface.flash_attn_func.__annotations__) | {
         "k": k,
         "v": k,
     }
-    assert interface._DENSE.calls.recall(arguments) == (None, None)
+    assert interface._DENSE.calls.recall(given) == (None, None)
 
 
 @pytest.fixture(params=["torch's guards", "no guards of torch's"])

@@ -27,9 +27,11 @@ class _NoBackward(torch.autograd.Function):
 
 def required(*inputs: object) -> bool:
     """Whether autograd wants to know how a result follows from these (tensors and others)."""
-    if not torch.is_grad_enabled():
-        return False
-    return any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+    if torch.is_grad_enabled():
+        for x in inputs:
+            if x is not None and getattr(x, "requires_grad", False):
+                return True
+    return False
 
 
 def refused(
