@@ -42,6 +42,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,  # its tables cut long flags off
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
@@ -510,7 +511,8 @@ def compile_kernels(
     Console(width=None if sys.stdout.isatty() else 140).print(precompile.table(done))
     if json is not None:
         done.save(json)
-    print(f"{len(done.reports)} kernels in {done.seconds:.0f} s, {len(done.failures)} failed")
+    counts = f"{len(done.reports)} kernels in {done.seconds:.0f} s, {len(done.failures)} failed"
+    print(f"{counts}; cache: {precompile.cache_folder()}")
     if done.failures:
         print("\n".join(done.failures), file=sys.stderr)
         raise typer.Exit(1)
@@ -527,11 +529,23 @@ def _need_no(settings: dict[str, Any]) -> None:
 def _compile(cases: tuple[Case, ...], targets: tuple[str, ...], jobs: int) -> Precompiled:
     """Compile with a progress bar, on terminals."""
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+    )
 
     from headway import precompile
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("compiling")
 
         def show(done: int, total: int, label: str) -> None:

@@ -117,7 +117,8 @@ def model_cases(config: EngineConfig) -> tuple[Case, ...]:
     for number, kind in enumerate(found):
         width = _rotary_dim(text_config, kind.layer.head_dim)
         rehearsal = Rehearsal.of(kind.layer, config, dtype, longest, width)
-        cases += _layer_cases(f"layers like {number}", rehearsal, model)
+        name = f" (layers like {number})" if len(found) > 1 else ""
+        cases += _layer_cases(name, rehearsal, model)
     return (*cases, *_block_cases(model, [kind.layer for kind in found], dtype))
 
 
@@ -127,7 +128,7 @@ def _layer_cases(name: str, rehearsal: Rehearsal, model: nn.Module) -> Iterator[
     from headway.engine.rehearsal import BANDS
     from headway.serving.mla import MLALayer
 
-    yield Case(f"{name}: decode", rehearsal.decode)
+    yield Case(f"decode{name}", rehearsal.decode)
     limit = rehearsal.config.chunked_prefill_size or rehearsal.max_model_len
     limit = min(limit, rehearsal.max_model_len)
     for band in BANDS:
@@ -135,11 +136,12 @@ def _layer_cases(name: str, rehearsal: Rehearsal, model: nn.Module) -> Iterator[
         if few > limit:
             break
         tokens = f"{few}" if few == many else f"{few} to {many}"
-        yield Case(f"{name}: {tokens} new tokens", functools.partial(rehearsal.prefill, band))
+        prefill = functools.partial(rehearsal.prefill, band)
+        yield Case(f"{tokens} new tokens{name}", prefill)
     if not isinstance(rehearsal.layer, MLALayer):
         styles = [norm.style for norm in head_norms_of(model)]
         write = functools.partial(rehearsal.writes, styles)
-        yield Case(f"{name}: write", write)
+        yield Case(f"write{name}", write)
 
 
 def _rotary_dim(config: Any, head_dim: int) -> int:
@@ -231,13 +233,25 @@ def _once_each(reports: Iterable[Report]) -> Iterator[Report]:
         yield dataclasses.replace(same[0], seconds=max(report.seconds for report in same))
 
 
+def cache_folder() -> str:
+    """Where Triton keeps what it compiles."""
+    from headway.kernels._triton import triton
+
+    folder: str = triton.knobs.cache.dir
+    return folder
+
+
 def table(done: Precompiled) -> Table:
     """Registers, spills, shared memory and seconds of every kernel; once for each code."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    shown = Table("target", "call", "kernel", "tile", title_justify="left")
-    for heading in ("registers", "spilled B", "shared B", "seconds"):
-        shown.add_column(heading, justify="right")
+    names = list(dict.fromkeys(report.target for report in done.reports))
+    shown = Table(box=SIMPLE_HEAD, title=names[0] if len(names) == 1 else None)
+    for heading in ("target", "call", "kernel", "tile")[len(names) == 1 :]:
+        shown.add_column(heading, no_wrap=heading != "call")
+    for heading in ("regs", "spilled B", "shared B", "seconds"):
+        shown.add_column(heading, justify="right", no_wrap=True)
     seen: set[tuple[object, ...]] = set()
     for r in done.reports:
         numbers = (str(r.registers), str(r.spill_bytes), str(r.shared_bytes))
@@ -249,5 +263,5 @@ def table(done: Precompiled) -> Table:
             numbers = ("failed", "", "")
         style = "red" if r.failure else "yellow" if r.spill_bytes else None
         row = (r.target, r.label, r.kernel, r.tile, *numbers, f"{r.seconds:.1f}")
-        shown.add_row(*row, style=style)
+        shown.add_row(*row[len(names) == 1 :], style=style)
     return shown
