@@ -36,7 +36,7 @@ def headway(*words: str, **kwargs: object) -> subprocess.CompletedProcess[str]:
     )  # type: ignore[call-overload]
 
 
-@pytest.mark.parametrize("words", [["--help"], ["serve", "--help"], ["bench", "serve", "--help"]])
+@pytest.mark.parametrize("words", [["--help"], ["serve", "-h"], ["bench", "serve", "--help"]])
 def test_help_imports_nothing_heavy(words: list[str]) -> None:
     code = (
         "import sys; from headway import cli; sys.argv = ['headway', *sys.argv[1:]]\n"

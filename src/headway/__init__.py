@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from headway import mla, quant
     from headway.dispatch import Explanation, is_fa3_supported, supported_versions
     from headway.errors import HeadwayError, HeadwayWarning, InvalidInputError, UnsupportedError
     from headway.interface import (
@@ -38,6 +39,8 @@ __all__ = [
     "get_scheduler_metadata",
     "is_fa3_supported",
     "merge_states",
+    "mla",
+    "quant",
     "supported_versions",
 ]
 
@@ -56,9 +59,15 @@ _HOMES = {
 }
 
 
+#: Modules that are public themselves.
+_MODULES = frozenset({"mla", "quant"})
+
+
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _MODULES:
+        return importlib.import_module(f"headway.{name}")
     value = getattr(importlib.import_module(f"headway.{_HOMES.get(name, 'interface')}"), name)
     globals()[name] = value
     return value

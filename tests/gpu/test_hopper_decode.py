@@ -66,6 +66,88 @@ def test_functions_over_latent_caches(heads: int, sq: int) -> None:
     must_run(latent(heads, sq, mask_mod=tree, score_mod=bias, aux_tensors=aux))
 
 
+FLOAT8 = torch.float8_e4m3fn
+
+
+def float8_latent(
+    heads: int,
+    sq: int,
+    page_size: int | None,
+    whole: bool,
+    q_dtype: torch.dtype = torch.bfloat16,
+    given: tuple[int, ...] = LENGTHS,
+    **more: Any,
+) -> Call:
+    """Absorbed MLA over float8 latents, NaN in all rows that no sequence owns; descales vary."""
+    batch_size, capacity = len(given), max(given) + 4
+    lengths = torch.tensor(given, dtype=torch.int32)
+    lengths[1] = 0
+    if page_size is None:
+        cache = normal(batch_size, capacity, 1, 576).to(FLOAT8)
+        table = None
+        owned = torch.arange(capacity) < lengths[:, None]
+    else:
+        per = -(-capacity // page_size)
+        cache = normal(batch_size * per, page_size, 1, 576).to(FLOAT8)
+        order = torch.randperm(batch_size * per, generator=torch.Generator().manual_seed(7))
+        table = order.to(torch.int32).view(batch_size, per)
+        rows = torch.arange(per * page_size).view(1, per, page_size) < lengths[:, None, None]
+        owned = torch.zeros(batch_size * per, page_size, dtype=torch.bool)
+        owned[table.long()] = rows
+    cache.view(torch.uint8)[~owned] = 0x7F
+    q = normal(batch_size, sq, heads, 576, seed=1).to(q_dtype)
+    kwargs: dict[str, Any] = {"q": q, "k_cache": cache, "v_cache": cache[..., :512]}
+    if not whole:
+        kwargs = {"q": q[..., 512:], "qv": q[..., :512]}
+        kwargs |= {"k_cache": cache[..., 512:], "v_cache": cache[..., :512]}
+    for name in "qkv" if q_dtype == FLOAT8 else "kv":
+        kwargs[f"{name}_descale"] = torch.rand(batch_size, 1) + 0.5
+    kwargs |= {"page_table": table, "cache_seqlens": lengths, "causal": True}
+    return Call("kvcache", kwargs | more, f"float8 latents {heads} {sq} {page_size} {whole}")
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "sq", "page_size"),
+    [
+        (1, 1, 64),
+        (16, 1, 1),
+        (16, 1, 64),
+        (4, 4, None),
+        (16, 2, 16),
+        (64, 1, None),
+        (71, 3, 64),
+        (128, 2, 1),
+    ],
+)
+def test_float8_latents(heads: int, sq: int, page_size: int | None, whole: bool) -> None:
+    must_run(float8_latent(heads, sq, page_size, whole))
+
+
+@pytest.mark.parametrize("heads", [8, 64])
+@pytest.mark.parametrize("q_dtype", [torch.float16, FLOAT8])
+def test_queries_beside_float8_latents(heads: int, q_dtype: torch.dtype) -> None:
+    must_run(float8_latent(heads, 1, 64, True, q_dtype))
+
+
+@pytest.mark.parametrize("heads", [16, 128])
+@pytest.mark.parametrize(
+    "more",
+    [{"window_size": (70, 0)}, {"softcap": 5.0}, {"sinks": True}, {"causal": False}],
+    ids=str,
+)
+def test_options_over_float8_latents(heads: int, more: dict[str, Any]) -> None:
+    if "sinks" in more:
+        more = {"sinks": torch.linspace(-3, 3, heads)}
+    must_run(float8_latent(heads, 1, 16, True, **more))
+
+
+@pytest.mark.parametrize("heads", [16, 64])
+def test_many_sequences_of_float8_latents(heads: int) -> None:
+    """More than there are workers: units end inside their shares, and parts are merged by the last."""
+    must_run(float8_latent(heads, 1, 64, True, given=(100, 9, 8, 230) * 100))
+
+
 @pytest.mark.parametrize("heads", [16, 128])
 def test_few_latent_sequences_are_combined(heads: int) -> None:
     must_run(latent(heads, 1, causal=True))
