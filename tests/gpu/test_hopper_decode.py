@@ -6,9 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+import headway
 from headway.kernels.hopper import decode, decode_plan
+from headway.providers import hopper
 from tests.calls import Call
+from tests.gpu.captured import captured
 from tests.gpu.test_hopper import must_run, normal, pytestmark  # noqa: F401
 from tests.kernels.portable_device import DEVICE
 
@@ -180,3 +184,107 @@ def test_equal_lengths_are_cut_evenly(batch_size: int, heads: int, keys: int, sh
     decode_plan.plan_decode(plan, seqlens_k=lengths, capacity=keys, rows_q=1)
     assert plan.workers == 132
     assert plan.share.item() == share
+
+
+#: Lengths before the step: none, ends of pages and blocks, one key before and after them.
+OLD = (0, 1, 15, 16, 17, 63, 64, 127, 128, 300, 1000, 2047)
+
+
+def appending(page_size: int, sq: int, float8: bool, rotary: bool | None, **more: Any) -> Call:
+    """A step that appends; rows that hold no key yet are NaN, and pages that none needs do not exist."""
+    width = -(-2080 // max(page_size, 1))
+    rows = (len(OLD) * width, page_size) if page_size else (len(OLD), 2080)
+    kwargs: dict[str, Any] = {
+        "q": normal(len(OLD), sq, 16, 128),
+        "k": normal(len(OLD), sq, 4, 128, seed=1),
+        "v": normal(len(OLD), sq, 4, 128, seed=2),
+        "k_cache": normal(*rows, 4, 128, seed=3),
+        "v_cache": normal(*rows, 4, 128, seed=4),
+        "cache_seqlens": torch.tensor(OLD, dtype=torch.int32),
+        "causal": True,
+    }
+    table = torch.arange(rows[0], dtype=torch.int32).flip(0).view(len(OLD), -1)
+    for b, old in enumerate(OLD):
+        for name in ("k_cache", "v_cache"):
+            of_sequence = kwargs[name][table[b].long()] if page_size else kwargs[name][b]
+            of_sequence = of_sequence.flatten(0, -3)
+            of_sequence[old:] = float("nan")
+            if page_size:
+                kwargs[name][table[b].long()] = of_sequence.unflatten(0, (-1, page_size))
+        if page_size:
+            table[b, -(-(old + sq) // page_size) :] = 2147480000
+    if page_size:
+        kwargs["page_table"] = table
+    if float8:
+        for name in ("k_cache", "v_cache"):
+            kwargs[name] = kwargs[name].to(torch.float8_e4m3fn)
+            kwargs[f"{name[0]}_descale"] = torch.rand(len(OLD), 4) + 0.5
+    if rotary is not None:
+        angle = torch.rand(2080, 64, generator=torch.Generator().manual_seed(6)) * 6
+        kwargs |= {"rotary_cos": angle.cos().bfloat16(), "rotary_sin": angle.sin().bfloat16()}
+        kwargs["rotary_interleaved"] = rotary
+    return Call("kvcache", kwargs | more, f"append {page_size} {sq} {float8} {rotary}")
+
+
+@pytest.mark.parametrize("sq", [1, 3])
+@pytest.mark.parametrize("page_size", [0, 1, 16, 64])
+@pytest.mark.parametrize("rotary", [None, False, True])
+@pytest.mark.parametrize("float8", [False, True])
+def test_appending_in_one_launch_is_appending_first(
+    page_size: int, sq: int, rotary: bool | None, float8: bool
+) -> None:
+    """Bit for bit, whole caches included, and in every run."""
+    call = appending(page_size, sq, float8, rotary)
+    first = call.copy(DEVICE)
+    want = (*hopper.PROVIDER._run_any(first.problem()), *caches_of(first))
+    for _ in range(3):
+        one = call.copy(DEVICE)
+        problem = one.problem()
+        assert hopper._is_fused(problem)
+        got = (*hopper.PROVIDER.runner(problem)(problem), *caches_of(one))
+        torch.cuda.synchronize()
+        for x, y in zip(got, want, strict=True):
+            assert (x is None) == (y is None)
+            if x is not None and y is not None:
+                torch.testing.assert_close(x.float(), y.float(), atol=0, rtol=0, equal_nan=True)
+    must_run(call, with_lse=not float8)
+
+
+def caches_of(call: Call) -> tuple[Tensor, Tensor]:
+    return call.kwargs["k_cache"], call.kwargs["v_cache"]
+
+
+@pytest.mark.parametrize("window", [(1, 0), (100, 0)])
+@pytest.mark.parametrize("heads", [(16, 4), (71, 1)])
+def test_new_tokens_that_no_query_sees_are_written(
+    window: tuple[int, int], heads: tuple[int, int]
+) -> None:
+    call = appending(16, 4, False, True, window_size=window)
+    call.kwargs["q"] = normal(len(OLD), 1, heads[0], 128)
+    for name in ("k", "v", "k_cache", "v_cache"):
+        call.kwargs[name] = call.kwargs[name][..., : heads[1], :].contiguous()
+    assert hopper._is_fused(call.copy(DEVICE).problem())
+    must_run(call)
+
+
+def test_a_captured_step_appends_where_the_lengths_say() -> None:
+    """Replays of one graph go on where the last one ended, as calls do."""
+    graphed, called = (appending(16, 1, False, False).copy(DEVICE).kwargs for _ in range(2))
+    table = torch.arange(len(OLD) * 130, dtype=torch.int32, device=DEVICE).flip(0)
+    graphed["page_table"] = called["page_table"] = table.view(len(OLD), -1)
+
+    def step(of: dict[str, Any]) -> Tensor:
+        out = headway.flash_attn_with_kvcache(**of, backend="hopper")
+        assert isinstance(out, Tensor)
+        of["cache_seqlens"].add_(1)
+        return out
+
+    graph, out = captured(lambda: step(graphed))
+    step(called)  # as the call before the capture
+    for _ in range(20):
+        want = step(called)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(out, want)
+    for name in ("k_cache", "v_cache"):
+        torch.testing.assert_close(graphed[name], called[name], atol=0, rtol=0, equal_nan=True)

@@ -20,7 +20,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from headway.kernels._triton import gl
 from headway.kernels.hopper.decode import MANY_PARTS, decode_kernel
 from headway.kernels.hopper.decode_combine import CombineConfig, combine_kernel
-from headway.kernels.hopper.decode_config import DecodeConfig, tile_for
+from headway.kernels.hopper.decode_config import AppendForm, DecodeConfig, tile_for
 from headway.kernels.hopper.decode_plan import PlanConfig, plan_kernel
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -28,13 +28,13 @@ NAMES = {gl.bfloat16: "bf16", gl.float16: "fp16", gl.float8e4nv: "fp8e4nv"}
 
 
 def compile_for_hopper(
-    fn: Any, types: dict[str, str], constants: dict[str, Any], **options: Any
+    fn: Any, types: dict[str, Any], constants: dict[str, Any], **options: Any
 ) -> Any:
     signature = {name: types.get(name, "constexpr") for name in fn.arg_names}
     attrs = {
         (fn.arg_names.index(name),): [["tt.divisibility", 16]]
         for name, kind in types.items()
-        if kind.startswith("*")
+        if isinstance(kind, str) and kind.startswith("*")
     }
     constants = {name: None for name in fn.arg_names if name not in types} | constants
     source = GluonASTSource(fn, signature, constexprs=constants, attrs=attrs)
@@ -48,12 +48,12 @@ def descriptor(cfg: DecodeConfig, width: int) -> str:
 
 
 def compile_decode(cfg: DecodeConfig, *, lse: bool = True, sinks: bool = False) -> Any:
-    types = {"q_ptr": f"*{NAMES[cfg.q_dtype]}", "out_ptr": "*bf16"}
+    types: dict[str, Any] = {"q_ptr": f"*{NAMES[cfg.q_dtype]}", "out_ptr": "*bf16"}
     if cfg.latent:
         types["qv_ptr"] = types["q_ptr"]
-    if cfg.gathered:
+    if cfg.by_pointer:
         types |= dict.fromkeys(["k_ptr", "v_ptr"], f"*{NAMES[cfg.kv_dtype]}")
-    else:
+    if not cfg.gathered:
         types |= {
             "k_desc": descriptor(cfg, cfg.k_width),
             "v_desc": descriptor(cfg, cfg.v_box_width),
@@ -72,8 +72,28 @@ def compile_decode(cfg: DecodeConfig, *, lse: bool = True, sinks: bool = False) 
     numbers = [n for n in decode_kernel.arg_names if n.startswith("stride_")]
     numbers += ["units", "num_rows", "num_pages", "window_left", "window_right", "chunk"]
     types |= dict.fromkeys(numbers, "i32")
-    constants = {"cfg": cfg, "num_warps": 4}
+    constants: dict[Any, Any] = {"cfg": cfg, "num_warps": 4}
+    if cfg.append is not None:
+        types["new"], absent = appended(cfg)
+        at = decode_kernel.arg_names.index("new")
+        constants |= {(at, *path): None for path in absent}
     return compile_for_hopper(decode_kernel, types, constants, num_warps=4, maxnreg=cfg.maxnreg)
+
+
+def appended(cfg: DecodeConfig) -> tuple[Any, list[tuple[int, int]]]:
+    """Types of what is appended, in the kernel's order, and the places of what there is not."""
+    assert cfg.append is not None
+    rows, strides = f"*{NAMES[cfg.q_dtype]}", ("i32", "i32", "i32")
+    cu, turns = cfg.append.given
+    absent = [] if cu else [(0, 2)]
+    angles: tuple[str, ...] = (rows, rows, "*i32" if turns else "constexpr", "i32", "i32")
+    if not turns:
+        absent.append((1, 2))
+    if not cfg.rotates:
+        angles = ("constexpr", "constexpr", "constexpr", "i32", "i32")
+        absent = [*absent, (1, 0), (1, 1)]
+    sources = (rows, rows, "*i32" if cu else "constexpr", "i32", strides, strides)
+    return (sources, angles), absent
 
 
 def run_tool(name: str, *arguments: str | Path) -> str:
@@ -130,7 +150,32 @@ def config(head_dim: int = 128, head_dim_v: int | None = None, **fields: Any) ->
     )
 
 
+def form(
+    tokens: int = 4,
+    half: int = 64,
+    interleaved: bool = False,
+    given: tuple[bool, bool] = (False, False),
+) -> AppendForm:
+    return AppendForm(tokens, half, interleaved, q_turns=True, given=given)
+
+
 CONFIGS = {
+    "dense, appends": config(append=form()),
+    "page 16, appends": config(page_size=16, append=form(interleaved=True)),
+    "page 1, gathered, appends": config(page_size=1, append=form(given=(True, True))),
+    "page 64, four tokens, appends": config(rows=16, page_size=64, append=form(half=0)),
+    "float8, page 16, appends": config(kv_dtype=gl.float8e4nv, page_size=16, append=form()),
+    "float8, four tokens, appends": config(
+        kv_dtype=gl.float8e4nv, rows=16, page_size=64, append=form()
+    ),
+    "16 new tokens": config(rows=16, page_size=64, append=form(tokens=16)),
+    "float8, 16 new tokens": config(
+        kv_dtype=gl.float8e4nv, rows=16, page_size=64, append=form(tokens=16)
+    ),
+    "64 rows, appends": config(group=64, rows=64, page_size=64, append=form()),
+    "head_dim 256, appends": config(256, page_size=64, append=form()),
+    "head_dim 64, appends": config(64, page_size=64, append=form(half=16)),
+    "head_dim 192/128, appends": config(192, 128, page_size=64, append=form(half=16)),
     "dense": config(),
     "page 16": config(page_size=16),
     "page 1, gathered": config(page_size=1),
@@ -163,9 +208,9 @@ CONFIGS = {
 def compile_plan(every_tensor: bool) -> Any:
     tensors = ["seqlens_k", "spans", "works", "share_ptr", "starts"]
     if every_tensor:
-        tensors += ["leftpad_k", "cache_batch_idx", "cu_seqlens_q", "seqused_q"]
+        tensors += ["leftpad_k", "cache_batch_idx", "cu_seqlens_q", "seqused_q", "cu_seqlens_new"]
     numbers = ["batch_size", "rows_q", "capacity", "units", "workers", "min_share"]
-    numbers += ["window_left", "window_right", "chunk"]
+    numbers += ["new_tokens", "window_left", "window_right", "chunk"]
     types = dict.fromkeys(tensors, "*i32") | dict.fromkeys(numbers, "i32")
     masks = dict.fromkeys(["has_left", "has_right", "has_chunk"], every_tensor)
     cfg = PlanConfig(block_n=64, unit_cost=1, at_once=1024, workers=512, merge_parts=16, **masks)

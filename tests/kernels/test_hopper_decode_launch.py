@@ -14,6 +14,7 @@ from headway.errors import InvalidInputError
 from headway.kernels.hopper import decode as module
 from headway.kernels.hopper.decode_config import tile_for
 from headway.kernels.hopper.decode_plan import DecodePlan, empty_plan
+from headway.problem import Append, Rotary
 
 
 @pytest.fixture
@@ -99,6 +100,58 @@ def test_alignment_of_small_tensors_is_looked_at_in_every_call(
         prepared(plan, q, k, v, out, None, given)
         assert given.data_ptr() in started[-1]
     assert compiled == [True, False]
+
+
+def new_tokens(number: int, *, pad: int = 0, odd_lengths: bool = False) -> Append:
+    k, v = (torch.zeros(3, number, 2, 128 + pad, dtype=torch.bfloat16)[..., :128] for _ in "kv")
+    cos, sin = torch.zeros(2, 100, 64, dtype=torch.bfloat16)
+    positions = torch.zeros(4, dtype=torch.int32)[1:] if odd_lengths else None
+    return Append(k, v, None, Rotary(cos, sin, False, positions))
+
+
+def test_new_tokens_are_handed_over_as_they_lie(started: list[tuple[Any, ...]]) -> None:
+    plan, table = plan_of(3, 2, 4, 128), torch.zeros(3, 4, dtype=torch.int32)
+    q, k, v, out = tensors(16)
+    first, append = new_tokens(4), new_tokens(4)
+    prepared = module.prepare(
+        q, k, v, out, plan, None, table, softmax_scale=0.1, append=first, longest_new=4
+    )
+    prepared(plan, q, k, v, out, None, table, append=append)
+    ((_, _, *args),) = started
+    given = dict(zip(module.decode_kernel.arg_names, args[:2] + args[18:], strict=True))
+    assert (given["k_ptr"], given["stride_k_row"]) == (k.data_ptr(), k.stride(1))
+    sources, angles = given["new"]
+    strides = (4 * 2 * 128, 2 * 128, 128)
+    rotary = append.rotary
+    assert rotary is not None
+    assert sources == (append.k.data_ptr(), append.v.data_ptr(), None, 4, strides, strides)
+    assert angles == (rotary.cos.data_ptr(), rotary.sin.data_ptr(), None, 64, 64)
+
+
+def test_kernels_are_compiled_for_what_is_special_in_the_numbers_of_new_tokens(
+    monkeypatch: pytest.MonkeyPatch, started: list[tuple[Any, ...]]
+) -> None:
+    """One token, strides that 16 divides and addresses that it divides make for code of their own."""
+    compiled: list[Any] = []
+    compile_ = module._Kernel._compile
+
+    def counted(self: Any, given: Any, plan: Any, numbers: Any) -> Any:
+        compiled.append(numbers[-1][0][3])
+        return compile_(self, given, plan, numbers)
+
+    monkeypatch.setattr(module._Kernel, "_compile", counted)
+    plan, table = plan_of(3, 2, 4, 128), torch.zeros(3, 4, dtype=torch.int32)
+    q, k, v, out = tensors(16)
+    for append in (
+        *(new_tokens(number) for number in (1, 2, 3, 2)),
+        *(new_tokens(number, pad=8) for number in (1, 4, 3)),
+        *(new_tokens(number, odd_lengths=True) for number in (1, 1)),
+    ):
+        given: dict[str, Any] = {"softmax_scale": 0.1, "append": append, "longest_new": 4}
+        prepared = module.prepare(q, k, v, out, plan, None, table, **given)
+        prepared(plan, q, k, v, out, None, table, append=append)
+    assert compiled == [1, 2, 1, 4, 1]
+    assert len(started) == 9
 
 
 def test_rows_at_odd_addresses_are_refused(started: list[tuple[Any, ...]]) -> None:

@@ -70,7 +70,7 @@ def test_any_call_is_honoured_or_refused(kernels: None) -> None:
 
     check()
     honoured.enough_ran("hopper", 40)
-    assert {"forward", "decode", "plan"} <= set(RAN)
+    assert {"forward", "decode", "appending decode", "plan"} <= set(RAN)
 
 
 def test_problems_of_one_signature_share_what_is_ready(kernels: None) -> None:
@@ -106,6 +106,42 @@ def _run_as_problem(call: Call) -> Result:
     assert lse is not None
     caches = tuple(mine.kwargs[n] for n in ("k_cache", "v_cache") if n in mine.kwargs)
     return Result(out, lse, caches, call.run("reference").used)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "float8", "d", "fused"),
+    [(1, False, 64, True), (16, True, 64, True), (17, False, 64, False), (1, False, 56, False)],
+)
+def test_few_new_tokens_are_written_by_the_decode_kernel(
+    kernels: None, tokens: int, float8: bool, d: int, fused: bool
+) -> None:
+    """The cases of 56 have rows of cos and sin that do not start at multiples of 16 bytes."""
+    angle = normal(100, 28) if d == 56 else normal(100, 32)
+    call = cached(
+        k=normal(3, tokens, 2, 64),
+        v=normal(3, tokens, 2, 64, dtype=torch.bfloat16),
+        rotary_cos=angle,
+        rotary_sin=angle,
+    )
+    if float8:
+        for name in ("k_cache", "v_cache"):
+            call.kwargs[name] = call.kwargs[name].to(torch.float8_e4m3fn)
+    got = _run_as_problem(call)
+    assert ("appending decode" in RAN) == fused
+    assert_matches(got, call.run("reference"), call)
+
+
+def test_new_tokens_at_odd_addresses_are_appended_first(kernels: None) -> None:
+    call = cached(k=normal(3, 1, 2, 64), v=normal(3, 1, 2, 64))
+    run = hopper.PROVIDER.runner(call.copy().problem())
+    odd = torch.zeros(3 * 2 * 64 + 1, dtype=torch.bfloat16)[1:].view(3, 1, 2, 64)
+    odd.copy_(call.kwargs["k"])
+    call.kwargs["k"] = odd
+    mine = call.copy()
+    mine.kwargs["k"] = odd
+    out, _ = run(mine.problem())
+    assert RAN == ["plan", "decode"]
+    torch.testing.assert_close(out, call.run("reference").out, atol=1e-2, rtol=1e-2)
 
 
 def test_queries_at_odd_addresses_are_run_by_what_is_ready_for_others(kernels: None) -> None:

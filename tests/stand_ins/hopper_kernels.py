@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from headway import reference
+from headway.kernels.hopper.decode import appends
+from headway.kernels.hopper.decode_config import MOST_APPENDED
 from headway.kernels.mods import ModArguments
-from headway.problem import Descales, KVLayout, Mask, Problem, Scores
+from headway.problem import Append, Descales, KVLayout, Mask, Problem, Scores
 from headway.providers import hopper
 from headway.providers.base import Capabilities
 
@@ -156,6 +158,8 @@ def plan_decode(
     cache_batch_idx: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     seqused_q: Tensor | None = None,
+    new_tokens: int = 0,
+    cu_seqlens_new: Tensor | None = None,
     window_left: int | None = None,
     window_right: int | None = None,
     chunk: int = 0,
@@ -163,6 +167,10 @@ def plan_decode(
     RAN.append("plan")
     if seqlens_k is None:
         seqlens_k = torch.full_like(plan.starts, capacity)
+    assert new_tokens == 0 or cu_seqlens_new is None
+    seqlens_k = seqlens_k + new_tokens
+    if cu_seqlens_new is not None:
+        seqlens_k += cu_seqlens_new.diff()
     lengths = {
         "seqlens_k": seqlens_k,
         "leftpad_k": leftpad_k,
@@ -199,8 +207,10 @@ def decode(
     score_mod: Any = None,
     mask_mod: Any = None,
     aux: Any = None,
+    append: Append | None = None,
+    longest_new: int = 0,
 ) -> None:
-    RAN.append("decode")
+    RAN.append("decode" if append is None else "appending decode")
     assert_aligned(q, k, v, out)
     assert softmax_scale > 0
     if qv is None:
@@ -228,6 +238,9 @@ def decode(
     assert leftpad == (filled["leftpad_k"] is not None)
     assert filled["rows_q"] == rows
     names = ("seqlens_k", "leftpad_k", "cache_batch_idx", "cu_seqlens_q", "seqused_q")
+    lengths = {name: filled[name] for name in names}
+    if append is not None:
+        lengths["seqlens_k"] = _before(append, lengths["seqlens_k"], longest_new)
     _solve(
         q,
         k,
@@ -235,15 +248,26 @@ def decode(
         out,
         lse,
         KVLayout.DENSE if page_table is None else KVLayout.PAGED,
-        {name: filled[name] for name in names}
-        | {"max_seqlen_q": rows, "max_seqlen_k": filled["capacity"]},
+        lengths | {"max_seqlen_q": rows, "max_seqlen_k": filled["capacity"]},
         Mask(False, window_left, window_right, chunk, mask_mod),
         Scores(softmax_scale, softcap, sinks, score_mod),
         page_table=page_table,
         qv=qv,
         descales=Descales(q_descale, k_descale, v_descale),
         aux_tensors=aux or (),
+        append=append,
     )
+
+
+def _before(append: Append, ends: Tensor, longest_new: int) -> Tensor:
+    """Lengths before what the kernel appends."""
+    assert_aligned(append.k, append.v)
+    if append.rotary is not None:
+        assert_aligned(append.rotary.cos, append.rotary.sin)
+    cu = append.cu_seqlens
+    new = torch.full_like(ends, append.k.shape[1]) if cu is None else cu.diff()
+    assert new.numel() == 0 or new.max() <= longest_new <= MOST_APPENDED
+    return ends - new
 
 
 def prepare_decode(
@@ -252,11 +276,15 @@ def prepare_decode(
     """Calls :func:`decode` as it was prepared, with tensors that are what they were then."""
     names = ("lse", "page_table", "sinks", "qv", "q_descale", "k_descale", "v_descale")
     kind = _kind(q, k, v, out, *rest)
+    first = options.pop("append", None)
 
-    def prepared(plan: Step, *tensors: Any) -> None:
+    def prepared(plan: Step, *given: Any) -> None:
+        tensors, append = given[:11], given[11] if len(given) > 11 else None
         assert _kind(*tensors) == kind
+        assert (append is None) == (first is None)
         q, k, v, out, *others = tensors
-        decode(q, k, v, out, plan, **dict(zip(names, others, strict=True)), **options)
+        named = dict(zip(names, others, strict=True))
+        decode(q, k, v, out, plan, **named, **options, append=append)
 
     return prepared
 
@@ -294,6 +322,7 @@ def installed() -> Iterator[None]:
 
     launchers = SimpleNamespace(
         append=reference.append,
+        appends=appends,
         prepare_forward=prepare_forward,
         make_plan=make_plan,
         plan_decode=plan_decode,

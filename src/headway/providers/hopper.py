@@ -22,7 +22,7 @@ from torch import Tensor
 
 from headway import providers
 from headway.plan import Plan, PlanKey
-from headway.problem import FLOAT8_DTYPES, KVLayout, Problem
+from headway.problem import FLOAT8_DTYPES, Append, KVLayout, Problem
 from headway.providers import base
 from headway.providers._packages import delivered
 from headway.providers.base import (
@@ -211,7 +211,8 @@ class HopperProvider(Provider):
             p.out is None or _writes(work, p.out, p.q.dtype)
         ):
             return self._run_any
-        solve, kernels = _SOLVERS[work](p), _kernels()
+        fused = work == "decode" and _is_fused(p)
+        solve, kernels = _FusedDecode(p) if fused else _SOLVERS[work](p), _kernels()
         make_out = _maker(p.out_shape, p.out_dtype, p.device)
         make_lse = _maker(p.lse_shape, torch.float32, p.device)
 
@@ -221,7 +222,10 @@ class HopperProvider(Provider):
                 out = make_out()
             if (q.data_ptr() | out.data_ptr() | (0 if qv is None else qv.data_ptr())) & 15:
                 return self._run_any(problem)
-            if problem.append is not None:
+            if fused:
+                if not _has_aligned_rows(problem.append):
+                    return self._run_any(problem)
+            elif problem.append is not None:
                 q = kernels.append(problem, problem.append)
             lse = make_lse() if problem.return_lse else None
             solve(problem, q, out, lse)
@@ -281,6 +285,7 @@ def _kernels() -> SimpleNamespace:
 
     return SimpleNamespace(
         append=append.append,
+        appends=decode.appends,
         prepare_forward=forward.prepare,
         make_plan=decode.make_plan,
         plan_decode=decode_plan.plan_decode,
@@ -339,15 +344,14 @@ def _capacity(p: Problem) -> int:
     return p.max_seqlen_k if p.kv_layout is KVLayout.RAGGED else p.k.shape[1]
 
 
-def _ends(p: Problem, into: Tensor | None = None) -> Tensor | None:
+def _ends(p: Problem) -> Tensor | None:
     """(B,) end of each sequence's keys, appended ones included; None: all rows are keys."""
     if p.append is None or p.seqlens_k is None:
         return p.seqlens_k
     cu = p.append.cu_seqlens
     if cu is None:
-        return torch.add(p.seqlens_k, p.append.k.shape[1], out=into)
-    new = cu[1:] - cu[:-1]
-    return torch.add(p.seqlens_k, new, out=into)
+        return p.seqlens_k + p.append.k.shape[1]
+    return p.seqlens_k + (cu[1:] - cu[:-1])
 
 
 def _right(p: Problem) -> int | None:
@@ -425,7 +429,6 @@ class _Step:
 
     def __init__(self, plan: DecodePlan) -> None:
         self.plan = plan
-        self._ends = torch.empty_like(plan.starts)
         self._source: Hashable = None
         #: counters start at zero; while a graph is captured, nothing is written yet
         self._is_clear = not torch.cuda.is_current_stream_capturing()
@@ -447,7 +450,7 @@ class _Step:
         if not (self._is_clear or capturing):
             self.plan.arrivals.zero_()
             self._is_clear = True
-        _fill(self.plan, p, lengths, _ends(p, self._ends))
+        _fill(self.plan, p, lengths)
         self._source = source
 
 
@@ -459,15 +462,16 @@ class _Lengths:
         self.rows_q = p.max_seqlen_q if p.ragged_q else p.q.shape[1]
         self.itemsize = p.k.element_size()
         names = ["seqlens_k", "leftpad_k", "cache_batch_idx", "cu_seqlens_q", "seqused_q"]
-        new = 0
+        self.new_tokens = 0
         if p.append is not None:
-            new = p.append.k.shape[1]
             names.append("append.cu_seqlens")
+            if p.append.cu_seqlens is None:
+                self.new_tokens = p.append.k.shape[1]
         reads = {name: operator.attrgetter(name) for name in names}
         given = [name for name, read in reads.items() if read(p) is not None]
         #: how to find the tensors, where there are any
         self.given = tuple(reads[name] for name in given)
-        self.kind = (self.capacity, new, *given)
+        self.kind = (self.capacity, self.new_tokens, *given)
 
     def step(self, p: Problem, plan: Plan) -> _Step:
         """The plan's part for calls of this kind."""
@@ -524,16 +528,18 @@ def _buffers(
     return made
 
 
-def _fill(plan: DecodePlan, p: Problem, lengths: _Lengths, ends: Tensor | None) -> None:
+def _fill(plan: DecodePlan, p: Problem, lengths: _Lengths) -> None:
     _kernels().plan_decode(
         plan,
-        seqlens_k=ends,
+        seqlens_k=p.seqlens_k,
         capacity=lengths.capacity,
         rows_q=lengths.rows_q,
         leftpad_k=p.leftpad_k,
         cache_batch_idx=p.cache_batch_idx,
         cu_seqlens_q=p.cu_seqlens_q,
         seqused_q=p.seqused_q,
+        new_tokens=lengths.new_tokens,
+        cu_seqlens_new=None if p.append is None else p.append.cu_seqlens,
         window_left=p.mask.window_left,
         window_right=_right(p),
         chunk=p.mask.attention_chunk,
@@ -556,12 +562,14 @@ def _plan_for(p: Problem, lengths: _Lengths) -> DecodePlan:
         p.hints.sm_margin,
         p.device,
     )
-    _fill(made, p, lengths, _ends(p))
+    _fill(made, p, lengths)
     return made
 
 
 class _Decode:
     """Solves problems of one signature with the decode kernel."""
+
+    is_fused = False
 
     def __init__(self, p: Problem) -> None:
         self._lengths = _Lengths(p)
@@ -602,8 +610,44 @@ class _Decode:
                 score_mod=None if mods is None else mods.score_mod,
                 mask_mod=None if mods is None else mods.mask_mod,
                 aux=None if mods is None else mods.aux,
+                append=p.append if self.is_fused else None,
+                longest_new=_longest_new(p) if self.is_fused else 0,
             )
-        prepared(plan, q, k, v, out, *rest)
+        if self.is_fused:
+            prepared(plan, q, k, v, out, *rest, p.append)
+        else:
+            prepared(plan, q, k, v, out, *rest)
+
+
+class _FusedDecode(_Decode):
+    """The same where that kernel also writes the new tokens, and rotates them and the queries."""
+
+    is_fused = True
+
+
+def _is_fused(p: Problem) -> bool:
+    """Whether the decode kernel itself appends."""
+    return p.append is not None and _kernels().appends(p.append, p.q, p.k, _longest_new(p))
+
+
+def _longest_new(p: Problem) -> int:
+    """New tokens of a sequence, at most."""
+    new = p.append
+    assert new is not None
+    if new.cu_seqlens is None:
+        return new.k.shape[1]
+    total = new.k.shape[0]
+    return min(total, p.max_seqlen_q) if new.cu_seqlens is p.cu_seqlens_q else total
+
+
+def _has_aligned_rows(new: Append | None) -> bool:
+    """Whether rows of new tokens, and of cos and sin, lie where the decode kernel can take them. Their
+    strides are known to be multiples of 16 bytes."""
+    assert new is not None
+    together = new.k.data_ptr() | new.v.data_ptr()
+    if new.rotary is not None:
+        together |= new.rotary.cos.data_ptr() | new.rotary.sin.data_ptr()
+    return together % 16 == 0
 
 
 class _DecodeLatent(_Decode):

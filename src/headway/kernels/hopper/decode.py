@@ -25,9 +25,13 @@ from headway.kernels._triton import (
     gdc_wait,
     gl,
     gluon,
+    next_power_of_2,
 )
 from headway.kernels.hopper.decode_combine import CombineConfig, combine_kernel
 from headway.kernels.hopper.decode_config import (
+    APPENDED_AT_LEAST,
+    MOST_APPENDED,
+    AppendForm,
     DecodeConfig,
     DecodeTile,
     parts_to_combine,
@@ -39,6 +43,7 @@ from headway.kernels.hopper.decode_plan import DecodePlan, empty_plan
 from headway.kernels.hopper.decode_wide import consume_wide, score_wide
 from headway.kernels.hopper.direct import Boxes, DirectLaunch, misaligned
 from headway.kernels.mods import kind_of
+from headway.problem import Append
 
 _UNSPECIALISED = [
     "units",
@@ -128,13 +133,15 @@ def decode_kernel(
     window_right,
     chunk,
     aux,
+    new,
     score_mod: gl.constexpr,
     mask_mod: gl.constexpr,
     cfg: gl.constexpr,
     num_warps: gl.constexpr,
 ):
     """One program per worker of the plan and tile of packed rows; see :func:`prepare`. Keys and values come
-    through descriptors, or through pointers where ``cfg.gathered``."""
+    through descriptors, or through pointers where ``cfg.gathered``. ``new`` are the numbers of
+    :func:`_appended`, or None."""
     buffers = allocate(cfg)
     # Up to here the kernel before may still run; the one behind may come up as workers finish.
     gdc_wait()
@@ -169,7 +176,11 @@ def decode_kernel(
     k_strides = stride_k_page, stride_k_row, stride_k_head
     v_strides = stride_v_page, stride_v_row, stride_v_head
     work = buffers, page_table, spans, works, units, stride_table
-    given = tensors, buffers, merging, call, aux
+    if cfg.new_tokens > 0:
+        cache = k_ptr, v_ptr, k_strides, v_strides, page_table, stride_table
+        given = tensors, buffers, merging, call, aux, (new[0], new[1], cache)
+    else:
+        given = tensors, buffers, merging, call, aux, new
     boxes = k_desc, v_desc, num_pages
     rows = k_ptr, v_ptr, k_strides, v_strides
     # Partitions can only be named where they are started.
@@ -239,19 +250,19 @@ def _consume(
     cfg: gl.constexpr,
 ):
     """A consumer's partition."""
-    tensors, buffers, parts, call, aux = given
-    consume(tensors, buffers, parts, call, score_mod, mask_mod, aux, half, cfg)
+    tensors, buffers, parts, call, aux, new = given
+    consume(tensors, buffers, parts, call, score_mod, mask_mod, aux, new, half, cfg)
 
 
 @gluon.jit
 def _score_wide(given, score_mod: gl.constexpr, mask_mod: gl.constexpr, cfg: gl.constexpr):
-    tensors, buffers, _parts, call, aux = given
+    tensors, buffers, _parts, call, aux, _new = given
     score_wide(tensors, buffers, call, score_mod, mask_mod, aux, cfg)
 
 
 @gluon.jit
 def _consume_wide(given, half: gl.constexpr, cfg: gl.constexpr):
-    tensors, buffers, parts, call, _aux = given
+    tensors, buffers, parts, call, _aux, _new = given
     consume_wide(tensors, buffers, parts, call, half, cfg)
 
 
@@ -372,6 +383,8 @@ def prepare(
     score_mod: Any = None,
     mask_mod: Any = None,
     aux: Any = None,
+    append: Append | None = None,
+    longest_new: int = 0,
 ) -> Prepared:
     """Attention of planned steps, to be called: all but where tensors lie is decided.
 
@@ -393,6 +406,9 @@ def prepare(
         qv: as q, with Dv; given, scores are scale · (q · k + qv · v), for 16-bit k and v.
         q_descale, k_descale, v_descale: (B, Hkv) float32 factors of float8 tensors, any strides.
         score_mod, mask_mod, aux: Gluon functions and what they look into, from headway.kernels.mods.
+        append: new keys and values, of q's dtype, which the kernel writes behind those of each sequence and
+            rotates, and q with them, where there is a rotary; what :func:`appends` is true for.
+        longest_new: new tokens of a sequence, at most.
 
     Raises:
         InvalidInputError: rows of q, k, v or out do not start at multiples of 16 bytes.
@@ -402,6 +418,7 @@ def prepare(
         if not _is_aligned(t):
             raise misaligned(name, t.data_ptr(), t.stride(), t.element_size())
     group = q.shape[-2] // k.shape[2]
+    q_turns = window_left is not None or window_right is not None or chunk > 0
     rows = (max_seqlen_q if q.dim() == 3 else q.shape[1]) * group
     kernel = _kernel_for(
         q.device.index,
@@ -428,6 +445,7 @@ def prepare(
         score_mod,
         mask_mod,
         kind_of(aux),
+        None if append is None else _append_form(append, longest_new, q_turns),
     )
     numbers = (
         plan.units,
@@ -435,7 +453,7 @@ def prepare(
         k.shape[0],
         *_row_strides(q),
         *((0, 0, 0) if qv is None else _row_strides(qv)),
-        *(_NO_STRIDES if not kernel.cfg.gathered else (*k.stride()[:3], *v.stride()[:3])),
+        *((*k.stride()[:3], *v.stride()[:3]) if kernel.cfg.by_pointer else _NO_STRIDES),
         *_row_strides(out),
         *_lse_strides(lse),
         0 if page_table is None else page_table.stride(0),
@@ -450,7 +468,7 @@ def prepare(
     combine = None
     if plan.tile.combine:
         combine = _Combine(kernel.cfg, plan, rows, out, lse, v_descale)
-    return Prepared(kernel, q.device.index, k, v, numbers, combine)
+    return Prepared(kernel, q.device.index, k, v, numbers, combine, append)
 
 
 class Prepared:
@@ -464,12 +482,14 @@ class Prepared:
         v: Tensor,
         numbers: tuple[Any, ...],
         combine: _Combine | None,
+        append: Append | None,
     ) -> None:
         self._kernel = kernel
         self._device_index = device_index
         self._boxes = None if kernel.cfg.gathered else _boxes(k, v, kernel.cfg)
         self._numbers = numbers
         self._combine = combine
+        self._addresses = None if append is None else _Addresses(append)
         self._aligned: DirectLaunch | None = None  # for small tensors at multiples of 16 bytes
 
     def __call__(
@@ -486,6 +506,7 @@ class Prepared:
         q_descale: Tensor | None = None,
         k_descale: Tensor | None = None,
         v_descale: Tensor | None = None,
+        append: Append | None = None,
     ) -> None:
         q_at, k_at, v_at, out_at = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
         qv_at = 0 if qv is None else qv.data_ptr()
@@ -498,10 +519,16 @@ class Prepared:
         v_descale_at = 0 if v_descale is None else v_descale.data_ptr()
         table_at = 0 if page_table is None else page_table.data_ptr()
         small = lse_at | sinks_at | q_descale_at | k_descale_at | v_descale_at | table_at
+        new = None
+        if append is not None:
+            assert self._addresses is not None
+            new, together = self._addresses(append)
+            small |= together
         launch, boxes = self._aligned, self._boxes
         if launch is None or small & 15:
             pointers = (q, qv, k, v, out, lse, sinks, q_descale, k_descale, v_descale, page_table)
-            launch = self._kernel.compiled(pointers, plan.buffers, self._numbers)
+            tensors = None if append is None else _appended(append)
+            launch = self._kernel.compiled(pointers, plan.buffers, self._numbers, tensors)
             if not small & 15:
                 self._aligned = launch
         args = (
@@ -520,6 +547,7 @@ class Prepared:
             table_at or None,
             *plan.addresses,
             *self._numbers,
+            new,
             None,
             None,
             None,
@@ -587,18 +615,19 @@ class _Kernel:
     def __init__(self, cfg: DecodeConfig, score_mod: Any, mask_mod: Any) -> None:
         self.cfg = cfg
         self._mods = score_mod, mask_mod
-        self._compiled: dict[tuple[bool, ...], DirectLaunch] = {}
+        self._compiled: dict[Hashable, DirectLaunch] = {}
 
     def compiled(
         self,
         tensors: tuple[Tensor | None, ...],
         plan_tensors: tuple[Tensor, ...],
         numbers: tuple[Any, ...],
+        new: tuple[Any, ...] | None,
     ) -> DirectLaunch:
-        kind = tuple(t is None or t.data_ptr() % 16 == 0 for t in tensors)
+        kind = _specialised(tensors), _specialised(new)
         found = self._compiled.get(kind)
         if found is None:
-            found = self._compiled[kind] = self._compile(tensors, plan_tensors, numbers)
+            found = self._compiled[kind] = self._compile(tensors, plan_tensors, (*numbers, new))
         return found
 
     def _compile(
@@ -615,6 +644,7 @@ class _Kernel:
         if not cfg.gathered:
             k_boxes, v_boxes = _boxes(k, v, cfg)
             descriptors = k_boxes.described(k), v_boxes.described(v)
+        if not cfg.by_pointer:
             k = v = None
         compiled = decode_kernel.warmup(
             *descriptors,
@@ -662,6 +692,7 @@ def _kernel_for(
     score_mod: Any,
     mask_mod: Any,
     aux_kind: Hashable,
+    append: AppendForm | None,
 ) -> _Kernel:
     """Compiled kernels by everything they depend on, dtypes and presence of every tensor included."""
     return _Kernel(
@@ -681,10 +712,81 @@ def _kernel_for(
             has_chunk=has_chunk,
             has_pad=has_pad,
             has_soft_cap=has_soft_cap,
+            append=append,
         ),
         score_mod,
         mask_mod,
     )
+
+
+def appends(append: Append, q: Tensor, k: Tensor, longest_new: int) -> bool:
+    """Whether the kernel writes these new tokens, where they lie, and rotates what is to be rotated."""
+    rotary = append.rotary
+    return (
+        longest_new <= MOST_APPENDED
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and append.k.dtype == append.v.dtype == q.dtype
+        and k.dtype in (q.dtype, torch.float8_e4m3fn)
+        and _is_aligned(append.k)
+        and _is_aligned(append.v)
+        and (rotary is None or (_is_aligned(rotary.cos) and _is_aligned(rotary.sin)))
+    )
+
+
+def _append_form(append: Append, longest_new: int, q_turns: bool) -> AppendForm:
+    rotary = append.rotary
+    half, dtypes = 0, [append.k.dtype, append.v.dtype]
+    if rotary is not None:
+        half = rotary.cos.shape[1]
+        dtypes += [rotary.cos.dtype, rotary.sin.dtype]
+    return AppendForm(
+        tokens=max(next_power_of_2(longest_new), APPENDED_AT_LEAST),
+        rotary_half=half,
+        interleaved=rotary is not None and rotary.interleaved,
+        q_turns=q_turns,
+        dtypes=tuple(dtypes),
+        given=(append.cu_seqlens is not None, rotary is not None and rotary.seqlens is not None),
+    )
+
+
+def _specialised(given: Any) -> Hashable:
+    """What of arguments the compiler looks at: of tuples it does at every number."""
+    if isinstance(given, tuple):
+        return tuple(map(_specialised, given))
+    if isinstance(given, int):
+        return given == 1, given % 16 == 0, given.bit_length() < 32
+    return given is None or given.data_ptr() % 16 == 0
+
+
+def _appended(append: Append) -> tuple[Any, ...]:
+    """New tokens and angles as the kernel takes them, with tensors."""
+    k, v, cu, rotary = append.k, append.v, append.cu_seqlens, append.rotary
+    number = 0 if cu is not None else k.shape[1]
+    sources = k, v, cu, number, _row_strides(k), _row_strides(v)
+    if rotary is None:
+        return sources, (None, None, None, 0, 0)
+    cos, sin = rotary.cos, rotary.sin
+    return sources, (cos, sin, rotary.seqlens, cos.stride(0), sin.stride(0))
+
+
+class _Addresses:
+    """The same with addresses, for new tokens of the same shapes and strides."""
+
+    def __init__(self, append: Append) -> None:
+        sources, angles = _appended(append)
+        self._sources, self._angles = sources[3:], angles[3:]
+
+    def __call__(self, append: Append) -> tuple[tuple[Any, ...], int]:
+        """Also the addresses of what need not lie at multiples of 16 bytes, together."""
+        cu, rotary = append.cu_seqlens, append.rotary
+        cos = sin = turns = None
+        cu_at = None if cu is None else cu.data_ptr()
+        if rotary is not None:
+            seqlens = rotary.seqlens
+            cos, sin = rotary.cos.data_ptr(), rotary.sin.data_ptr()
+            turns = None if seqlens is None else seqlens.data_ptr()
+        sources = (append.k.data_ptr(), append.v.data_ptr(), cu_at, *self._sources)
+        return (sources, (cos, sin, turns, *self._angles)), (cu_at or 0) | (turns or 0)
 
 
 def _row_strides(t: Tensor) -> tuple[int, ...]:

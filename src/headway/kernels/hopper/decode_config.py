@@ -35,6 +35,23 @@ class DecodeTile:
     combine: bool = False  # units that were cut are merged by a kernel of its own
 
 
+@dataclass(frozen=True)
+class AppendForm:
+    """What a compiled kernel that appends new tokens depends on besides."""
+
+    tokens: int  # of a sequence, at most: a power of two, at least APPENDED_AT_LEAST
+    rotary_half: int = 0  # pairs of columns that are rotated
+    interleaved: bool = False  # pairs are neighbours
+    q_turns: bool = False  # queries are rotated by positions of their own
+    dtypes: tuple[Any, ...] = ()  # of new keys and values, cos and sin, as torch names them
+    given: tuple[bool, ...] = ()  # which lengths there are: of new tokens, for rotary
+
+
+#: New tokens of a tile: one for each warp of a consumer.
+APPENDED_AT_LEAST = 4
+#: New tokens of a sequence, at most, that the decode kernel writes.
+MOST_APPENDED = 16
+
 #: Shared memory of a multiprocessor, of which one kibibyte per worker is the system's.
 SHARED_BYTES = 228 * 1024
 #: What barriers, reductions and merging take of a worker's share.
@@ -103,8 +120,10 @@ class DecodeConfig:
     has_chunk: bool = False
     has_pad: bool = False
     has_soft_cap: bool = False
+    append: AppendForm | None = None  # keys and values of new tokens are written, and all rotated
     # ------------------------------------------------------------------------------------------------
     gathered: bool = field(init=False)  # rows come one by one instead of in boxes
+    by_pointer: bool = field(init=False)  # addresses of rows are needed
     narrow: bool = field(init=False)  # float8 keys and values, multiplied as float16
     dtype: Any = field(init=False)  # of everything that is multiplied
     scaled: bool = field(init=False)  # queries are brought into float16's range
@@ -129,6 +148,13 @@ class DecodeConfig:
     worker_warps: tuple[int, ...] = field(init=False)
     worker_registers: tuple[int, ...] = field(init=False)
     left_limit: bool = field(init=False)
+    new_tokens: int = field(init=False)  # 0: nothing is appended
+    rotates: bool = field(init=False)
+    rotary_half: int = field(init=False)
+    interleaved: bool = field(init=False)
+    q_turns: bool = field(init=False)
+    new_k_width: int = field(init=False)
+    new_v_width: int = field(init=False)
     unit_cost: int = field(init=False)
     merge_parts: int = field(init=False)
     merge_rows: int = field(init=False)
@@ -157,6 +183,8 @@ class DecodeConfig:
     latent_rows: Any = field(init=False)
     k_rows: Any = field(init=False)
     v_rows: Any = field(init=False)
+    new_k_rows: Any = field(init=False)
+    new_v_rows: Any = field(init=False)
     merged: Any = field(init=False)
 
     def __post_init__(self) -> None:
@@ -172,6 +200,7 @@ class DecodeConfig:
         out_width = v_width // 2 if wide else v_width
         v_pieces = LATENT_PIECES if self.latent else 1
         set_("gathered", self.page_size % 8 != 0 or (tile.gather and self.page_size > 0))
+        set_("by_pointer", self.gathered or self.append is not None)
         set_("narrow", narrow)
         set_("dtype", dtype)
         set_("scaled", narrow and self.q_dtype == gl.bfloat16)
@@ -242,6 +271,18 @@ class DecodeConfig:
         set_("latent_rows", _rows_layout(v_width // v_pieces, 2))
         set_("k_rows", _rows_layout(k_width, itemsize))
         set_("v_rows", _rows_layout(v_width // v_pieces, itemsize))
+        append = self.append or AppendForm(0)
+        set_("new_tokens", append.tokens)
+        set_("rotates", append.rotary_half > 0)
+        set_("rotary_half", append.rotary_half)
+        set_("interleaved", append.interleaved)
+        set_("q_turns", append.q_turns)
+        # A warp for a row.
+        new_k_width, new_v_width = next_power_of_2(width), next_power_of_2(v_width)
+        set_("new_k_width", new_k_width)
+        set_("new_v_width", new_v_width)
+        set_("new_k_rows", gl.BlockedLayout([1, new_k_width // 32], [1, 32], [4, 1], [1, 0]))
+        set_("new_v_rows", gl.BlockedLayout([1, new_v_width // 32], [1, 32], [4, 1], [1, 0]))
         lanes = min(out_width // 4, 32)
         set_("unit_cost", tile.unit_cost)
         set_("merge_parts", tile.merge_parts)

@@ -11,6 +11,13 @@ from headway.kernels._triton import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from headway.kernels.hopper.decode_append import (
+    fetch_new,
+    is_due,
+    rotary_base,
+    rotated,
+    write_new,
+)
 from headway.kernels.hopper.decode_config import TILE_ROWS as _TILE_ROWS
 from headway.kernels.hopper.decode_load import (
     k_tile,
@@ -128,8 +135,11 @@ def fetch_queries(
     layout: gl.constexpr,
     call,
     cfg: gl.constexpr,
+    turn=None,
+    TURNS: gl.constexpr = False,
 ):
-    """A consumer's packed rows of a unit's queries, WIDTH columns of HEAD_DIM; zero where there is none."""
+    """A consumer's packed rows of a unit's queries, WIDTH columns of HEAD_DIM; zero where there is none.
+    If ``TURNS`` they are rotated by ``turn``: (position of the first, angles)."""
     stride_batch, stride_row, stride_head = strides
     rows = gl.arange(0, cfg.columns, layout=gl.SliceLayout(1, layout))
     rows += first_row
@@ -142,11 +152,16 @@ def fetch_queries(
     pointers = ptr + gl.expand_dims(offsets, 1) + gl.expand_dims(columns, 0)
     pointers = gl.multiple_of(pointers, [16, 16])
     mask = gl.expand_dims(inside, 1) & gl.expand_dims(columns < HEAD_DIM, 0)
-    return gl.load(pointers, mask=mask, other=0.0)
+    queries = gl.load(pointers, mask=mask, other=0.0)
+    if TURNS:
+        positions = turn[0] + (token if cfg.q_turns else token * 0)
+        turned = rotated(queries, ptr, offsets, inside, columns, positions, turn[1], cfg)
+        queries = turned.to(queries.dtype)
+    return queries
 
 
 @gluon.jit
-def fetch_piece(q_ptr, span, batch, head, first_row, piece, call, cfg: gl.constexpr):
+def fetch_piece(q_ptr, span, batch, head, first_row, piece, call, cfg: gl.constexpr, turn=None):
     """A piece of the queries of keys."""
     strides = call.stride_q_batch, call.stride_q_row, call.stride_q_head
     return fetch_queries(
@@ -162,6 +177,8 @@ def fetch_piece(q_ptr, span, batch, head, first_row, piece, call, cfg: gl.conste
         gl.constexpr(cfg.q_rows),
         call,
         cfg,
+        turn,
+        gl.constexpr(cfg.rotates),
     )
 
 
@@ -174,7 +191,7 @@ def _largest(queries):
 
 @gluon.jit
 def load_queries(
-    q_ptr, qv_ptr, buffers, span, batch, head, first_row, half, call, cfg: gl.constexpr
+    q_ptr, qv_ptr, buffers, span, batch, head, first_row, half, call, cfg: gl.constexpr, turn=None
 ):
     """A unit's queries into shared memory; all threads sync.
 
@@ -184,12 +201,12 @@ def load_queries(
     if cfg.scaled:
         largest = 0.0
         for piece in gl.static_range(gl.constexpr(cfg.pieces)):
-            queries = fetch_piece(q_ptr, span, batch, head, first_row, piece, call, cfg)
+            queries = fetch_piece(q_ptr, span, batch, head, first_row, piece, call, cfg, turn)
             largest = gl.maximum(largest, _largest(queries))
         # A power of two: float16 then holds all eight bits of a bfloat16 down to 2^-29 of the largest.
         factor = gl.where(largest > 0.0, gl.exp2(14.0 - gl.floor(gl.log2(largest))), 1.0)
     for piece in gl.static_range(gl.constexpr(cfg.pieces)):
-        queries = fetch_piece(q_ptr, span, batch, head, first_row, piece, call, cfg)
+        queries = fetch_piece(q_ptr, span, batch, head, first_row, piece, call, cfg, turn)
         if cfg.scaled:
             queries = queries.to(gl.float32) * factor
         if cfg.narrow:  # columns in the order of widened keys
@@ -219,6 +236,45 @@ def load_queries(
     fence_async_shared()
     cta_barrier()
     return 1.0 / factor
+
+
+@gluon.jit
+def begin_unit(
+    tensors,
+    buffers,
+    new,
+    span,
+    batch,
+    unit,
+    first,
+    count,
+    first_row,
+    half: gl.constexpr,
+    call,
+    cfg: gl.constexpr,
+):
+    """A unit's queries into shared memory, and new rows that this worker's blocks hold into the cache.
+
+    Returns what scores must be multiplied by because of how the queries were stored.
+    """
+    q_ptr, qv_ptr, descales = tensors[0], tensors[1], tensors[5]
+    if cfg.new_tokens > 0 and half == 0:
+        # Before the queries, so that all loads are under way together.
+        rows = fetch_new(new, descales, span, batch, unit, first, count, cfg)
+    if cfg.rotates:
+        turn = rotary_base(span, new, batch), new[1]
+        unscale = load_queries(
+            q_ptr, qv_ptr, buffers, span, batch, unit, first_row, half, call, cfg, turn
+        )
+    else:
+        unscale = load_queries(
+            q_ptr, qv_ptr, buffers, span, batch, unit, first_row, half, call, cfg
+        )
+    if cfg.new_tokens > 0 and half == 0:
+        if is_due(span, first, count, cfg):
+            write_new(rows, new[2], unit, cfg)
+            mbarrier.arrive(buffers.written, count=1)
+    return unscale
 
 
 @gluon.jit
@@ -573,11 +629,12 @@ def consume(
     score_mod: gl.constexpr,
     mask_mod: gl.constexpr,
     aux,
+    new,
     half: gl.constexpr,
     cfg: gl.constexpr,
 ):
     """One warpgroup: attention of its half, or all, of the rows of this worker's blocks, by unit."""
-    q_ptr, qv_ptr, out_ptr, lse_ptr, sinks, descales, spans, works, share_ptr = tensors
+    _q_ptr, _qv_ptr, out_ptr, lse_ptr, sinks, descales, spans, works, share_ptr = tensors
     q_descale, k_descale, v_descale = descales
     worker = gl.program_id(0) // cfg.m_tiles
     tile = gl.program_id(0) % cfg.m_tiles
@@ -594,8 +651,8 @@ def consume(
     first_row = tile_row + half * cfg.columns
     while left > 0:
         take, first, count = take_of(span, within, left, cfg)
-        unscale = load_queries(
-            q_ptr, qv_ptr, buffers, span, batch, unit, first_row, half, call, cfg
+        unscale = begin_unit(
+            tensors, buffers, new, span, batch, unit, first, count, first_row, half, call, cfg
         )
         scale = call.scale * unscale
         scale *= load_descale(q_descale, batch, unit) * load_descale(k_descale, batch, unit)

@@ -16,6 +16,7 @@ from headway.kernels._triton import (
     rows_load,
     tma_load,
 )
+from headway.kernels.hopper.decode_append import due_from, is_due
 from headway.kernels.hopper.decode_plan import BATCH, LEFT, UNIT, WIDTH, WITHIN, load_span, take_of
 
 
@@ -33,9 +34,10 @@ class Buffers:
     row_numbers: gl.shared_memory_descriptor  # (2, 64) float32, of a block
     handed: gl.shared_memory_descriptor  # (1,): probabilities and row numbers are there
     taken: gl.shared_memory_descriptor  # (1,): they may be overwritten
+    written: gl.shared_memory_descriptor  # (1,): new rows of a unit are in the cache
 
     @gluon.constexpr_function
-    def __init__(self, q, latent, p, k, v, full, empty, row_numbers, handed, taken):
+    def __init__(self, q, latent, p, k, v, full, empty, row_numbers, handed, taken, written):
         self.q = q
         self.latent = latent
         self.p = p
@@ -46,6 +48,7 @@ class Buffers:
         self.row_numbers = row_numbers
         self.handed = handed
         self.taken = taken
+        self.written = written
 
 
 @gluon.jit
@@ -81,8 +84,13 @@ def allocate(cfg: gl.constexpr):
         taken = barriers.index(1)
         mbarrier.init(handed, count=1)
         mbarrier.init(taken, count=2)
+    written = full
+    if cfg.new_tokens > 0:
+        barrier = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+        written = barrier.index(0)
+        mbarrier.init(written, count=1)
     fence_async_shared()
-    return Buffers(q, latent, p, k, v, full, empty, row_numbers, handed, taken)
+    return Buffers(q, latent, p, k, v, full, empty, row_numbers, handed, taken, written)
 
 
 @gluon.jit
@@ -110,6 +118,13 @@ def next_unit(unit, batch, span, spans, units, left):
         if left > 0:
             span = load_span(spans + batch * WIDTH)
     return unit, batch, span
+
+
+@gluon.jit
+def wait_written(end, due, turn, buffers, cfg: gl.constexpr):
+    """Before a block that ends at ``end`` is read: wait until its new rows are in the cache."""
+    if cfg.new_tokens > 0:
+        mbarrier.wait(buffers.written, turn & 1, pred=end >= due)
 
 
 @gluon.jit
@@ -163,8 +178,10 @@ def produce_boxes(k_desc, v_desc, num_pages, work, PRODUCER: gl.constexpr, cfg: 
     within = gl.load(record + WITHIN)
     left = gl.load(record + LEFT)
     step = 0
+    turn = 0
     while left > 0:
         take, first, count = take_of(span, within, left, cfg)
+        due = due_from(span, first, count, cfg)
         start = (span.first_block + first) * cfg.block_n
         table = page_table
         if cfg.page_size > 0:
@@ -174,6 +191,7 @@ def produce_boxes(k_desc, v_desc, num_pages, work, PRODUCER: gl.constexpr, cfg: 
             after = start + cfg.block_n
             ahead = _pages_of_block(span, table, after, num_pages, FIRST, BOXES, cfg)
             stage = step % cfg.stages
+            wait_written(after, due, turn, buffers, cfg)
             mbarrier.wait(buffers.empty.index(stage), ((step // cfg.stages) & 1) ^ 1)
             full = buffers.full.index(stage * cfg.v_pieces)
             mbarrier.expect(full, k_bytes + v_bytes)
@@ -196,6 +214,8 @@ def produce_boxes(k_desc, v_desc, num_pages, work, PRODUCER: gl.constexpr, cfg: 
             pages = ahead
             start = after
             step += 1
+        if cfg.new_tokens > 0:
+            turn += is_due(span, first, count, cfg).to(gl.int32)
         left -= take
         within = 0
         unit, batch, span = next_unit(unit, batch, span, spans, units, left)
@@ -235,8 +255,10 @@ def produce_gathered(k_ptr, v_ptr, k_strides, v_strides, work, cfg: gl.constexpr
     within = gl.load(record + WITHIN)
     left = gl.load(record + LEFT)
     step = 0
+    turn = 0
     while left > 0:
         take, first, count = take_of(span, within, left, cfg)
+        due = due_from(span, first, count, cfg)
         head = unit.to(gl.int64)
         start = (span.first_block + first) * cfg.block_n
         table = page_table + span.cache_row.to(gl.int64) * stride_table
@@ -257,6 +279,8 @@ def produce_gathered(k_ptr, v_ptr, k_strides, v_strides, work, cfg: gl.constexpr
                 v_seen, v_pages = _visible(span, v_at, table, cfg)
             k_at += cfg.block_n
             k_next, k_pages = _visible(span, k_at, table, cfg)
+            start += cfg.block_n
+            wait_written(start, due, turn, buffers, cfg)
             mbarrier.wait(buffers.empty.index(stage), ((step // cfg.stages) & 1) ^ 1)
             for piece in gl.static_range(gl.constexpr(cfg.pieces)):
                 _gather(
@@ -284,6 +308,8 @@ def produce_gathered(k_ptr, v_ptr, k_strides, v_strides, work, cfg: gl.constexpr
                 async_copy.mbarrier_arrive(full, increment_count=False)
             k_seen = k_next
             step += 1
+        if cfg.new_tokens > 0:
+            turn += is_due(span, first, count, cfg).to(gl.int32)
         left -= take
         within = 0
         unit, batch, span = next_unit(unit, batch, span, spans, units, left)

@@ -201,14 +201,19 @@ def _plan_sequences(
     cache_batch_idx,
     cu_seqlens_q,
     seqused_q,
+    cu_seqlens_new,
     rows_q,
     capacity,
+    new_tokens,
     limits,
     cfg: gl.constexpr,
 ):
     """Write the records of sequences ``b``; returns their numbers of blocks."""
     pad = _load_or(leftpad_k, b, inside, 0)
-    keys = _load_or(seqlens_k, b, inside, capacity) - pad
+    keys = _load_or(seqlens_k, b, inside, capacity) - pad + new_tokens
+    if cu_seqlens_new is not None:
+        keys += gl.load(cu_seqlens_new + b + 1, mask=inside, other=0)
+        keys -= gl.load(cu_seqlens_new + b, mask=inside, other=0)
     cache_row = b
     if cache_batch_idx is not None:
         cache_row = gl.load(cache_batch_idx + b, mask=inside, other=0)
@@ -249,6 +254,7 @@ def _plan_sequences(
         "units",
         "workers",
         "min_share",
+        "new_tokens",
         "window_left",
         "window_right",
         "chunk",
@@ -260,6 +266,7 @@ def plan_kernel(
     cache_batch_idx,
     cu_seqlens_q,
     seqused_q,
+    cu_seqlens_new,
     spans,
     works,
     share_ptr,
@@ -270,6 +277,7 @@ def plan_kernel(
     units,
     workers,
     min_share,
+    new_tokens,
     window_left,
     window_right,
     chunk,
@@ -296,8 +304,10 @@ def plan_kernel(
             cache_batch_idx,
             cu_seqlens_q,
             seqused_q,
+            cu_seqlens_new,
             rows_q,
             capacity,
+            new_tokens,
             limits,
             cfg,
         )
@@ -514,6 +524,8 @@ def plan_decode(
     cache_batch_idx: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     seqused_q: Tensor | None = None,
+    new_tokens: int = 0,
+    cu_seqlens_new: Tensor | None = None,
     window_left: int | None = None,
     window_right: int | None = None,
     chunk: int = 0,
@@ -524,12 +536,14 @@ def plan_decode(
     Args:
         seqlens_k: (B,) int32, end of each sequence's keys in its cache rows; None: ``capacity`` each.
         rows_q: queries per sequence, unless ``cu_seqlens_q`` (B+1,) or ``seqused_q`` (B,) say.
+        new_tokens, cu_seqlens_new: keys that the step appends behind ``seqlens_k``: so many of each
+            sequence, or of every one its own number by (B+1,) int32 ends.
         window_left, window_right, chunk: the mask, as :class:`headway.problem.Mask` has it.
         min_share: places of the line below which work is not cut further.
     """
     if plan.batch_size == 0:
         return
-    lengths = seqlens_k, leftpad_k, cache_batch_idx, cu_seqlens_q, seqused_q
+    lengths = seqlens_k, leftpad_k, cache_batch_idx, cu_seqlens_q, seqused_q, cu_seqlens_new
     addresses = [None if t is None else t.data_ptr() for t in lengths]
     numbers = (
         plan.batch_size,
@@ -538,6 +552,7 @@ def plan_decode(
         plan.units,
         plan.workers,
         min_share,
+        new_tokens,
         window_left or 0,
         window_right or 0,
         max(chunk, 1),
