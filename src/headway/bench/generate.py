@@ -241,8 +241,10 @@ def _run(
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The rows of one engine and its peers, and the engine's dtype and device."""
     from headway.engine.llm import LLM
+    from headway.engine.warm_up import warm_up
 
     llm = LLM(config, progress=True)
+    warm_up(llm)
     dtype = str(llm.dtype).removeprefix("torch.")
     with ExitStack() as stack:
         engines: list[Peer] = [Headway(llm, label)]

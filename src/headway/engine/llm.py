@@ -6,11 +6,13 @@ import contextlib
 import dataclasses
 import logging
 import random
+from array import array
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import psutil
 import torch
 from torch import Tensor
@@ -321,6 +323,11 @@ class LLM:
                 "prompt and output together",
             )
         vocabulary = self.model_config.vocab_size
+        with contextlib.suppress(TypeError, OverflowError):
+            # At the speed of C: prompts are long, and the device waits for the first.
+            numbers = np.frombuffer(array("q", prompt), dtype=np.int64)
+            if numbers.min() >= 0 and numbers.max() < vocabulary:
+                return
         for token in prompt:
             if not isinstance(token, int) or not 0 <= token < vocabulary:
                 raise InvalidInputError(

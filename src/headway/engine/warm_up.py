@@ -10,20 +10,23 @@ from headway.engine.request import SamplingParams
 from headway.errors import HeadwayError
 
 #: A prompt and how it goes on.
-Asked = tuple[int, SamplingParams]
+Asked = tuple[list[int], SamplingParams]
+
+#: New tokens of a prompt of which the rest is found in the prefix cache.
+FEW = 256
 
 
 def warm_up(llm: LLM) -> None:
-    """Run every kind of step once: short and long prompts, decode alone and beside a prompt, greedy and
-    drawn tokens. The engine has forgotten it all then. Processes of a tensor-parallel engine do it
-    together.
+    """Run every kind of step once: short prompts, long ones, a few tokens behind a long beginning, decode
+    alone and beside a prompt, greedy and drawn tokens. The engine has forgotten it all then. Processes of a
+    tensor-parallel engine do it together.
 
     Raises:
         HeadwayError: the model cannot generate this way, with the reason.
     """
     for number, wave in enumerate(waves(llm)):
-        for index, (length, params) in enumerate(wave):
-            llm.add_request(f"warm-up {number}.{index}", [0] * length, params)
+        for index, (prompt, params) in enumerate(wave):
+            llm.add_request(f"warm-up {number}.{index}", prompt, params)
         _step(llm)
     while llm.has_unfinished():
         _step(llm)
@@ -33,8 +36,8 @@ def warm_up(llm: LLM) -> None:
 def waves(llm: LLM) -> Sequence[Sequence[Asked]]:
     """Requests that begin a step after those before them."""
     room = llm.max_model_len - 1
-    greedy = SamplingParams(max_tokens=min(4, room), temperature=0, seed=0, ignore_eos=True)
-    first = [(min(8, llm.max_model_len - greedy.max_tokens), greedy)]
+    greedy = SamplingParams(max_tokens=min(6, room), temperature=0, seed=0, ignore_eos=True)
+    first = [([0] * min(8, llm.max_model_len - greedy.max_tokens), greedy)]
     if llm.device.type == "cpu":  # compiles nothing that depends on lengths
         return [first]
     last = SamplingParams(max_tokens=1, temperature=0, seed=0, ignore_eos=True)
@@ -44,13 +47,16 @@ def waves(llm: LLM) -> Sequence[Sequence[Asked]]:
     # Beside the first wave's page, and the spare one that each running sequence is kept.
     pages = llm.stats().pages_total - 2 * pages_for(llm.max_model_len, llm.config.page_size)
     longest = min(llm.config.chunked_prefill_size or 1, room, pages * llm.config.page_size)
-    second = [(length, params) for length, params in ((longest, last), (1, drawn)) if length > 0]
-    return [first, second]
+    if longest < 1:
+        return [first, [([1], drawn)]]
+    few = min(FEW, longest // 2)
+    long, behind_it = [0] * longest, [0] * (longest - few) + [1] * few
+    return [first, [(long, last), ([1], drawn)], [(behind_it, last)]]
 
 
 def _step(llm: LLM) -> None:
     for output in llm.step():
         if output.error is not None:
-            for name in list(llm.unfinished()):
+            for name in llm.unfinished():
                 llm.abort(name)
             raise HeadwayError(f"the model cannot generate this way: {output.error}")
