@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headway.errors import UnsupportedError
+from headway.errors import InvalidInputError, UnsupportedError
 
 
 class _NoBackward(torch.autograd.Function):
@@ -32,6 +32,13 @@ def required(*inputs: object) -> bool:
             if x is not None and getattr(x, "requires_grad", False):
                 return True
     return False
+
+
+def check_out(out: Tensor | None) -> None:
+    """Inputs that require gradients go with no ``out``, as everywhere in torch: it could not tell."""
+    if out is not None:
+        given = "a tensor beside inputs that require gradients"
+        raise InvalidInputError("out", given, "the call in torch.no_grad()")
 
 
 def refused(

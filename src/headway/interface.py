@@ -475,12 +475,7 @@ def _solve(entry: _Entry, arguments: dict[str, Any]) -> Tensor | tuple[Tensor, T
 def _without_gradients(
     entry: _Entry, arguments: dict[str, Any], inputs: tuple[object, ...]
 ) -> Tensor | tuple[Tensor, Tensor]:
-    if arguments["out"] is not None:
-        given, wanted = (
-            "a tensor beside inputs that require gradients",
-            "the call in torch.no_grad()",
-        )
-        raise InvalidInputError("out", given, wanted)
+    gradients.check_out(arguments["out"])
     with torch.no_grad():
         result = _solve(entry, arguments)
     if isinstance(result, Tensor):

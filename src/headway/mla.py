@@ -298,19 +298,9 @@ def prefill(
             return_attn_probs=return_lse,
             backend=backend,
         )
-    _check_backend(backend, q.device)
-    if scale <= 0:
-        raise InvalidInputError("softmax_scale", scale, "a positive number in float8")
+    _check_float8(backend, q.device, scale, (q_scale, k_scale, v_scale), k.shape[-2])
     _check_prefill(q, k, v, plan, causal)
-    _check_scales(q_scale, k_scale, v_scale, num_heads=k.shape[1])
     _check_out(out, (*q.shape[:2], v.shape[2]), q.device)
-    trained = gradients.required(q, k, v)
-    if trained and out is not None:
-        given, wanted = (
-            "a tensor beside inputs that require gradients",
-            "the call in torch.no_grad()",
-        )
-        raise InvalidInputError("out", given, wanted)
     if plan is None:
         plan = plan_prefill(
             cu_seqlens_q,
@@ -321,30 +311,43 @@ def prefill(
             device=q.device,
             with_lse=return_lse,
         )
-    if plan.total_q != q.shape[0] or plan.total_k != k.shape[0]:
-        given = f"a plan for {plan.total_q} query tokens and {plan.total_k} keys"
-        raise InvalidInputError("plan", given, f"one for {q.shape[0]} and {k.shape[0]}")
-    if values_visible(q.device):
-        _check_lengths(plan, cu_seqlens_q, cu_seqlens_k)
-    if out is None:
-        dtype = torch.bfloat16 if q.dtype in FLOAT8_DTYPES else q.dtype
-        out = torch.empty(*q.shape[:2], v.shape[2], dtype=dtype, device=q.device)
-    lse = torch.empty(q.shape[1], q.shape[0], device=q.device) if return_lse else None
+    _check_lengths(plan, q, k, cu_seqlens_q, cu_seqlens_k)
     scales = (q_scale, k_scale, v_scale)
-    run = _float8_on_cpu
-    if q.device.type != "cpu":
-        run = functools.partial(_float8_on_kernels, backend=backend)
-    if backend is None and _runs_on_aiter(plan, (q, k, v), scales, return_lse):
-        run = _float8_on_aiter
+    if not gradients.required(q, k, v):
+        return _in_float8(plan, (q, k, v), scales, scale, out, return_lse, backend)
+    gradients.check_out(out)
     with torch.no_grad():
-        run(plan, (q, k, v), scales, scale, out, lse)
-    if trained:
-        out = gradients.refused(out, q, k, v)
-    return out if lse is None else (out, lse)
+        result = _in_float8(plan, (q, k, v), scales, scale, None, True, backend)
+    refused = gradients.refused(result[0], q, k, v)
+    return (refused, result[1]) if return_lse else refused
 
 
 Inputs: TypeAlias = "tuple[Tensor, Tensor, Tensor]"
 InputScales: TypeAlias = "tuple[Tensor | None, Tensor | None, Tensor | None]"
+
+
+def _in_float8(
+    plan: DeviceWork,
+    inputs: Inputs,
+    scales: InputScales,
+    softmax_scale: float,
+    out: Tensor | None,
+    return_lse: bool,
+    backend: str | None,
+) -> Any:
+    """``out`` or ``(out, lse)`` of a checked call, by the kernels of its device."""
+    q, _, v = inputs
+    if out is None:
+        dtype = torch.bfloat16 if q.dtype in FLOAT8_DTYPES else q.dtype
+        out = torch.empty(*q.shape[:2], v.shape[2], dtype=dtype, device=q.device)
+    lse = torch.empty(q.shape[1], q.shape[0], device=q.device) if return_lse else None
+    run = _float8_on_cpu
+    if q.device.type != "cpu":
+        run = functools.partial(_float8_on_kernels, backend=backend)
+    if backend is None and _runs_on_aiter(plan, inputs, scales, return_lse):
+        run = _float8_on_aiter
+    run(plan, inputs, scales, softmax_scale, out, lse)
+    return out if lse is None else (out, lse)
 
 
 def multiplies_float8(
@@ -373,22 +376,25 @@ def _wants_float8(q: Tensor, num_heads_k: int, fp8: bool | None) -> bool:
     return fp8
 
 
-def _check_backend(backend: str | None, device: torch.device) -> None:
+def _check_float8(
+    backend: str | None,
+    device: torch.device,
+    softmax_scale: float,
+    scales: InputScales,
+    num_heads: int,
+) -> None:
     if backend not in (None, "hopper", "portable"):
         raise InvalidInputError("backend", repr(backend), '"hopper" or "portable" for float8')
     if backend is not None and device.type == "cpu":
         reasons = {backend: ("runs on GPUs",)}
         raise UnsupportedError(f"backend={backend} cannot run this call", reasons)
-
-
-def _check_scales(*scales: Tensor | None, num_heads: int) -> None:
+    if not softmax_scale > 0:
+        raise InvalidInputError("softmax_scale", softmax_scale, "a positive number in float8")
     for name, scale in zip(("q_scale", "k_scale", "v_scale"), scales, strict=True):
-        if scale is None:
-            continue
         wanted = f"a tensor of 1 element, or one for each of the {num_heads} KV heads"
-        if not isinstance(scale, Tensor):
+        if scale is not None and not isinstance(scale, Tensor):
             raise InvalidInputError(name, type(scale).__name__, wanted)
-        if scale.numel() not in (1, num_heads):
+        if scale is not None and scale.numel() not in (1, num_heads):
             raise InvalidInputError(name, f"{scale.numel()} elements", wanted)
 
 
@@ -402,14 +408,21 @@ def _check_out(out: Tensor | None, shape: tuple[int, ...], device: torch.device)
         raise InvalidInputError("out", f"{out.dtype} {tuple(out.shape)} on {out.device}", wanted)
 
 
-def _check_lengths(plan: DeviceWork, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> None:
-    for name, given, planned in (
+def _check_lengths(
+    plan: DeviceWork, q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor
+) -> None:
+    if plan.total_q != q.shape[0] or plan.total_k != k.shape[0]:
+        given = f"a plan for {plan.total_q} query tokens and {plan.total_k} keys"
+        raise InvalidInputError("plan", given, f"one for {q.shape[0]} and {k.shape[0]}")
+    if not values_visible(q.device):
+        return
+    for name, given_ends, planned in (
         ("cu_seqlens_q", cu_seqlens_q, plan.qo_indptr),
         ("cu_seqlens_k", cu_seqlens_k, plan.kv_indptr),
     ):
-        if given.tolist() != planned.tolist():
+        if given_ends.tolist() != planned.tolist():
             wanted = f"{planned.tolist()}, which the plan was made from"
-            raise InvalidInputError(name, given.tolist(), wanted)
+            raise InvalidInputError(name, given_ends.tolist(), wanted)
 
 
 def _check_prefill(q: Tensor, k: Tensor, v: Tensor, plan: DeviceWork | None, causal: bool) -> None:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headway import interface
-from headway.errors import InvalidInputError, UnsupportedError
+from headway import gradients, interface
+from headway.errors import UnsupportedError
 from headway.problem import FLOAT8_DTYPES
 
 #: Optional tensors of the operators, under the names that the public functions give them.
@@ -102,13 +102,9 @@ def call(function: str, arguments: dict[str, Any]) -> Tensor | tuple[Tensor, Ten
     q = arguments["q"]
     out = arguments["out"]
     inputs = [x for x in (q, k, v, new_k, new_v, arguments["qv"]) if x is not None]
-    trains = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    if trains and out is not None:
-        given, wanted = (
-            "a tensor beside inputs that require gradients",
-            "the call in torch.no_grad()",
-        )
-        raise InvalidInputError("out", given, wanted)
+    trains = gradients.required(*inputs)
+    if trains:
+        gradients.check_out(out)
     if out is None:
         dtype = torch.bfloat16 if q.dtype in FLOAT8_DTYPES else q.dtype
         out = q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=dtype)
