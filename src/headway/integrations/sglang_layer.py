@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,9 +12,6 @@ from headway import interface
 from headway.errors import UnsupportedError
 from headway.integrations._step import Step
 from headway.problem import FLOAT8_DTYPES, Descales, KVLayout, Mask, Problem, Scores
-
-if TYPE_CHECKING:
-    from headway.integrations.sglang import HeadwayAttnBackend
 
 
 @dataclass
@@ -72,11 +69,21 @@ def _copy_tensors(mine: Any, theirs: Any) -> None:
             _copy_tensors(target, source)
 
 
+class Backend(Protocol):
+    """What a layer asks of the backend that runs it."""
+
+    page_size: int
+    attention_chunk_size: int | None
+    use_mla: bool
+    use_sliding_window_kv_pool: bool
+    token_to_kv_pool: Any
+
+
 @dataclass
 class Layer:
     """A layer's part of a step, and the calls it takes. ``rows`` are queries (T, Hq, D)."""
 
-    backend: HeadwayAttnBackend
+    backend: Backend
     layer: Any
     rows: Tensor
     latent: Tensor | None  # (T, Hq, rank), beside rows of the rotary part
@@ -86,9 +93,7 @@ class Layer:
     want_lse: bool
 
     @staticmethod
-    def of(
-        backend: HeadwayAttnBackend, layer: Any, q: Tensor, batch: Any, options: dict[str, Any]
-    ) -> Layer:
+    def of(backend: Backend, layer: Any, q: Tensor, batch: Any, options: dict[str, Any]) -> Layer:
         heads, rope = layer.tp_q_head_num, options.get("q_rope")
         if rope is None:
             rows, latent = q.reshape(-1, heads, layer.head_dim), None
