@@ -32,7 +32,7 @@ from headway.errors import HeadwayError
 
 def params(draw: random.Random) -> SamplingParams:
     return SamplingParams(
-        max_tokens=draw.randint(1, 6),
+        max_tokens=draw.choice((1, 2, 3, 4, 5, 6, 16)),  # some outgrow their pages
         temperature=draw.choice((0.0, 0.0, 1.0)),
         top_k=draw.choice((0, 5)),
         seed=draw.randrange(99),
