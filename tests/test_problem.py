@@ -338,6 +338,18 @@ def test_debug_checks_is_a_scope() -> None:
     assert not problem.values_visible(meta)
 
 
+def test_debug_checks_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    from headway import problem
+
+    meta = torch.device("meta")
+    for value, on in (("1", True), ("0", False), ("", False)):
+        monkeypatch.setenv("HEADWAY_DEBUG_CHECKS", value)
+        assert problem.values_visible(meta) == on
+    monkeypatch.setenv("HEADWAY_DEBUG_CHECKS", "yes")
+    with pytest.raises(InvalidInputError, match=r"HEADWAY_DEBUG_CHECKS: got 'yes'; want 0 or 1"):
+        problem.values_visible(meta)
+
+
 def test_a_plan_of_another_geometry_is_refused() -> None:
     plan = headway.get_scheduler_metadata(
         2, 1, 12, num_heads_q=4, num_heads_kv=2, headdim=8, cache_seqlens=int32(7, 3), page_size=4

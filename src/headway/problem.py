@@ -241,7 +241,14 @@ def debug_checks(enabled: bool = True) -> Iterator[None]:
 
 def values_visible(device: torch.device) -> bool:
     """Whether checks look at the values of tensors on this device."""
-    return device.type == "cpu" or debug_context.get() or environ.DEBUG_CHECKS.get() == "1"
+    return device.type == "cpu" or debug_context.get() or _checks_everywhere()
+
+
+def _checks_everywhere() -> bool:
+    value = environ.DEBUG_CHECKS.get()
+    if value not in (None, "", "0", "1"):
+        raise InvalidInputError(environ.DEBUG_CHECKS.name, repr(value), "0 or 1")
+    return value == "1"
 
 
 # --- normalisation of arguments ---------------------------------------------------------------------
