@@ -78,18 +78,28 @@ def _by_page_size(reading: Reading) -> str:
 
 
 def _served(reading: Reading) -> str:
-    """Tokens per second of an engine, by shape: whatever the shape is about."""
-    for row in reading.results:
+    """Tokens per second of an engine, by shape: whatever the shape is about. Refusals stand below."""
+    measured = [row for row in reading.results if "error" not in row]
+    for row in measured:
         row["shape"] = (
             f"{row['batch_size']} requests, {row['input_len']} in, {row['output_len']} out"
         )
+    shapes = list(dict.fromkeys(row["shape"] for row in measured))
+    measured.sort(key=lambda row: shapes.index(row["shape"]))
     columns = (
         Column("shape", "all at once"),
         Column("engine", "engine and attention"),
         Column("output_throughput", "output tokens/s", ",.0f"),
         Column("total_throughput", "tokens/s in and out", ",.0f"),
     )
-    return markdown(reading.results, columns)
+    refused = [f"{row['engine']}: {_refusal(row)}" for row in reading.results if "error" in row]
+    return "\n\n".join((markdown(measured, columns), *refused))
+
+
+def _refusal(row: report.Row) -> str:
+    """The provider's own words, where an error quotes them."""
+    lines = [line.strip() for line in str(row["error"]).splitlines()]
+    return lines[1].partition(": ")[2] if len(lines) > 1 else lines[0]
 
 
 def _overhead(reading: Reading) -> str:
