@@ -72,9 +72,9 @@ SERVED = {
     "float8 cache": Served("llama", {"kv_cache_dtype": "fp8_e4m3"}, {"decode_kernel"}),
     "windows and sinks": Served("gpt_oss", {}, HOPPER),
     "latent": Served("deepseek_v3", {}, {*HOPPER, "states_kernel"}),
-    "dense, gfx942": Served("llama", {}, {"attention_kernel", "schedule_kernel"}, "gfx942"),
 }
 MORE = {
+    "dense, gfx942": Served("llama", {}, {"attention_kernel", "schedule_kernel"}, "gfx942"),
     "guesses, page 24": Served("llama", {"speculative": "ngram", "page_size": 24}, HOPPER),
     "no graphs, page 1": Served("llama", {"cuda_graphs": False, "page_size": 1}, HOPPER),
     "experts, norms of heads": Served("qwen3_moe", {}, {*HOPPER, "norm_kernel"}),
