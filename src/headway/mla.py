@@ -340,7 +340,11 @@ def _in_float8(
     if out is None:
         dtype = torch.bfloat16 if q.dtype in FLOAT8_DTYPES else q.dtype
         out = torch.empty(*q.shape[:2], v.shape[2], dtype=dtype, device=q.device)
-    lse = torch.empty(q.shape[1], q.shape[0], device=q.device) if return_lse else None
+    lse = (
+        torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+        if return_lse
+        else None
+    )
     run = _float8_on_cpu
     if q.device.type != "cpu":
         run = functools.partial(_float8_on_kernels, backend=backend)
@@ -572,7 +576,10 @@ def _float8_on_cpu(
     wide = []
     for x, scale, group in zip(inputs, scales, groups, strict=True):
         if x.dtype in FLOAT8_DTYPES:
-            stored, scale = x, torch.ones(1) if scale is None else scale.reshape(-1)
+            stored, scale = (
+                x,
+                x.new_ones(1, dtype=torch.float32) if scale is None else scale.reshape(-1),
+            )
         else:
             stored, scale = _quantised(x, scale, quant.native_float8(x.device), group)
         for_heads = scale.repeat_interleave(group) if scale.numel() > 1 else scale

@@ -441,7 +441,9 @@ class Staging:
 
     def _new_slot(self, size: int) -> tuple[Tensor, Event | None]:
         room = 1 << max(size - 1, 0).bit_length()
-        host = torch.empty(room, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        host = torch.empty(
+            room, dtype=torch.int32, device="cpu", pin_memory=self.device.type == "cuda"
+        )
         return host, None if self._make_event is None else self._make_event()
 
 

@@ -45,7 +45,7 @@ def amax_scale(x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn, per: Per = "
         float32, positive; 1 where all is zero. No device synchronisation.
     """
     _check(x, dtype, per)
-    largest = torch.zeros(x.shape[-2] if per == "head" else 1, device=x.device)
+    largest = torch.zeros(x.shape[-2] if per == "head" else 1, dtype=torch.float32, device=x.device)
     _raise_to_amax(largest, x)
     return _scale_of(largest, dtype)
 
@@ -56,7 +56,7 @@ def amax_scales(
     """:func:`amax_scale` per tensor of several on one device, in fewer launches."""
     if not tensors:
         return []
-    largest = torch.zeros(len(tensors), device=tensors[0].device)
+    largest = torch.zeros(len(tensors), dtype=torch.float32, device=tensors[0].device)
     for i, x in enumerate(tensors):
         _check(x, dtype, "tensor")
         _raise_to_amax(largest[i : i + 1], x)

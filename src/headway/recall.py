@@ -132,12 +132,13 @@ def _torch_guard(
 @functools.cache
 def _compiled_guards() -> Callable[..., Callable[..., bool]] | None:
     """:func:`_torch_guard`, if it does what this module takes it for: it may change with torch."""
-    example, like = torch.empty(2, 3, 4), torch.ones(2, 3, 4)
+    example = torch.empty(2, 3, 4, dtype=torch.float32, device="cpu")
+    like = torch.ones_like(example)
     others = (
-        torch.empty(2, 3, 5),
-        torch.empty(2, 4, 3).transpose(1, 2),
-        torch.empty(2, 3, 4, dtype=torch.int32),
-        torch.empty(2, 3, 4, device="meta"),
+        example.new_empty(2, 3, 5),
+        example.new_empty(2, 4, 3).transpose(1, 2),
+        example.new_empty(2, 3, 4, dtype=torch.int32),
+        example.new_empty(2, 3, 4, device="meta"),
         None,
     )
     try:

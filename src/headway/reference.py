@@ -149,7 +149,7 @@ def apply_score_mod(problem: Problem, scores: Tensor, b: int, pos: Tensor, keys:
     changed = mod(scores, *_indices(problem, b, pos, keys), *aux)
     if changed is None:
         raise InvalidInputError("score_mod", "None returned by it", "the new score, returned")
-    return torch.as_tensor(changed).to(scores.dtype).expand_as(scores)
+    return torch.as_tensor(changed, device=scores.device).to(scores.dtype).expand_as(scores)
 
 
 def visible_keys(problem: Problem, b: int, pos: Tensor, keys: Tensor) -> Tensor:

@@ -242,7 +242,9 @@ class HeadwayImpl(AttentionImpl[HeadwayMetadata]):
         self.logits_soft_cap = float(logits_soft_cap or 0.0)
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.sinks = sinks
-        self.alibi_slopes = None if alibi_slopes is None else torch.tensor(alibi_slopes)
+        self.alibi_slopes = None
+        if alibi_slopes is not None:  # models are built while torch's default dtype is theirs
+            self.alibi_slopes = torch.tensor(alibi_slopes, dtype=torch.float32)
         config = get_current_vllm_config_or_none()
         all_to_all = config is not None and config.parallel_config.dcp_comm_backend == "a2a"
         self._combine = dcp_a2a_lse_reduce if all_to_all else cp_lse_ag_out_rs

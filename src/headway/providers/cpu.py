@@ -179,7 +179,7 @@ class _CompiledRepeat:
 
     def __init__(self, problem: Problem, new: Append, otherwise: Repeat) -> None:
         self._out_shape, self._out_dtype = problem.out_shape, problem.out_dtype
-        out = torch.empty(self._out_shape, dtype=self._out_dtype)
+        out = torch.empty(self._out_shape, dtype=self._out_dtype, device="cpu")
         self._append = _append_call(problem, new, problem.q)
         self._attention = _attention_call(problem, problem.q, out, None)
         self._strides = _strides(problem.q, problem.k, problem.v, new.k, new.v)
@@ -196,7 +196,7 @@ class _CompiledRepeat:
     ) -> Tensor:
         if _strides(q, k, v, new_k, new_v) != self._strides:
             return self._otherwise(q, k, v, new_k, new_v, sinks)
-        out = torch.empty(self._out_shape, dtype=self._out_dtype)
+        out = torch.empty(self._out_shape, dtype=self._out_dtype, device="cpu")
         wide_sinks = None if sinks is None else sinks.float()
         self._append.run_with(new_k, new_v, k, v)
         self._attention.run_with(q, k, v, out, wide_sinks)

@@ -220,7 +220,7 @@ def _plan(part: _Planned, p: Problem) -> None:
 
 def _int32(values: list[int]) -> Tensor:
     """On the host, where FlashInfer's planner reads them."""
-    return torch.tensor(values, dtype=torch.int32)
+    return torch.tensor(values, dtype=torch.int32, device="cpu")
 
 
 def _query_offsets(p: Problem) -> list[int]:

@@ -246,7 +246,7 @@ class AppendCall:
         elements = k_new.numel() + v_new.numel() + (0 if q is None else q.numel())
         threads = max(1, min(thread_count(), elements // ELEMENTS_PER_THREAD))
         thread_bytes = 4 * max(k.shape[-1], v.shape[-1])
-        scratch = torch.empty(threads * thread_bytes, dtype=torch.uint8)
+        scratch = torch.empty(threads * thread_bytes, dtype=torch.uint8, device="cpu")
         k_strides, v_strides = k.stride(), v.stride()
         arguments = ctypes.create_string_buffer(_PACKED.size)
         address = ctypes.addressof(arguments)

@@ -606,7 +606,7 @@ def _compiled(dtype: str) -> tuple[Any, int]:
 @cache
 def _float8_table(dtype: torch.dtype) -> Tensor:
     """The 256 values of a float8 dtype as float32."""
-    return torch.arange(256, dtype=torch.uint8).view(dtype).float()
+    return torch.arange(256, dtype=torch.uint8, device="cpu").view(dtype).float()
 
 
 def _kv_dtype_name(dtype: torch.dtype) -> str:
@@ -704,7 +704,8 @@ class AttentionCall:
         )
         slot_floats = tile_rows * (2 + width_v)
         slots = 2 * CHUNKS_PER_THREAD * threads
-        scratch = torch.empty(threads * thread_bytes + 4 * slots * slot_floats, dtype=torch.uint8)
+        scratch_bytes = threads * thread_bytes + 4 * slots * slot_floats
+        scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device="cpu")
         q_strides, out_strides = q.stride(), out.stride()
         k_strides, v_strides = k.stride(), v.stride()
         float8 = k.dtype if k.dtype in FLOAT8_DTYPES else q.dtype

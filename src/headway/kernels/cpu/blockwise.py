@@ -68,8 +68,8 @@ def _attend_rows(problem: Problem, s: Sequence1, rows: slice) -> tuple[Tensor, T
     pos = s.positions[rows]
     first, last = int(pos[0]), int(pos[-1])
     start, stop = _visible_range(problem.mask, first, last, s.k.shape[0])
-    keys = torch.arange(start, stop)
     k, v = s.k[start:stop], s.v[start:stop]
+    keys = torch.arange(start, stop, device=k.device)
     scores = _grouped_products(s.q[rows], k)
     if s.qv is not None:
         scores = scores + _grouped_products(s.qv[rows], v)

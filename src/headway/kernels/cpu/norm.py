@@ -88,7 +88,8 @@ class RMSNorm:
         self.eps = eps
         self.style = style
         width = weight.shape[0]
-        self._weight = torch.zeros(-(-width // simd.LANES) * simd.LANES)
+        padded = -(-width // simd.LANES) * simd.LANES
+        self._weight = torch.zeros(padded, dtype=torch.float32, device="cpu")
         self._weight[:width] = weight.detach().float() + (style is NormStyle.OFFSET)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -100,10 +101,10 @@ class RMSNorm:
         *shape, width = x.shape
         inner, inner_stride = (1, 0) if len(shape) == 1 else (shape[1], x.stride(1))
         rows = shape[0] * inner
-        out = torch.empty(x.shape, dtype=x.dtype)
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         threads = max(1, min(thread_count(), rows * width // ELEMENTS_PER_THREAD))
         thread_bytes = 4 * self._weight.shape[0]
-        scratch = torch.empty(threads * thread_bytes, dtype=torch.uint8)
+        scratch = torch.empty(threads * thread_bytes, dtype=torch.uint8, device="cpu")
         arguments = ctypes.create_string_buffer(_PACKED.size)
         address = ctypes.addressof(arguments)
         _PACKED.pack_into(

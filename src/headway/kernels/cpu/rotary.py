@@ -102,12 +102,12 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     """
     tokens, q_heads, dim = q.shape
     k_heads = k.shape[1]
-    q_out = torch.empty((tokens, q_heads, dim), dtype=q.dtype)
-    k_out = torch.empty((tokens, k_heads, dim), dtype=q.dtype)
+    q_out = torch.empty((tokens, q_heads, dim), dtype=q.dtype, device=q.device)
+    k_out = torch.empty((tokens, k_heads, dim), dtype=q.dtype, device=q.device)
     elements = tokens * (q_heads + k_heads) * dim
     threads = max(1, min(thread_count(), elements // ELEMENTS_PER_THREAD))
     thread_bytes = 8 * dim
-    scratch = torch.empty(threads * thread_bytes, dtype=torch.uint8)
+    scratch = torch.empty(threads * thread_bytes, dtype=torch.uint8, device="cpu")
     arguments = ctypes.create_string_buffer(_PACKED.size)
     address = ctypes.addressof(arguments)
     _PACKED.pack_into(
