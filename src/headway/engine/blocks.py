@@ -54,7 +54,7 @@ def style_of(norm: nn.Module) -> NormStyle | None:
     if not isinstance(weight, Tensor) or not isinstance(eps, float):
         return None
     alone = copy.deepcopy(norm).to_empty(device="cpu")
-    given = random_like(*weight.shape, like=torch.empty(0, dtype=weight.dtype))
+    given = random_like(*weight.shape, like=torch.empty(0, dtype=weight.dtype, device="cpu"))
     alone.load_state_dict({"weight": given}, strict=False)
     x = random_like(1, TRIAL_ROWS, weight.shape[0], like=given)
     want = alone(x)

@@ -94,7 +94,7 @@ class Rehearsal:
             given |= {"w_uk": layer.w_uk.to(dtype), "w_uv": layer.w_uv.to(dtype)}
             rotary_dim = 0
         if config.kv_cache_dtype == "fp8_e4m3":
-            descale = torch.empty(layer.num_kv_heads, device=META)
+            descale = torch.empty(layer.num_kv_heads, dtype=torch.float32, device=META)
             given |= {"k_descale": descale, "v_descale": descale}
         layer = dataclasses.replace(layer, **given)
         return Rehearsal(layer, config.resolved("cuda"), dtype, max_model_len, rotary_dim)
