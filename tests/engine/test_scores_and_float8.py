@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -79,3 +80,22 @@ def test_a_float8_cache_holds_more_tokens(llama: TinyModel) -> None:
         for dtype in ("auto", "fp8_e4m3")
     ]
     assert pages[1] == 4 * pages[0]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "deepseek_v3"])
+@pytest.mark.parametrize("settings", [{}, {"overlap": True}, {"speculative": "ngram"}], ids=str)
+def test_a_pool_too_small_changes_no_answer_of_a_float8_cache(
+    name: str, settings: dict[str, Any], tiny: Callable[[str], TinyModel]
+) -> None:
+    """What is taken from the prefix cache, or computed again after a preemption, is stored as before."""
+    prompts = [[1, 2, 3, 4, 5, 6] * 6, [9, 8, 7] * 11 + [5], [3] * 20, [1, 2, 3] * 12]
+    greedy = SamplingParams(max_tokens=30, temperature=0)
+    float8: dict[str, Any] = {"kv_cache_dtype": "fp8_e4m3", "page_size": 4, "max_model_len": 80}
+    model = tiny(name)
+    alone = engine(model, disable_prefix_cache=True, **float8)
+    wanted = [alone.generate([prompt], greedy)[0].token_ids for prompt in prompts]
+    tight = engine(model, kv_cache_tokens=120, **float8, **settings)
+    for _ in range(2):  # the second time from the prefix cache, as far as it still holds
+        assert [one.token_ids for one in tight.generate(prompts, greedy)] == wanted
+    assert tight.stats().preemptions > 0
+    assert tight.stats().pages_used == 0
