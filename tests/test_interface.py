@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import pickle
 import subprocess
 import sys
 from typing import Any
@@ -182,3 +183,13 @@ def test_import_is_cheap_and_lazy() -> None:
 @pytest.mark.parametrize("name", headway.__all__)
 def test_every_public_name_has_a_docstring(name: str) -> None:
     assert inspect.getdoc(getattr(importlib.import_module("headway"), name))
+
+
+def test_errors_cross_processes() -> None:
+    wrong = InvalidInputError("page_table", torch.Size([2]), "(2, any)")
+    refused = UnsupportedError("backend=fa3 cannot", {"fa3": ["no GPU"]}, ["cpu"])
+    for error in (wrong, refused):
+        copy = pickle.loads(pickle.dumps(error))
+        assert type(copy) is type(error)
+        assert str(copy) == str(error)
+        assert {**vars(copy)} == {**vars(error)}

@@ -6,6 +6,7 @@ Every message names the argument, what was given, and what would work.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 class HeadwayError(Exception):
@@ -17,7 +18,12 @@ class InvalidInputError(HeadwayError, ValueError):
 
     def __init__(self, argument: str, given: object, wanted: str) -> None:
         self.argument = argument
+        self._parts = argument, str(given), wanted
         super().__init__(f"{argument}: got {given}; want {wanted}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Engines hand errors from one process to another."""
+        return type(self), self._parts
 
 
 class UnsupportedError(HeadwayError, NotImplementedError):
@@ -39,6 +45,10 @@ class UnsupportedError(HeadwayError, NotImplementedError):
         if self.alternatives:
             lines.append(f"  would run this call: {', '.join(self.alternatives)}")
         super().__init__("\n".join(lines))
+        self._message = message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._message, self.reasons, self.alternatives)
 
 
 class HeadwayWarning(UserWarning):
