@@ -290,7 +290,7 @@ def _rope_agrees(original: Callable[..., Any], fast: Callable[..., Any]) -> bool
     """Tried with both forms of cos and sin; the one a model does not use may fail in its function."""
     if list(inspect.signature(original).parameters)[:4] != ["q", "k", "cos", "sin"]:
         return False  # rotates one tensor at a time, say
-    tried, like = 0, torch.zeros(1)
+    tried, like = 0, torch.zeros(1, dtype=torch.float32, device="cpu")
     for repeats in (2, 1):
         q, k = random_like(1, 4, 5, 16, like=like), random_like(1, 2, 5, 16, like=like)
         angles = random_like(1, 5, 8, like=like).repeat(1, 1, repeats)

@@ -147,7 +147,7 @@ def _draw(logits: Tensor, rows: Sequence[Row]) -> Tensor:
             picked = _draw_from_head(subset, params, numbers, logits.shape[-1])
         elif kind == NUCLEUS:
             each = zip(subset, params, numbers, strict=True)
-            picked = torch.tensor([_draw_from_nucleus(*one) for one in each])
+            picked = torch.tensor([_draw_from_nucleus(*one) for one in each], device=logits.device)
         elif kind == WHOLE:
             probs = _keep_min_p(torch.softmax(subset, dim=-1), params)
             picked = _invert(probs, numbers)

@@ -28,8 +28,9 @@ def agree(mine: Tensor, theirs: Tensor) -> bool:
 
 
 def random_like(*shape: int, like: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(len(shape) + shape[-1])
-    return torch.randn(*shape, generator=generator).to(like.device, like.dtype)
+    generator = torch.Generator("cpu").manual_seed(len(shape) + shape[-1])
+    drawn = torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu")
+    return drawn.to(like.device, like.dtype)
 
 
 def looks_plain(layer: nn.Module) -> bool:
