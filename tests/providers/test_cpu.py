@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
+from headway import UnsupportedError
 from headway.providers import cpu
 from tests.calls import Call, assert_matches, calls
 from tests.providers import feature_calls
@@ -43,3 +44,11 @@ def test_calls_without_compiled_kernels_are_said_to_be(monkeypatch: pytest.Monke
     assert "torch operations" in cpu.PROVIDER.note(modified)
     monkeypatch.setattr(cpu, "_numba_installed", lambda: False)
     assert "headway[cpu]" in cpu.PROVIDER.note(plain)
+
+
+def test_a_mod_that_no_kernel_could_have_is_refused_here_too() -> None:
+    """A CPU sees scores in blocks: a sum over them would depend on where these end."""
+    call = feature_calls.named("dense score_mod")
+    call.kwargs |= {"score_mod": lambda score, *rest: score - score.sum()}
+    with pytest.raises(UnsupportedError, match="a mod sees single scores"):
+        call.run("cpu")
