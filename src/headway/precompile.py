@@ -138,7 +138,9 @@ def _layer_cases(name: str, rehearsal: Rehearsal, model: nn.Module) -> Iterator[
         tokens = f"{few}" if few == many else f"{few} to {many}"
         prefill = functools.partial(rehearsal.prefill, band)
         yield Case(f"{tokens} new tokens{name}", prefill)
-    if not isinstance(rehearsal.layer, MLALayer):
+    if isinstance(rehearsal.layer, MLALayer):
+        yield Case(f"passes over the cache{name}", rehearsal.passes)
+    else:
         styles = [norm.style for norm in head_norms_of(model)]
         write = functools.partial(rehearsal.writes, styles)
         yield Case(f"write{name}", write)

@@ -7,9 +7,12 @@ because the tests run Triton's interpreter, which a process chooses once.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import math
 import multiprocessing
+import random
 import sys
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -36,6 +39,9 @@ from headway.kernels.norm_style import NormStyle
 
 #: New tokens of requests that come one after the other, to an engine that decodes the ones before.
 PROMPTS = (8, 1, 300, 17, 40, 5, 70, 1000, 2500, 333, 2, 640, 12)
+
+#: Steps of random lengths.
+RANDOM_STEPS = 150
 
 
 class Known:
@@ -164,6 +170,44 @@ def prompts(longest: int) -> Iterator[list[int]]:
     yield [3] * min(longest, 300) + [4] * min(longest // 2, 23)  # begins as an earlier one did
 
 
+# --- what else could be launched --------------------------------------------------------------------
+
+
+def at_random(config: EngineConfig, target: str) -> dict[str, str]:
+    """What steps of random lengths launch in every kind of layer."""
+    cases = precompile.model_cases(config)
+    layers = {id(one): one for case in cases if (one := rehearsal_of(case)) is not None}
+    found: dict[str, str] = {}
+    for one in layers.values():
+        stage, draws = rehearsal._Stage(one), random.Random(0)
+        steps = [random_step(draws, one.max_model_len) for _ in range(RANDOM_STEPS)]
+        found |= kernels(functools.partial(run, stage, steps), target)
+    return found
+
+
+def run(stage: rehearsal._Stage, steps: list[list[tuple[int, int]]]) -> None:
+    for step in steps:
+        if step:
+            stage.step(step)
+
+
+def rehearsal_of(case: ahead.Case) -> rehearsal.Rehearsal | None:
+    owner = getattr(getattr(case.launch, "func", case.launch), "__self__", None)
+    return owner if isinstance(owner, rehearsal.Rehearsal) else None
+
+
+def random_step(draws: random.Random, longest: int) -> list[tuple[int, int]]:
+    """Sequences, each (tokens in the cache, new tokens), decoding ones first."""
+    most_new, most_cached = (2 ** draws.uniform(0, math.log2(longest)) for _ in range(2))
+    step = [(draws.randint(16, longest - 1), 1) for _ in range(draws.choice((0, 0, 1, 3, 9)))]
+    for _ in range(int(2 ** draws.uniform(0, 3))):
+        new = math.ceil(draws.uniform(0.5, 1) * most_new)
+        cached = min(int(draws.uniform(0.3, 1) * most_cached), longest - new)
+        if sum(new for _, new in step) + new <= 16384:
+            step.append((cached, new))
+    return step
+
+
 def in_fresh_process(function: Callable[[EngineConfig, str], dict[str, str]], *given: Any) -> Any:
     """What launchers keep from call to call must not hide what a process of its own compiles."""
     with multiprocessing.get_context("fork").Pool(1) as pool:
@@ -177,6 +221,7 @@ if __name__ == "__main__":
         target, settings = json.loads(words)
         given = EngineConfig(**settings), target
         there, wanted = in_fresh_process(compiled, *given), in_fresh_process(launched, *given)
+        wanted |= in_fresh_process(at_random, *given)
         missing = [what for key, what in wanted.items() if key not in there]
         names = sorted({what.split()[0] for what in wanted.values()})
         print(json.dumps({"names": names, "missing": missing}), flush=True)

@@ -28,7 +28,7 @@ from headway.engine.scheduler import Chunk
 from headway.engine.scheduler import Sequence as TokenSequence
 from headway.kernels.norm_style import NormStyle
 from headway.serving.base import AttentionLayer, GraphLimits, TokenRotary
-from headway.serving.mla import MLALayer
+from headway.serving.mla import CHUNK_TOKENS, MLALayer
 
 #: New tokens of the sequences in a step, by the kernels that they may need: few are decode's, one kernel
 #: for every power of two of them; the others differ in how tiles are filled and keys are cut.
@@ -37,13 +37,13 @@ BANDS: tuple[tuple[int, ...], ...] = (
     (3, 4),
     (5, 6, 7, 8),
     tuple(range(9, 17)),
-    (17, 20, 32, 33, 50, 64),
+    (17, 20, 31, 32, 33, 50, 64),
     (65, 96, 100, 128, 200, 300, 512, 640, 1000, 1024, 2048),
-    (2049, 4096, 6000, 16384),
+    (2049, 2063, 4096, 6000, 16384),
 )
 
 #: Tokens that the sequences of a step have in the cache already, beside as many as there is room for.
-CONTEXTS = (0, 16, 200, 1024, 4096, 16384, 65536)
+CONTEXTS = (0, 16, 200, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 
 #: Sequences of a step that share nothing but their lengths.
 BATCHES = (1, 4, 32)
@@ -124,6 +124,19 @@ class Rehearsal:
                 stage.step([(context, new)] * batch_size)
                 if batch_size == 1 and new < _given(self.config.chunked_prefill_size):
                     stage.step([(context, 1), (context, new)])  # rows behind a decoding sequence's
+                    stage.step(
+                        [(context, new), (context, 1)]
+                    )  # as long, of another number of tokens
+
+    def passes(self) -> None:
+        """Latent layers: prompts that pass over the cache as often as one kernel merges, and once more."""
+        from headway.kernels.portable.combine import MOST_STATES
+
+        stage, batch_size = _Stage(self), min(64, _given(self.config.max_running_requests))
+        for count in range(1, MOST_STATES + 1):
+            context = count * (CHUNK_TOKENS // batch_size)
+            if context + 2 <= self.max_model_len:
+                stage.step([(context, 2)] * batch_size)
 
     def _contexts(self, new: int, batch_size: int) -> Iterator[int]:
         """Cached tokens that there may be before ``new`` ones; none where those are too many."""

@@ -456,7 +456,11 @@ def _descales(layer: AttentionLayer, batch_size: int) -> Descales:
     k, v = layer.k_descale, layer.v_descale
     if k is None and v is None:
         return Descales()
-    wide = (None if t is None else t.expand(batch_size, -1) for t in (k, v))
+    # Not expanded, which gives one sequence another stride than several, and so another kernel.
+    wide = (
+        None if t is None else t.as_strided((batch_size, t.shape[0]), (0, t.stride(0)))
+        for t in (k, v)
+    )
     return Descales(None, *wide)
 
 

@@ -121,7 +121,7 @@ def combine_kernel(
         tl.store(lse_ptr + lse_at, lse)
 
 
-@jit
+@triton.jit(do_not_specialize=["count"])
 def merge_kernel(
     part_out,
     part_lse,

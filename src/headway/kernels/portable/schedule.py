@@ -94,12 +94,13 @@ def work_bound(batch_size: int, tiles: int, slots: int, max_splits: int) -> int:
 def empty_schedule(
     batch_size: int, tiles: int, slots: int, max_splits: int, device: torch.device
 ) -> Schedule:
-    """Buffers for :func:`schedule`; one allocation."""
+    """Buffers for :func:`schedule`; one allocation, in which each begins at a multiple of 16 bytes."""
     num_work = work_bound(batch_size, tiles, slots, max_splits)
-    flat = torch.empty(2 * batch_size + 1 + num_work, dtype=torch.int32, device=device)
-    return Schedule(
-        flat[:batch_size], flat[batch_size : 2 * batch_size + 1], flat[2 * batch_size + 1 :]
-    )
+    starts_at = cdiv(batch_size, 4) * 4
+    work_at = starts_at + cdiv(batch_size + 1, 4) * 4
+    flat = torch.empty(work_at + num_work, dtype=torch.int32, device=device)
+    starts = flat[starts_at : starts_at + batch_size + 1]
+    return Schedule(flat[:batch_size], starts, flat[work_at:])
 
 
 def schedule(
