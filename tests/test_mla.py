@@ -77,6 +77,15 @@ def test_stored_float8_with_scales_equals_quantising_here(per):
     assert error(out, reference(q, k, v)[0]) < FLOAT8_ERROR
 
 
+@pytest.mark.parametrize("fp8", [False, True])
+def test_keys_may_come_without_the_part_that_all_heads_share(fp8):
+    q, k, v = inputs()
+    rope = torch.randn(117, 1, 64, generator=torch.Generator().manual_seed(3)).bfloat16()
+    whole = torch.cat((k[..., :128], rope.expand(-1, 4, -1)), dim=-1)
+    out = mla.prefill(q, k[..., :128], v, CU_Q, CU_K, k_rope=rope, fp8=fp8)
+    assert torch.equal(out, mla.prefill(q, whole, v, CU_Q, CU_K, fp8=fp8))
+
+
 def test_environment_switches_float8_on(monkeypatch):
     q, k, v = inputs()
     float8 = mla.prefill(q, k, v, CU_Q, CU_K, fp8=True)
@@ -160,6 +169,7 @@ def test_chunks_of_a_prefix_merge_to_the_whole():
         ({"plan": mla.plan_prefill(CU_Q, CU_Q, num_heads_k=4)}, "43 query tokens and 43 keys"),
         ({"k": torch.zeros(117, 4, 128, dtype=torch.bfloat16)}, "one width"),
         ({"v": torch.zeros(117, 4, 128)}, "one dtype"),
+        ({"k_rope": torch.zeros(117, 1, 64, dtype=torch.bfloat16)}, "k_rope "),
         ({"q": torch.zeros(43, 4, 192).to(torch.float8_e4m3fn), "fp8": False}, "float8 inputs"),
         ({"fp8": False, "q_scale": torch.ones(1)}, "scales without float8"),
         ({"softmax_scale": -0.1}, "positive number"),

@@ -6,7 +6,6 @@ Absorbed decode (576/512 against one latent cache) is an ordinary attention call
 
 from __future__ import annotations
 
-import functools
 import os
 from dataclasses import replace
 from typing import Any, TypeAlias
@@ -248,6 +247,7 @@ def prefill(
     q_scale: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    k_rope: Tensor | None = None,
     plan: DeviceWork | None = None,
     out: Tensor | None = None,
     return_lse: bool = False,
@@ -255,9 +255,10 @@ def prefill(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Prefill attention after the up-projection of latent keys and values, heads 192 and 128 wide.
 
-    In float8 the inputs are quantised with one scale per tensor, taken from their largest magnitudes unless
-    scales are given, and attended over a persistent schedule. Otherwise this is
-    :func:`headway.flash_attn_varlen_func`. A chunk of cached prefix is a call with ``causal=False``.
+    In float8 the inputs are quantised by scales taken from their largest magnitudes unless some are given
+    (Hopper: of each query, and of 128 keys or values of a head; elsewhere of a tensor), and attended over
+    a persistent schedule. Otherwise this is :func:`headway.flash_attn_varlen_func`. A chunk of
+    cached prefix is a call with ``causal=False``.
 
     Args:
         q: (total_q, Hq, D), k: (total_k, Hkv, D), v: (total_k, Hkv, Dv); bfloat16 or float16, or float8.
@@ -267,6 +268,8 @@ def prefill(
             where aiter has kernels for it (gfx950) and 0 elsewhere.
         q_scale, k_scale, v_scale: float32, one element or one per KV head: the number that a stored 1
             means.
+        k_rope: (total_k, 1 or Hkv, R), the last columns of the keys, where k is only the first D - R: saves
+            putting them together on Hopper in float8.
         plan: from :func:`plan_prefill`, made once per step; without, made here, which reads cu_seqlens.
         out: (total_q, Hq, Dv), where to put the result.
         backend: whose kernels run it: in float8 "hopper" or "portable", by default the fastest that takes
@@ -286,7 +289,7 @@ def prefill(
             raise InvalidInputError("q_scale", "scales without float8", "fp8=True, or no scales")
         return flash_attn_varlen_func(
             q,
-            k,
+            _joined(k, k_rope),
             v,
             cu_seqlens_q,
             cu_seqlens_k,
@@ -299,7 +302,7 @@ def prefill(
             backend=backend,
         )
     _check_float8(backend, q.device, scale, (q_scale, k_scale, v_scale), k.shape[-2])
-    _check_prefill(q, k, v, plan, causal)
+    _check_prefill(q, k, v, k_rope, plan, causal)
     _check_out(out, (*q.shape[:2], v.shape[2]), q.device)
     if plan is None:
         plan = plan_prefill(
@@ -313,12 +316,12 @@ def prefill(
         )
     _check_lengths(plan, q, k, cu_seqlens_q, cu_seqlens_k)
     scales = (q_scale, k_scale, v_scale)
-    if not gradients.required(q, k, v):
-        return _in_float8(plan, (q, k, v), scales, scale, out, return_lse, backend)
+    if not gradients.required(q, k, v, k_rope):
+        return _in_float8(plan, (q, k, v), k_rope, scales, scale, out, return_lse, backend)
     gradients.check_out(out)
     with torch.no_grad():
-        result = _in_float8(plan, (q, k, v), scales, scale, None, True, backend)
-    refused = gradients.refused(result[0], q, k, v)
+        result = _in_float8(plan, (q, k, v), k_rope, scales, scale, None, True, backend)
+    refused = gradients.refused(result[0], q, k, v, k_rope)
     return (refused, result[1]) if return_lse else refused
 
 
@@ -329,6 +332,7 @@ InputScales: TypeAlias = "tuple[Tensor | None, Tensor | None, Tensor | None]"
 def _in_float8(
     plan: DeviceWork,
     inputs: Inputs,
+    k_rope: Tensor | None,
     scales: InputScales,
     softmax_scale: float,
     out: Tensor | None,
@@ -336,7 +340,7 @@ def _in_float8(
     backend: str | None,
 ) -> Any:
     """``out`` or ``(out, lse)`` of a checked call, by the kernels of its device."""
-    q, _, v = inputs
+    q, k, v = inputs
     if out is None:
         dtype = torch.bfloat16 if q.dtype in FLOAT8_DTYPES else q.dtype
         out = torch.empty(*q.shape[:2], v.shape[2], dtype=dtype, device=q.device)
@@ -345,12 +349,13 @@ def _in_float8(
         if return_lse
         else None
     )
-    run = _float8_on_cpu
-    if q.device.type != "cpu":
-        run = functools.partial(_float8_on_kernels, backend=backend)
+    call = scales, softmax_scale, out, lse
     if backend is None and _runs_on_aiter(plan, inputs, scales, return_lse):
-        run = _float8_on_aiter
-    run(plan, inputs, scales, softmax_scale, out, lse)
+        _float8_on_aiter(plan, (q, _joined(k, k_rope), v), *call)
+    elif q.device.type == "cpu":
+        _float8_on_cpu(plan, (q, _joined(k, k_rope), v), *call)
+    else:
+        _float8_on_kernels(plan, inputs, k_rope, *call, backend)
     return out if lse is None else (out, lse)
 
 
@@ -378,6 +383,10 @@ def _wants_float8(q: Tensor, num_heads_k: int, fp8: bool | None) -> bool:
     if stored and not fp8:
         raise InvalidInputError("fp8", "False with float8 inputs", "True, or inputs in bfloat16")
     return fp8
+
+
+def _joined(k: Tensor, k_rope: Tensor | None) -> Tensor:
+    return k if k_rope is None else torch.cat((k, k_rope.expand(-1, k.shape[1], -1)), dim=-1)
 
 
 def _check_float8(
@@ -429,14 +438,28 @@ def _check_lengths(
             raise InvalidInputError(name, given_ends.tolist(), wanted)
 
 
-def _check_prefill(q: Tensor, k: Tensor, v: Tensor, plan: DeviceWork | None, causal: bool) -> None:
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
+def _check_prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_rope: Tensor | None,
+    plan: DeviceWork | None,
+    causal: bool,
+) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v), ("k_rope", k_rope)):
+        if tensor is None:
+            continue
         if tensor.dim() != 3 or tensor.stride(-1) != 1 or tensor.dtype != q.dtype:
             given = f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
             wanted = "three tensors (tokens, heads, width) of one dtype, contiguous in width"
             raise InvalidInputError(name, given, wanted)
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if k.shape[:2] != v.shape[:2] or q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
+    if k_rope is not None:
+        shapes += f", k_rope {tuple(k_rope.shape)}"
+        if k_rope.shape[0] != k.shape[0] or k_rope.shape[1] not in (1, k.shape[1]):
+            raise InvalidInputError("k_rope", shapes, "as many tokens as k, and 1 or as many heads")
+    width = k.shape[2] + (0 if k_rope is None else k_rope.shape[2])
+    if k.shape[:2] != v.shape[:2] or q.shape[2] != width or q.shape[1] % k.shape[1]:
         wanted = "k and v of as many tokens and heads, q and k of one width, Hkv dividing Hq"
         raise InvalidInputError("k", shapes, wanted)
     if plan is None:
@@ -506,61 +529,125 @@ def _float8_on_aiter(
 def _float8_on_kernels(
     plan: DeviceWork,
     inputs: Inputs,
+    k_rope: Tensor | None,
     scales: InputScales,
     softmax_scale: float,
     out: Tensor,
     lse: Tensor | None,
-    *,
-    backend: str | None = None,
+    backend: str | None,
 ) -> None:
     from headway.kernels.portable.mla_prefill import Scales, mla_prefill
-    from headway.kernels.portable.quantise import transpose_values
+
+    lse_rows = None if lse is None else lse.T
+    if _runs_on_hopper(backend, plan, inputs, out):
+        _float8_on_hopper(plan, inputs, k_rope, scales, softmax_scale, out, lse_rows)
+        return
+    q, k, v = inputs
+    q, k, values, scales = _scaled_by_tensor(plan, (q, _joined(k, k_rope), v), scales)
+    mla_prefill(
+        plan,
+        q,
+        k,
+        values,
+        out,
+        lse_rows,
+        softmax_scale=softmax_scale,
+        scales=Scales(*scales),
+        v_transposed=True,
+    )
+
+
+def _float8_on_hopper(
+    plan: DeviceWork,
+    inputs: Inputs,
+    k_rope: Tensor | None,
+    scales: InputScales,
+    softmax_scale: float,
+    out: Tensor,
+    lse_rows: Tensor | None,
+) -> None:
+    """Scales that are not given are those of each query, and of each block of keys and of values."""
+    from headway.kernels.hopper.mla_prefill import mla_prefill, takes_queries
+    from headway.kernels.portable.mla_prefill import Scales
+    from headway.kernels.portable.quantise_blocks import quantise_blocks, takes
 
     q, k, v = inputs
-    stored = q.dtype in FLOAT8_DTYPES
-    dtype = q.dtype if stored else quant.native_float8(q.device)
-    if not stored:
-        scales = _scales_of(inputs, scales, dtype)
-    q_scale, k_scale, v_scale = scales
-    if not stored:
-        q = _quantised(q, q_scale, dtype, q.shape[1] // k.shape[1]).values
-        k = _quantised(k, k_scale, dtype, 1).values
+    records = None
+    if takes(k, v, k_rope):
+        q_scale, k_scale, v_scale = (None if s is None else s.reshape(-1).float() for s in scales)
+        if not takes_queries(q):
+            q, q_scale = _quantised(q, q_scale, torch.float8_e4m3fn, q.shape[1] // k.shape[1])
+        k, values, records = quantise_blocks(
+            k,
+            v,
+            (k_scale, v_scale),
+            plan.kv_indptr,
+            plan.value_indptr,
+            plan.padded_keys,
+            plan.max_seqlen_k,
+            torch.float8_e4m3fn,
+            k_rope=k_rope,
+            block_n=plan.granularity.kvlen,
+        )
+        of_blocks = None, None
+        scales = q_scale, *((k_scale, v_scale) if records is None else of_blocks)
+    else:
+        q, k, values, scales = _scaled_by_tensor(plan, (q, _joined(k, k_rope), v), scales)
+    mla_prefill(
+        plan,
+        q,
+        k,
+        values,
+        out,
+        lse_rows,
+        softmax_scale=softmax_scale,
+        scales=Scales(*scales),
+        records=records,
+    )
+
+
+def _scaled_by_tensor(
+    plan: DeviceWork, inputs: Inputs, scales: InputScales
+) -> tuple[Tensor, Tensor, Tensor, InputScales]:
+    """(q, k, values transposed, scales) in float8, as they are or by a scale each, as given or found."""
+    q, k, v = inputs
+    if q.dtype in FLOAT8_DTYPES:
+        return q, k, _transposed(v, None, q.dtype, plan), scales
+    dtype = quant.native_float8(q.device)
+    scales = _scales_of(inputs, scales, dtype)
+    q = _quantised(q, scales[0], dtype, q.shape[1] // k.shape[1]).values
+    k = _quantised(k, scales[1], dtype, 1).values
+    return q, k, _transposed(v, scales[2], dtype, plan), scales
+
+
+def _transposed(v: Tensor, scale: Tensor | None, dtype: torch.dtype, plan: DeviceWork) -> Tensor:
+    """Values (Hkv, Dv, padded keys) in float8; ``scale``: of values that are not in float8 yet."""
+    from headway.kernels.portable.quantise import transpose_values
+
     values = torch.empty(*v.shape[1:], plan.padded_keys, dtype=dtype, device=v.device)
     transpose_values(
         v,
-        None if stored else v_scale,
+        scale,
         values,
         plan.kv_indptr,
         plan.value_indptr,
         plan.max_seqlen_k,
         plan.granularity.kvlen,
     )
-    options: dict[str, Any] = {
-        "softmax_scale": softmax_scale,
-        "scales": Scales(q_scale, k_scale, v_scale),
-    }
-    lse_rows = None if lse is None else lse.T
-    if _runs_on_hopper(backend, plan, q, k, out):
-        from headway.kernels.hopper import mla_prefill as hopper
-
-        hopper.mla_prefill(plan, q, k, values, out, lse_rows, **options)
-    else:
-        mla_prefill(plan, q, k, values, out, lse_rows, v_transposed=True, **options)
+    return values
 
 
-def _runs_on_hopper(
-    backend: str | None, plan: DeviceWork, q: Tensor, k: Tensor, out: Tensor
-) -> bool:
+def _runs_on_hopper(backend: str | None, plan: DeviceWork, inputs: Inputs, out: Tensor) -> bool:
     """Whether the kernel for Hopper runs a call. Asked for by name, it says what it does not take."""
     from headway.kernels.portable.operands import device_of
 
     if backend is not None:
         return backend == "hopper"
-    if device_of(q.device).arch != "sm90":
+    if device_of(inputs[0].device).arch != "sm90":
         return False
     from headway.kernels.hopper.mla_prefill import refusal
 
-    return refusal(plan, q, k, out) is None
+    return refusal(plan, inputs[0], inputs[1], out) is None
 
 
 def _float8_on_cpu(

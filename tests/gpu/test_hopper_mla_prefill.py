@@ -75,8 +75,8 @@ def _starts(lengths: tuple[int, ...]) -> Tensor:
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
 
 
-def prefill(*tensors: Tensor, backend: str | None = "hopper") -> Tensor:
-    out = mla.prefill(*tensors, fp8=True, backend=backend)  # type: ignore[arg-type]
+def prefill(*tensors: Tensor, backend: str | None = "hopper", **scales: Tensor) -> Tensor:
+    out = mla.prefill(*tensors, fp8=True, backend=backend, **scales)  # type: ignore[arg-type]
     assert isinstance(out, Tensor)
     return out
 
@@ -94,11 +94,30 @@ BATCHES = {
 }
 
 
+def in_float8(x: Tensor, scale: Tensor) -> Tensor:
+    """What of x is left in float8, by scales that broadcast to it."""
+    return (x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+
+
+def scaled_to(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    largest = x.float().abs().amax(dims, keepdim=True)
+    return torch.where(largest > 0, largest / 448, 1.0)
+
+
+def in_blocks(x: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """Keys or values by a scale for every 128 of a sequence's, and head."""
+    blocks = (b for own in x.split(lengths) for b in own.split(128) if len(b))
+    return torch.cat([in_float8(b, scaled_to(b, (0, 2))) for b in blocks])
+
+
+@pytest.mark.parametrize("given", ["", "qkv", "q", "kv"])
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("name", BATCHES)
-def test_every_batch_however_it_is_dealt_out(name: str, whole: bool) -> None:
+def test_every_batch_however_it_is_dealt_out(name: str, whole: bool, given: str) -> None:
     batch = BATCHES[name]
     q, k, v = batch.tensors()
+    k[: batch.k_lens[0] // 2] *= 0.3  # scales of blocks differ
+    v[: batch.k_lens[0] // 2] *= 30
     cu_q, cu_k = batch.starts()
     group = batch.heads // batch.kv_heads
     plan = persistent.plan_on_device(
@@ -112,15 +131,20 @@ def test_every_batch_however_it_is_dealt_out(name: str, whole: bool) -> None:
         is_causal=batch.causal,
         whole_tiles=whole,
     )
-    scales = [quant.amax_scale(x) for x in (q, k, v)]
+    scales = {name: quant.amax_scale(x) for name, x in zip("qkv", (q, k, v), strict=True)}
+    own = {
+        "q": lambda: in_float8(q, scaled_to(q, (2,))),
+        "k": lambda: in_blocks(k, batch.k_lens),
+        "v": lambda: in_blocks(v, batch.k_lens),
+    }
     stored = [
-        quant.dequantise(*quant.quantise(x, scale=scale))
-        for x, scale in zip((q, k, v), scales, strict=True)
+        in_float8(x, scales[name]) if name in given else own[name]()
+        for name, x in zip("qkv", (q, k, v), strict=True)
     ]
     out = torch.full((len(q), batch.heads, 128), math.nan, dtype=torch.bfloat16, device=DEVICE)
     got, lse = mla.prefill(
         q, k, v, cu_q, cu_k, causal=batch.causal, fp8=True, plan=plan, out=out, return_lse=True,
-        backend="hopper", q_scale=scales[0], k_scale=scales[1], v_scale=scales[2],
+        backend="hopper", **{f"{name}_scale": scales[name] for name in given},
     )  # fmt: skip
     want, want_lse = batch.exact(*stored)
     seen = want_lse.isfinite()
@@ -164,3 +188,66 @@ def test_hopper_runs_what_it_takes_and_portable_the_rest() -> None:
     assert torch.equal(chosen, prefill(q, k, v, *cu))
     narrow = q[..., :128], k[..., :128], v, *cu
     assert torch.equal(prefill(*narrow, backend=None), prefill(*narrow, backend="portable"))
+
+
+def test_queries_of_either_width_and_any_stride_are_cast_alike() -> None:
+    """Rows that TMA cannot read are made float8 before; then one scale holds for all of them."""
+    batch = Batch((200, 70), (300, 70))
+    q, k, v = batch.tensors()
+    cu = batch.starts()
+    scale = quant.amax_scale(q)
+    want = mla.prefill(q, k, v, *cu, fp8=True, q_scale=scale)
+    apart = torch.empty(len(q), 4, 197, dtype=q.dtype, device=DEVICE)[..., :192].copy_(q)
+    assert torch.equal(mla.prefill(apart, k, v, *cu, fp8=True, q_scale=scale), want)
+    halves = (x.half() for x in (q, k, v))
+    got = mla.prefill(*halves, *cu, fp8=True, q_scale=scale)
+    assert got.dtype == torch.float16
+    assert relative(got, want.double()) < 1e-2
+
+
+def test_what_cannot_be_read_in_pairs_is_cast_by_a_scale_for_each_tensor() -> None:
+    batch = Batch((200, 70), (300, 70))
+    q, k, v = batch.tensors()
+    cu = batch.starts()
+    scales = {f"{n}_scale": quant.amax_scale(x) for n, x in zip("qkv", (q, k, v), strict=True)}
+    want = prefill(q, k, v, *cu, **scales)
+    odd = torch.empty(len(k), 4, 193, dtype=k.dtype, device=DEVICE)[..., :192].copy_(k)
+    assert torch.equal(prefill(q, odd, v, *cu), want)
+    wide = prefill(q.float(), k.float(), v.float(), *cu)
+    assert wide.dtype == torch.float32
+    assert relative(wide, want.double()) < 1e-2
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_keys_in_two_pieces(heads: int) -> None:
+    batch = Batch((200, 70), (300, 70))
+    q, k, v = batch.tensors()
+    rope = k[:, :heads, 128:]
+    whole = torch.cat((k[..., :128], rope.expand(-1, 4, -1)), dim=-1)
+    cu = batch.starts()
+    got = mla.prefill(q, k[..., :128], v, *cu, k_rope=rope, fp8=True)
+    assert torch.equal(got, prefill(q, whole, v, *cu))
+
+
+def test_a_sequence_depends_on_no_other() -> None:
+    """Whatever lies beside it in the batch, and in the tiles that reach into its neighbour."""
+    lengths = (200, 50)
+    q, k, v = Batch(lengths, lengths).tensors()
+    alone = prefill(q[:200], k[:200], v[:200], *Batch((200,), (200,)).starts())
+    for x in (q, k, v):
+        x[200:] = math.nan
+    together = prefill(q, k, v, *Batch(lengths, lengths).starts())
+    assert torch.equal(together[:200], alone)
+    assert together[200:].isnan().all()
+
+
+def test_what_is_not_finite_stays_where_it_is() -> None:
+    """An infinite key or value becomes the largest of the format, by the scale of the finite ones."""
+    batch = Batch((128,), (128,), heads=1, kv_heads=1)
+    q, k, v = batch.tensors()
+    q[5, 0, 3] = math.nan
+    v[7, 0, 2], v[9, 0, 4] = math.inf, 0.0
+    got = prefill(q, k, v, *batch.starts())
+    assert got[5].isnan().all()
+    others = torch.arange(128, device=DEVICE) != 5
+    assert got[others].isfinite().all()

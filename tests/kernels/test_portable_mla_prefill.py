@@ -288,7 +288,11 @@ def test_public_float8_prefill_on_kernels(stored: bool, heads: int) -> None:
         inputs, scales = (q8, k8, v8), [s0, s1, s2]
     out = torch.empty(73, heads, 16, dtype=torch.bfloat16, device=DEVICE)
     lse = torch.empty(heads, 73, device=DEVICE)
-    mla._float8_on_kernels(plan, inputs, (scales[0], scales[1], scales[2]), 0.2, out, lse)
+    rope = None
+    if not stored:  # keys in two pieces
+        inputs, rope = (q, k[..., :16], v), k[..., 16:]
+    given = scales[0], scales[1], scales[2]
+    mla._float8_on_kernels(plan, inputs, rope, given, 0.2, out, lse, None)
     want, want_lse = mla.prefill(
         *(x.cpu() for x in (q, k, v)), cu_q, cu_k, softmax_scale=0.2, fp8=True, return_lse=True
     )

@@ -189,7 +189,7 @@ class MLABackend(AttentionBackend):
         Returns:
             (total_q, H, v), and the LSE, (H, total_q), or (0,) where nobody wants it.
         """
-        keys, values = _projected(latent, layer)
+        keys, rope, values = _projected(latent, layer)
         lengths = step.batch.cu_seqlens_q, keys_of.cu_seqlens_k
         longest = step.batch.max_seqlen_q, keys_of.max_seqlen_k
         causal = keys_of.slots is None
@@ -205,13 +205,14 @@ class MLABackend(AttentionBackend):
                 softmax_scale=scale,
                 causal=causal,
                 fp8=True,
+                k_rope=rope,
                 plan=keys_of.plan,
                 return_lse=with_lse,
             )
         else:
             attended = flash_attn_varlen_func(
                 q,
-                keys,
+                torch.cat((keys, rope.expand(-1, keys.shape[1], -1)), dim=-1),
                 values,
                 *lengths,
                 *longest,
@@ -283,14 +284,14 @@ def _stored(cache: Tensor, chunk: _Chunk, layer: MLALayer, dtype: torch.dtype) -
     return latent if layer.k_descale is None else latent * layer.k_descale.to(dtype)
 
 
-def _projected(latent: Tensor, layer: MLALayer) -> tuple[Tensor, Tensor]:
-    """Keys (tokens, H, nope + rope) and values (tokens, H, v) of latent vectors (tokens, latent + rope)."""
+def _projected(latent: Tensor, layer: MLALayer) -> tuple[Tensor, Tensor, Tensor]:
+    """Of latent vectors (tokens, latent + rope): keys (tokens, H, nope), their columns that all heads
+    share (tokens, 1, rope), and values (tokens, H, v)."""
     compressed, rope = latent.split((layer.latent_dim, latent.shape[-1] - layer.latent_dim), dim=-1)
     heads, nope, width = layer.w_uk.shape
     keys = (compressed @ layer.w_uk.reshape(heads * nope, width).T).unflatten(-1, (heads, nope))
     values = compressed @ layer.w_uv.reshape(heads * layer.value_dim, width).T
-    rope = rope[:, None].expand(-1, heads, -1)
-    return torch.cat((keys, rope), dim=-1), values.unflatten(-1, (heads, layer.value_dim))
+    return keys, rope[:, None], values.unflatten(-1, (heads, layer.value_dim))
 
 
 def _merged(parts: list[tuple[Tensor, Tensor]]) -> Tensor:

@@ -32,20 +32,32 @@ from headway.kernels._triton import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from headway.kernels.hopper import cast_rows
 from headway.kernels.hopper.masks import mask_scores
 from headway.kernels.hopper.softmax import LN2, LOG2E, partial_sums
 from headway.kernels.portable.mla_prefill import Scales, mla_reduce
+from headway.kernels.portable.quantise_blocks import RECORD
 from headway.persistent import DeviceWork
 
 #: Widths of keys and values.
 HEAD_DIM, HEAD_DIM_V = 192, 128
+#: What queries may be, as tensors and in the kernel.
+QUERY_TYPES: dict[torch.dtype, Any] = {
+    torch.float8_e4m3fn: gl.float8e4nv,
+    torch.bfloat16: gl.bfloat16,
+    torch.float16: gl.float16,
+}
 #: Query rows of a tile, 64 for each warpgroup; keys of a block.
 BLOCK_M, BLOCK_N = 128, 128
 
 #: log2 of a row's largest weight: float8 holds up to 448.
 WEIGHT_BITS: gl.constexpr = gl.constexpr(8.0)
 #: int32 facts about a tile that the producer publishes beside its Q; see Tile.
-FACTS: gl.constexpr = gl.constexpr(10)
+FACTS: gl.constexpr = gl.constexpr(11)
+#: Bytes from the record of one stage to the next one's: TMA writes to multiples of these.
+RECORD_BYTES: gl.constexpr = gl.constexpr(128)
+#: Events of the ring that a tile's 16-bit queries take, one for each warpgroup.
+Q_EVENTS: gl.constexpr = gl.constexpr(2)
 
 
 @dataclass(frozen=True)
@@ -54,6 +66,11 @@ class PrefillConfig:
 
     causal: bool
     group: int  # query heads of a KV head
+    q_type: Any = (
+        gl.float8e4nv
+    )  # or bfloat16, float16: then queries are cast as their tiles come up
+    scale_rows: bool = False  # of 16-bit queries by their own largest magnitudes: no scale is given
+    scale_blocks: bool = False  # keys and values have scales per block, in records
     stages: int = 4
     q_slots: int = 2
     producer_registers: int = 24
@@ -66,6 +83,15 @@ class PrefillConfig:
     output: Any = field(init=False, compare=False)
     output_row: Any = field(init=False, compare=False)
     p_operand: Any = field(init=False, compare=False)
+    operand_slots: int = field(init=False, compare=False)
+    q_wide_box: Any = field(init=False, compare=False)
+    q_narrow_box: Any = field(init=False, compare=False)
+    q_words: Any = field(init=False, compare=False)
+    q_words_narrow: Any = field(init=False, compare=False)
+    q_wide_rows: Any = field(init=False, compare=False)
+    q_narrow_rows: Any = field(init=False, compare=False)
+    record: Any = field(init=False, compare=False)
+    records: Any = field(init=False, compare=False)
     wide: Any = field(init=False, compare=False)
     narrow: Any = field(init=False, compare=False)
     wide_box: Any = field(init=False, compare=False)
@@ -90,10 +116,26 @@ class PrefillConfig:
         set_("narrow", _shared(64, 2))
         set_("wide_box", _shared(128, 3))
         set_("narrow_box", _shared(64, 3))
+        # Queries of 16 bits lie in a stage of the ring: 64 rows, cut into swizzled rows of 128 bytes. Two
+        # lanes share a row, which makes its maximum cheap; the swizzle keeps eight rows apart.
+        set_("operand_slots", 1 if self.casts_q else self.q_slots)
+        bits = self.q_type.primitive_bitwidth
+        set_("q_wide_box", self.wide_box if bits == 8 else _shared(128, 3, bits))
+        set_("q_narrow_box", self.narrow_box if bits == 8 else _shared(128, 3, bits))
+        set_("q_words", _shared(128, 2, 32))
+        set_("q_words_narrow", _shared(64, 2, 32))
+        set_("q_wide_rows", gl.BlockedLayout([1, 32], [16, 2], [4, 1], [0, 1]))
+        set_("q_narrow_rows", gl.BlockedLayout([1, 16], [16, 2], [4, 1], [0, 1]))
+        set_("record", _shared(0, 3, 32))
+        set_("records", _shared(0, 2, 32))
         set_("facts", gl.SwizzledSharedLayout(1, 1, 1, [0]))
         set_("one_warp", gl.BlockedLayout([1], [32], [1], [0]))
         set_("four_warps", gl.BlockedLayout([1], [32], [4], [0]))
         set_("store", gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))
+
+    @property
+    def casts_q(self) -> bool:
+        return self.q_type.primitive_bitwidth == 16
 
 
 def _mma_layout(columns: int) -> Any:
@@ -102,8 +144,8 @@ def _mma_layout(columns: int) -> Any:
     )
 
 
-def _shared(swizzle: int, rank: int) -> Any:
-    return gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=8, rank=rank)
+def _shared(swizzle: int, rank: int, bits: int = 8) -> Any:
+    return gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=bits, rank=rank)
 
 
 # ---- what the partitions share -----------------------------------------------------------------------
@@ -113,11 +155,12 @@ def _shared(swizzle: int, rank: int) -> Any:
 class Buffers:
     """Shared memory of a CTA: rings of stages for K and for V, and slots for Q and what is known of it."""
 
-    q_wide: gl.shared_memory_descriptor  # (q_slots * 2, 64, 128)
-    q_narrow: gl.shared_memory_descriptor  # (q_slots * 2, 64, 64)
+    q_wide: gl.shared_memory_descriptor  # (operand_slots * 2, 64, 128)
+    q_narrow: gl.shared_memory_descriptor  # (operand_slots * 2, 64, 64)
     k_wide: gl.shared_memory_descriptor  # (stages, block_n, 128)
     k_narrow: gl.shared_memory_descriptor  # (stages, block_n, 64)
     v: gl.shared_memory_descriptor  # (stages, 128, block_n)
+    records: gl.shared_memory_descriptor  # (stages * 8, 1, RECORD) float32
     facts: gl.shared_memory_descriptor  # (q_slots * FACTS, 1) int32
     q_full: gl.shared_memory_descriptor  # (q_slots, 1)
     q_empty: gl.shared_memory_descriptor
@@ -133,6 +176,7 @@ class Buffers:
         k_wide,
         k_narrow,
         v,
+        records,
         facts,
         q_full,
         q_empty,
@@ -145,6 +189,7 @@ class Buffers:
         self.k_wide = k_wide
         self.k_narrow = k_narrow
         self.v = v
+        self.records = records
         self.facts = facts
         self.q_full = q_full
         self.q_empty = q_empty
@@ -167,6 +212,7 @@ class Tile:
     partial: gl.tensor  # whether the result goes to the partial buffers
     scale: gl.tensor  # float32, of the scores, in base 2
     v_scale: gl.tensor
+    q_scale: gl.tensor  # of 16-bit queries
 
     @gluon.constexpr_function
     def __init__(
@@ -181,6 +227,7 @@ class Tile:
         partial,
         scale,
         v_scale,
+        q_scale,
     ):
         self.blocks = blocks
         self.first_key = first_key
@@ -192,6 +239,7 @@ class Tile:
         self.partial = partial
         self.scale = scale
         self.v_scale = v_scale
+        self.q_scale = q_scale
 
 
 @gluon.jit
@@ -208,11 +256,14 @@ def _allocate(cfg: gl.constexpr):
     stages: gl.constexpr = cfg.stages
     n: gl.constexpr = cfg.block_n
     buffers = Buffers(
-        gl.allocate_shared_memory(gl.float8e4nv, [slots * 2, 64, 128], cfg.wide),
-        gl.allocate_shared_memory(gl.float8e4nv, [slots * 2, 64, 64], cfg.narrow),
+        gl.allocate_shared_memory(gl.float8e4nv, [cfg.operand_slots * 2, 64, 128], cfg.wide),
+        gl.allocate_shared_memory(gl.float8e4nv, [cfg.operand_slots * 2, 64, 64], cfg.narrow),
         gl.allocate_shared_memory(gl.float8e4nv, [stages, n, 128], cfg.wide),
         gl.allocate_shared_memory(gl.float8e4nv, [stages, n, 64], cfg.narrow),
         gl.allocate_shared_memory(gl.float8e4nv, [stages, 128, n], cfg.wide),
+        gl.allocate_shared_memory(
+            gl.float32, [stages * (RECORD_BYTES // (RECORD * 4)), 1, RECORD], cfg.records
+        ),
         gl.allocate_shared_memory(gl.int32, [slots * FACTS, 1], cfg.facts),
         _barriers(slots, 1),
         _barriers(slots, 2),
@@ -248,7 +299,7 @@ def _release(empty, event, STAGES: gl.constexpr):
 
 @gluon.jit
 def _load(desc, at, full, smem):
-    tma_load(desc, at, full, smem._reinterpret(gl.float8e4nv, desc.block_shape, desc.layout))
+    tma_load(desc, at, full, smem._reinterpret(desc.dtype, desc.block_shape, desc.layout))
 
 
 @gluon.jit
@@ -266,6 +317,7 @@ def _publish(buffers, order, tile, cfg: gl.constexpr):
         tile.partial,
         tile.scale.to(gl.int32, bitcast=True),
         tile.v_scale.to(gl.int32, bitcast=True),
+        tile.q_scale.to(gl.int32, bitcast=True),
     )
     for i in gl.static_range(FACTS):
         fact = gl.full([1], 0, gl.int32, cfg.one_warp) + facts[i]
@@ -291,10 +343,30 @@ def _push_q(q_wide, q_narrow, buffers, order, tile, row, cfg: gl.constexpr):
 
 
 @gluon.jit
-def _push_k(k_wide, k_narrow, buffers, event, head, row, cfg: gl.constexpr):
+def _push_q_to_cast(q_wide, q_narrow, buffers, order, event, tile, row, cfg: gl.constexpr):
+    """Queries of 16 bits go through the ring, where K lies otherwise, a stage for each warpgroup."""
+    slot = _publish(buffers, order, tile, cfg)
+    mbarrier.arrive(buffers.q_full.index(slot), count=1)
+    if tile.blocks > 0:
+        for i in gl.static_range(Q_EVENTS):
+            stage = _await_empty(buffers.empty, event + i, cfg.stages)
+            mbarrier.arrive(buffers.v_full.index(stage), count=1)
+            full = buffers.k_full.index(stage)
+            mbarrier.expect(full, 64 * 192 * 2)
+            _load(q_wide, [tile.head, row + i * 64, 0], full, buffers.k_wide.index(stage))
+            _load(q_narrow, [tile.head, row + i * 64, 128], full, buffers.k_narrow.index(stage))
+
+
+@gluon.jit
+def _push_k(k_wide, k_narrow, records, buffers, event, head, row, block, cfg: gl.constexpr):
     stage = _await_empty(buffers.empty, event, cfg.stages)
     full = buffers.k_full.index(stage)
-    mbarrier.expect(full, cfg.block_n * 192)
+    if cfg.scale_blocks:
+        mbarrier.expect(full, cfg.block_n * 192 + RECORD * 4)
+        of_stage = buffers.records.index(stage * (RECORD_BYTES // (RECORD * 4)))
+        _load(records, [head, block, 0], full, of_stage)
+    else:
+        mbarrier.expect(full, cfg.block_n * 192)
     _load(k_wide, [head, row, 0], full, buffers.k_wide.index(stage))
     _load(k_narrow, [head, row, 128], full, buffers.k_narrow.index(stage))
 
@@ -324,6 +396,7 @@ def produce(
     k_wide,
     k_narrow,
     v,
+    records,
     lists,
     scales,
     buffers,
@@ -376,13 +449,21 @@ def produce(
                 partial,
                 scale,
                 _scale(v_scale, kv_head, stride_v_scale),
+                _scale(q_scale, kv_head, stride_q_scale),
             )
-            _push_q(q_wide, q_narrow, buffers, order, tile, row, cfg)
+            if cfg.casts_q:
+                _push_q_to_cast(q_wide, q_narrow, buffers, order, event, tile, row, cfg)
+                event += gl.where(blocks > 0, Q_EVENTS, 0)
+            else:
+                _push_q(q_wide, q_narrow, buffers, order, tile, row, cfg)
             order += 1
             last = lo + (blocks - 1) * cfg.block_n
             for i in range(blocks):
                 key = last - i * cfg.block_n
-                _push_k(k_wide, k_narrow, buffers, event + i, kv_head, first + key, cfg)
+                _push_k(
+                    k_wide, k_narrow, records, buffers, event + i, kv_head, first + key,
+                    (v_first + key) // cfg.block_n, cfg,
+                )  # fmt: skip
                 if i > 0:
                     at = v_first + key + cfg.block_n
                     _push_v(v, buffers, event + i - 1, kv_head, at, cfg)
@@ -393,7 +474,7 @@ def produce(
     _publish(
         buffers,
         order,
-        Tile(zero - 1, zero, zero, zero, zero, zero, zero, zero, none, none),
+        Tile(zero - 1, zero, zero, zero, zero, zero, zero, zero, none, none, none),
         cfg,
     )
     mbarrier.arrive(buffers.q_full.index(order % cfg.q_slots), count=1)
@@ -421,8 +502,52 @@ def _await_tile(buffers, order, cfg: gl.constexpr):
         _fact(buffers, slot, 7, cfg),
         _fact(buffers, slot, 8, cfg).to(gl.float32, bitcast=True),
         _fact(buffers, slot, 9, cfg).to(gl.float32, bitcast=True),
+        _fact(buffers, slot, 10, cfg).to(gl.float32, bitcast=True),
     )
     return slot, tile
+
+
+@gluon.jit
+def _cast_queries(buffers, event, tile, WARPGROUP: gl.constexpr, cfg: gl.constexpr):
+    """This warpgroup's queries, from the ring to its operand in float8; the factors of its rows' scores."""
+    if WARPGROUP == 1:
+        _await_full(buffers.k_full, event, cfg.stages)
+        _release(buffers.empty, event, cfg.stages)
+    stage = _await_full(buffers.k_full, event + WARPGROUP, cfg.stages)
+    wide = buffers.k_wide.index(stage)._reinterpret(gl.int32, [64, 64], cfg.q_words)
+    narrow = buffers.k_narrow.index(stage)._reinterpret(gl.int32, [64, 32], cfg.q_words)
+    wide, narrow = wide.load(cfg.q_wide_rows), narrow.load(cfg.q_narrow_rows)
+    cta_barrier()  # all have read, and the products of the tile before are done
+    _release(buffers.empty, event + WARPGROUP, cfg.stages)
+    if WARPGROUP == 0:
+        _await_full(buffers.k_full, event + 1, cfg.stages)
+        _release(buffers.empty, event + 1, cfg.stages)
+    row_scale = gl.full([64], 0.0, gl.float32, cfg.scores_row) + tile.scale
+    if cfg.scale_rows:
+        of_wide = cast_rows.largest_pairs(wide, cfg.q_type)
+        of_narrow = cast_rows.largest_pairs(narrow, cfg.q_type)
+        q_scale = cast_rows.scale_of(of_wide, of_narrow, cfg.q_type)
+        row_scale *= gl.convert_layout(q_scale, cfg.scores_row)
+    else:
+        q_scale = gl.full([64], 0.0, gl.float32, gl.SliceLayout(1, cfg.q_wide_rows)) + tile.q_scale
+    factor = 1.0 / q_scale
+    to_wide = buffers.q_wide.index(WARPGROUP)._reinterpret(gl.int32, [64, 32], cfg.q_words)
+    to_narrow = buffers.q_narrow.index(WARPGROUP)._reinterpret(
+        gl.int32, [64, 16], cfg.q_words_narrow
+    )
+    to_wide.store(cast_rows.cast(wide, factor, cfg.q_type))
+    to_narrow.store(cast_rows.cast(narrow, factor, cfg.q_type))
+    fence_async_shared()
+    cta_barrier()
+    return row_scale
+
+
+@gluon.jit
+def _record(buffers, stage, FIELD: gl.constexpr, cfg: gl.constexpr):
+    """A float about the block of keys in a stage: its scale, its values', and 1 over that."""
+    words: gl.constexpr = RECORD_BYTES // 4
+    floats = buffers.records._reinterpret(gl.float32, [cfg.stages * words, 1], cfg.facts)
+    return gl.max(floats.index(stage * words + FIELD).load(cfg.four_warps), 0)
 
 
 @gluon.jit
@@ -495,7 +620,7 @@ def _weigh(scores, row_max, row_sum, scale, MASKED: gl.constexpr):
     if MASKED:
         shift = gl.where(new_max == float("-inf"), 0.0, new_max)
     factor = gl.exp2(row_max - shift)
-    weights = gl.exp2(scores * scale - gl.expand_dims(shift - WEIGHT_BITS, 1))
+    weights = gl.exp2(scores * gl.expand_dims(scale, 1) - gl.expand_dims(shift - WEIGHT_BITS, 1))
     spread: gl.constexpr = gl.SliceLayout(1, row_sum.type.layout)
     row_factor = gl.expand_dims(gl.convert_layout(factor, spread, assert_trivial=True), 1)
     return weights, new_max, row_sum * row_factor + partial_sums(weights), factor
@@ -519,6 +644,7 @@ def _advance(
     factors,
     row_max,
     row_sum,
+    unit,
     scale,
     limit,
     MASKED: gl.constexpr,
@@ -532,6 +658,11 @@ def _advance(
     before, now = factors
     p = _as_operand(words, cfg)
     stage = _await_full(buffers.k_full, event + 1, cfg.stages)
+    step = unit
+    if cfg.scale_blocks:
+        scale *= _record(buffers, stage, 0, cfg)
+        step *= _record(buffers, stage, 2, cfg)
+        unit = _record(buffers, stage, 1, cfg)
     scores = _issue_qk(buffers, operand, stage, cfg)
     accumulator = _added(accumulator, before, product, cfg)
     stage = _await_full(buffers.v_full, event, cfg.stages)
@@ -540,12 +671,14 @@ def _advance(
     if MASKED:
         scores = mask_scores(scores, limit, limit, first_key, False)
     weights, row_max, row_sum, coming = _weigh(scores, row_max, row_sum, scale, MASKED)
+    if cfg.scale_blocks:
+        coming *= step
     # The wait takes no time but ends a basic block: else ptxas sinks the softmax below the wait for PV.
     _await_full(buffers.v_full, event, cfg.stages)
     product = warpgroup_mma_wait(0, deps=[product])
     _release(buffers.empty, event, cfg.stages)
     words = _packed(weights, cfg)
-    return words, product, accumulator, (now, coming), row_max, row_sum, event + 1
+    return words, product, accumulator, (now, coming), row_max, row_sum, unit, event + 1
 
 
 @gluon.jit
@@ -555,6 +688,8 @@ def _attend(buffers, slot, event, tile, WARPGROUP: gl.constexpr, cfg: gl.constex
     accumulator = gl.full([64, 128], 0.0, gl.float32, cfg.output)
     row_max = gl.full([64], float("-inf"), gl.float32, cfg.scores_row)
     row_sum = partial_sums(gl.full([64, n], 0.0, gl.float32, cfg.scores))
+    unit = tile.v_scale
+    scale = gl.full([64], 0.0, gl.float32, cfg.scores_row) + tile.scale
     end, full = tile.end_key, tile.end_key
     limit = gl.full([64], 0, gl.int32, cfg.scores_row) + tile.end_key
     if cfg.causal:
@@ -565,33 +700,41 @@ def _attend(buffers, slot, event, tile, WARPGROUP: gl.constexpr, cfg: gl.constex
         full = gl.minimum(full, position + 1)
     blocks = gl.cdiv(gl.maximum(end - tile.first_key, 0), n)
     blocks = gl.where(tile.rows > WARPGROUP * 64, blocks, 0)
+    if cfg.casts_q:
+        if tile.blocks > 0:
+            scale = _cast_queries(buffers, event, tile, WARPGROUP, cfg)
+            event += Q_EVENTS
     for _ in range(tile.blocks - blocks):
         _await_full(buffers.k_full, event, cfg.stages)
         _await_full(buffers.v_full, event, cfg.stages)
         _release(buffers.empty, event, cfg.stages)
         event += 1
     if blocks > 0:
-        operand = slot * 2 + WARPGROUP
+        operand = slot % cfg.operand_slots * 2 + WARPGROUP
         first_key = tile.first_key + (blocks - 1) * n
         stage = _await_full(buffers.k_full, event, cfg.stages)
         scores = _issue_qk(buffers, operand, stage, cfg)
         scores = warpgroup_mma_wait(0, deps=[scores])
         scores = mask_scores(scores, limit, limit, first_key, False)
-        weights, row_max, row_sum, factor = _weigh(scores, row_max, row_sum, tile.scale, True)
+        of_block = scale
+        if cfg.scale_blocks:
+            of_block *= _record(buffers, stage, 0, cfg)
+            unit = _record(buffers, stage, 1, cfg)
+        weights, row_max, row_sum, factor = _weigh(scores, row_max, row_sum, of_block, True)
         words = _packed(weights, cfg)
         product = gl.full([64, 128], 0.0, gl.float32, cfg.output)
         factors = (factor, factor)
         masked = blocks - gl.maximum(full - tile.first_key, 0) // n
         masked = gl.minimum(gl.maximum(masked, 1), blocks)
         for i in range(1, masked):
-            words, product, accumulator, factors, row_max, row_sum, event = _advance(
+            words, product, accumulator, factors, row_max, row_sum, unit, event = _advance(
                 buffers, operand, event, first_key - i * n, words, product, accumulator, factors,
-                row_max, row_sum, tile.scale, limit, True, cfg,
+                row_max, row_sum, unit, scale, limit, True, cfg,
             )  # fmt: skip
         for _ in range(masked, blocks):
-            words, product, accumulator, factors, row_max, row_sum, event = _advance(
+            words, product, accumulator, factors, row_max, row_sum, unit, event = _advance(
                 buffers, operand, event, first_key, words, product, accumulator, factors,
-                row_max, row_sum, tile.scale, limit, False, cfg,
+                row_max, row_sum, unit, scale, limit, False, cfg,
             )  # fmt: skip
         _release(buffers.q_empty, slot, cfg.q_slots)
         before, now = factors
@@ -604,7 +747,7 @@ def _attend(buffers, slot, event, tile, WARPGROUP: gl.constexpr, cfg: gl.constex
         event += 1
     else:
         _release(buffers.q_empty, slot, cfg.q_slots)
-    return accumulator, row_max, row_sum, event
+    return accumulator, row_max, row_sum, unit, event
 
 
 @gluon.jit
@@ -617,7 +760,7 @@ def _store_rows(ptr, stride_row, values, rows, layout: gl.constexpr):
 
 @gluon.jit
 def _write(
-    tile, accumulator, row_max, row_sum, outputs, WARPGROUP: gl.constexpr, cfg: gl.constexpr
+    tile, accumulator, row_max, row_sum, unit, outputs, WARPGROUP: gl.constexpr, cfg: gl.constexpr
 ):
     """Normalise this warpgroup's rows and store them, to the output or to the partial buffers."""
     (
@@ -633,7 +776,7 @@ def _write(
     ) = outputs
     total = gl.convert_layout(gl.sum(row_sum, 1), cfg.scores_row, assert_trivial=True)
     empty = total == 0.0
-    factor = gl.where(empty, 0.0, tile.v_scale / total)
+    factor = gl.where(empty, 0.0, unit / total)
     natural = gl.where(empty, float("-inf"), (row_max + gl.log2(total) - WEIGHT_BITS) * LN2)
     factor = gl.convert_layout(factor, cfg.output_row, assert_trivial=True)
     result = accumulator * gl.expand_dims(factor, 1)
@@ -662,8 +805,10 @@ def consume(buffers, outputs, WARPGROUP: gl.constexpr, cfg: gl.constexpr):
     order = gl.to_tensor(0)
     slot, tile = _await_tile(buffers, order, cfg)
     while tile.blocks >= 0:
-        accumulator, row_max, row_sum, event = _attend(buffers, slot, event, tile, WARPGROUP, cfg)
-        _write(tile, accumulator, row_max, row_sum, outputs, WARPGROUP, cfg)
+        accumulator, row_max, row_sum, unit, event = _attend(
+            buffers, slot, event, tile, WARPGROUP, cfg
+        )
+        _write(tile, accumulator, row_max, row_sum, unit, outputs, WARPGROUP, cfg)
         order += 1
         slot, tile = _await_tile(buffers, order, cfg)
 
@@ -680,13 +825,18 @@ _UNSPECIALISED = [
 ]
 
 
-@gluon.jit(do_not_specialize=_UNSPECIALISED)
+#: Pieces of a plan's one allocation: where they begin, and with it their alignment, changes by step.
+_LISTS = ["work_indptr", "work_info", "qo_indptr", "kv_indptr", "context_lens", "value_indptr"]
+
+
+@gluon.jit(do_not_specialize=_UNSPECIALISED, do_not_specialize_on_alignment=_LISTS)
 def mla_prefill_kernel(
     q_wide,
     q_narrow,
     k_wide,
     k_narrow,
     v,
+    records,
     out,
     lse,
     partial_out,
@@ -741,7 +891,7 @@ def mla_prefill_kernel(
             (consume, (buffers, outputs, 1, cfg)),
             (
                 produce,
-                (q_wide, q_narrow, k_wide, k_narrow, v, lists, scales, buffers, cfg),
+                (q_wide, q_narrow, k_wide, k_narrow, v, records, lists, scales, buffers, cfg),
             ),
         ],
         [4, 1],
@@ -753,20 +903,33 @@ def mla_prefill_kernel(
 
 
 def refusal(work: DeviceWork, q: Tensor, k: Tensor, out: Tensor) -> str | None:
-    """Why :func:`mla_prefill` does not take a call; None: it does."""
+    """Why :func:`mla_prefill` does not take a call, q and k in float8 or about to be; None: it does."""
     dims = (q.shape[-1], out.shape[-1])
     if dims != (HEAD_DIM, HEAD_DIM_V):
         return f"heads {dims[0]}/{dims[1]} wide; takes {HEAD_DIM}/{HEAD_DIM_V}"
     if work.padded_keys == 0:
         return "no keys at all; takes at least one"
     for name, x in (("q", q), ("k", k)):
+        if x.element_size() > 1:
+            continue
         if x.dtype != torch.float8_e4m3fn:
             return f"{name} in {str(x.dtype).removeprefix('torch.')}; takes float8_e4m3fn"
-        if x.stride(-1) != 1 or any(n % 16 for n in (*x.stride()[:-1], x.data_ptr())):
+        if not _takes_rows(x):
             return f"{name} with strides {x.stride()}; takes multiples of 16, and such an address"
     if out.stride(-1) != 1 or any(n % 8 for n in out.stride()[:-1]):
         return f"out with strides {out.stride()}; takes multiples of 8"
     return None
+
+
+def takes_queries(q: Tensor) -> bool:
+    """Whether the kernel takes queries as they are; where not, they must be made float8 and contiguous."""
+    return q.dtype in QUERY_TYPES and _takes_rows(q)
+
+
+def _takes_rows(x: Tensor) -> bool:
+    """Whether TMA reads rows of (tokens, heads, width)."""
+    steps = (*(n * x.element_size() for n in x.stride()[:-1]), x.data_ptr())
+    return x.stride(-1) == 1 and not any(n % 16 for n in steps)
 
 
 def mla_prefill(
@@ -779,14 +942,18 @@ def mla_prefill(
     *,
     softmax_scale: float,
     scales: Scales,
+    records: Tensor | None = None,
     **options: Any,
 ) -> None:
     """Execute a work list and merge what was split; ``out`` and ``lse`` are filled.
 
     Args:
-        q: (total_q, Hq, 192) and k: (total_k, Hkv, 192), float8_e4m3fn.
+        q: (total_q, Hq, 192), float8_e4m3fn, or bfloat16 or float16: then it is divided by its scale, or
+            each row by its own, and rounded to float8 here. k: (total_k, Hkv, 192) float8_e4m3fn.
         values: (Hkv, 128, padded keys) float8_e4m3fn, as :func:`..portable.quantise.transpose_values` makes
             them, at ``work.value_indptr``.
+        records: (Hkv, padded keys / 128, 4) float32, scales of every block of keys, in place of k's and v's
+            in ``scales``; from :func:`..portable.quantise_blocks.quantise_blocks`.
         out: (total_q, Hq, 128), bfloat16, float16 or float32. lse: (total_q, Hq) with any strides, or None.
         options: fields of :class:`PrefillConfig`.
 
@@ -798,10 +965,15 @@ def mla_prefill(
         raise UnsupportedError(f"hopper MLA prefill: {reason}")
     if out.numel() == 0:
         return
-    cfg = _config(work.is_causal, q.shape[1] // work.num_heads_k, tuple(options.items()))
+    chosen = {
+        "q_type": QUERY_TYPES[q.dtype],
+        "scale_rows": q.element_size() > 1 and scales.q is None,
+        "scale_blocks": records is not None,
+        **options,
+    }
+    cfg = _config(work.is_causal, q.shape[1] // work.num_heads_k, tuple(chosen.items()))
     partial_out, partial_lse = work.partial_buffers(q.shape[1], HEAD_DIM_V)
     factors = scales.arguments()
-    wide, narrow = [1, BLOCK_N, 128], [1, BLOCK_N, 64]
     pointers = (
         out,
         lse,
@@ -816,11 +988,7 @@ def mla_prefill(
         *(factors[f"{name}_scale"] for name in "qkv"),
     )
     args = (
-        descriptor(*_rows(q), wide, cfg.wide_box),
-        descriptor(*_rows(q), narrow, cfg.narrow_box),
-        descriptor(*_rows(k), wide, cfg.wide_box),
-        descriptor(*_rows(k), narrow, cfg.narrow_box),
-        descriptor(values, values.shape, values.stride(), [1, 128, BLOCK_N], cfg.wide_box),
+        *_descriptors(q, k, values, records, cfg),
         *pointers,
         q.shape[1],
         out.stride(0) // 8,
@@ -832,7 +1000,8 @@ def mla_prefill(
         cfg,
         4,
     )
-    kind = [None if p is None else p.data_ptr() % 16 == 0 for p in pointers]
+    aligned = (out, lse, partial_out, partial_lse, scales.q, scales.k, scales.v)
+    kind = [None if p is None else p.data_ptr() % 16 == 0 for p in aligned]
     launch(mla_prefill_kernel, (work.num_cu, 1, 1), (cfg, out.dtype, q.device, *kind), args)
     if work.num_groups > 0:
         mla_reduce(work, partial_out, partial_lse, out, lse)
@@ -841,6 +1010,23 @@ def mla_prefill(
 @functools.lru_cache(maxsize=64)
 def _config(causal: bool, group: int, options: tuple[tuple[str, Any], ...]) -> PrefillConfig:
     return PrefillConfig(causal, group, **dict(options))
+
+
+def _descriptors(
+    q: Tensor, k: Tensor, values: Tensor, records: Tensor | None, cfg: PrefillConfig
+) -> tuple[Any, ...]:
+    """What the kernel loads by TMA: q and k in two pieces each, values, records."""
+    rows = 64 if cfg.casts_q else BLOCK_M
+    return (
+        descriptor(*_rows(q), [1, rows, 128], cfg.q_wide_box),
+        descriptor(*_rows(q), [1, rows, 64], cfg.q_narrow_box),
+        descriptor(*_rows(k), [1, BLOCK_N, 128], cfg.wide_box),
+        descriptor(*_rows(k), [1, BLOCK_N, 64], cfg.narrow_box),
+        descriptor(values, values.shape, values.stride(), [1, 128, BLOCK_N], cfg.wide_box),
+        None
+        if records is None
+        else descriptor(records, records.shape, records.stride(), [1, 1, RECORD.value], cfg.record),
+    )
 
 
 def _rows(x: Tensor) -> tuple[Tensor, list[int], list[int]]:
