@@ -60,7 +60,7 @@ def compile_decode(cfg: DecodeConfig, *, lse: bool = True, sinks: bool = False) 
         }
     if lse:
         types["lse_ptr"] = "*fp32"
-    if cfg.narrow:
+    if cfg.kv_dtype == gl.float8e4nv:
         types |= dict.fromkeys(["k_descale", "v_descale"], "*fp32")
     if sinks:
         types["sinks"] = "*fp32"
@@ -159,6 +159,13 @@ def form(
     return AppendForm(tokens, half, interleaved, q_turns=True, given=given)
 
 
+def latent(heads: int, **fields: Any) -> DecodeConfig:
+    """Absorbed MLA over float8 latents."""
+    fields.setdefault("page_size", 64)
+    fields |= {"group": heads, "rows": heads, "latent": True, "kv_dtype": gl.float8e4nv}
+    return config(64, 512, **fields)
+
+
 CONFIGS = {
     "dense, appends": config(append=form()),
     "page 16, appends": config(page_size=16, append=form(interleaved=True)),
@@ -200,6 +207,19 @@ CONFIGS = {
     "MLA, 16 heads": config(64, 512, group=16, rows=16, page_size=64, latent=True),
     "MLA, 64 heads": config(64, 512, group=64, rows=64, page_size=64, latent=True),
     "MLA, 64 heads, page 1, gathered": config(64, 512, group=64, rows=64, page_size=1, latent=True),
+    "MLA float8, 16 heads": latent(16),
+    "MLA float8, 16 heads, page 1, gathered": latent(16, page_size=1),
+    "MLA float8, 16 heads, rope apart": latent(16, parted=True),
+    "MLA float8, 64 heads": latent(64),
+    "MLA float8, 64 heads, rope apart, page 1": latent(64, page_size=1, parted=True),
+    "MLA float8, float16, window, chunk, left padding, soft cap": latent(
+        32,
+        q_dtype=gl.float16,
+        has_left=True,
+        has_chunk=True,
+        has_pad=True,
+        has_soft_cap=True,
+    ),
     "head_dim 256": config(256),
     "head_dim 256, page 1, gathered": config(256, page_size=1),
 }

@@ -301,6 +301,26 @@ def test_absorbed_mla_is_decode(kernels: None, whole: bool, more: dict[str, Any]
     assert RAN == ["plan", "decode"]
 
 
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("float8_queries", [False, True])
+@pytest.mark.parametrize("descales", ["", "kv", "v"])
+def test_float8_latents_are_decoded(
+    kernels: None, whole: bool, float8_queries: bool, descales: str
+) -> None:
+    """Keys and values may have unlike descales, and rope parts other ones than latents."""
+    call = latent(2, whole)
+    if float8_queries:
+        float8(call, *({"q", "qv"} & call.kwargs.keys()))
+        call.kwargs["q_descale"] = torch.rand(3, 1) + 0.5
+    float8(call, "k_cache", "v_cache")
+    if whole:
+        call.kwargs["v_cache"] = call.kwargs["k_cache"][..., :512]
+    for name in descales:
+        call.kwargs[f"{name}_descale"] = torch.rand(3, 1) + 0.5
+    assert honoured.honoured_or_refused(call, "hopper")
+    assert RAN == ["plan", "decode"]
+
+
 @pytest.mark.parametrize("names", [("k_cache", "v_cache"), ("q", "k_cache", "v_cache")])
 def test_float8_caches_are_decoded(kernels: None, names: tuple[str, ...]) -> None:
     call = float8(cached(), *names)

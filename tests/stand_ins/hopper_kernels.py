@@ -209,6 +209,7 @@ def decode(
     aux: Any = None,
     append: Append | None = None,
     longest_new: int = 0,
+    whole_rows: bool = False,
 ) -> None:
     RAN.append("decode" if append is None else "appending decode")
     assert_aligned(q, k, v, out)
@@ -220,7 +221,10 @@ def decode(
         assert q.shape[-1] <= 64
         assert 256 < v.shape[-1] <= 512
         assert qv.shape == (*q.shape[:-1], v.shape[-1])
-        assert k.itemsize == 2
+    made_of_rows = q, k
+    if whole_rows:
+        assert qv is not None
+        made_of_rows = torch.cat((qv, q), -1), torch.cat((v, k), -1)
     filled = plan.filled
     rows = max_seqlen_q if q.dim() == 3 else q.shape[1]
     made_for = {
@@ -242,8 +246,7 @@ def decode(
     if append is not None:
         lengths["seqlens_k"] = _before(append, lengths["seqlens_k"], longest_new)
     _solve(
-        q,
-        k,
+        *made_of_rows,
         v,
         out,
         lse,
@@ -252,7 +255,7 @@ def decode(
         Mask(False, window_left, window_right, chunk, mask_mod),
         Scores(softmax_scale, softcap, sinks, score_mod),
         page_table=page_table,
-        qv=qv,
+        qv=None if whole_rows else qv,
         descales=Descales(q_descale, k_descale, v_descale),
         aux_tensors=aux or (),
         append=append,

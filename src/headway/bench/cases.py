@@ -207,7 +207,10 @@ DECODE = (
     _latent(128),
 )
 
-DECODE_FLOAT8 = tuple(replace(c, name=f"{c.name} float8", kv_dtype="fp8") for c in _STEPS)
+DECODE_FLOAT8 = tuple(
+    replace(c, name=f"{c.name} float8", kv_dtype="fp8")
+    for c in (*_STEPS, _latent(16), _latent(128))
+)
 
 PAGES = tuple(
     replace(case, name=f"{case.name} page {page_size}", page_size=page_size)

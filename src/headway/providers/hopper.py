@@ -56,6 +56,7 @@ _DEVICES = frozenset({"cuda", "meta"})
 
 _FLOAT8 = torch.float8_e4m3fn
 _HALF = frozenset({(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16)})
+_FLOAT8_CACHES = frozenset({(q, _FLOAT8) for q in (_FLOAT8, torch.bfloat16, torch.float16)})
 
 _PREFILL = Capabilities(
     device_types=_DEVICES,
@@ -68,7 +69,7 @@ _PREFILL = Capabilities(
 
 _DECODE = Capabilities(
     device_types=_DEVICES,
-    dtypes=_HALF | {(_FLOAT8, _FLOAT8), (torch.bfloat16, _FLOAT8), (torch.float16, _FLOAT8)},
+    dtypes=_HALF | _FLOAT8_CACHES,
     features=ALL_FEATURES - {Feature.QV},
     head_dims=HeadDims(maximum=256, multiple_of=8),
     float8_head_dims=HeadDims(maximum=256, multiple_of=16),
@@ -79,8 +80,8 @@ _DECODE = Capabilities(
 _WHOLE_ROWS = DimRange((576, 576), (512, 512))
 _LATENT = Capabilities(
     device_types=_DEVICES,
-    dtypes=_HALF,
-    features=ALL_FEATURES - {Feature.DESCALE},
+    dtypes=_HALF | _FLOAT8_CACHES,
+    features=ALL_FEATURES,
     head_dims=HeadDims(only=frozenset(), pairs=frozenset({(576, 512)})),
     qv_head_dims=DimRange((8, 64), (264, 512)),
     kv_layouts=frozenset({KVLayout.DENSE, KVLayout.PAGED}),
@@ -89,7 +90,6 @@ _LATENT = Capabilities(
     exclusions=(
         excludes(Trait.SEPARATE_VALUES, why="v must be the first columns of k", dims=_WHOLE_ROWS),
     ),
-    lacks={Feature.DESCALE: "takes 16-bit caches"},
 )
 
 _CAPABILITIES: dict[Work, Capabilities] = {
@@ -247,8 +247,9 @@ def refusals(problem: Problem) -> list[str]:
     work = work_of(problem)
     reasons = base.reasons_against(_CAPABILITIES[work], problem)
     dims = problem.head_dim, problem.head_dim_v
-    if problem.qv is not None and any(d % 8 for d in dims):
-        reasons.append(f"head_dim={dims[0]}/{dims[1]} with qv: takes multiples of 8")
+    multiple = 16 // problem.q.element_size()  # rows of queries begin at multiples of 16 bytes
+    if problem.qv is not None and any(d % multiple for d in dims):
+        reasons.append(f"head_dim={dims[0]}/{dims[1]} with qv: takes multiples of {multiple}")
     if problem.qv is None and dims[1] > 256 and _steps(problem.k) != _steps(problem.v):
         reasons.append("v of other strides than k: must be the first columns of k")
     return [f"{reason} (in {work})" for reason in reasons]
@@ -576,7 +577,7 @@ class _Decode:
         self._prepared: Callable[..., None] | None = None
 
     def __call__(self, p: Problem, q: Tensor, out: Tensor, lse: Tensor | None) -> None:
-        self.launch(p, q, p.k, p.v, out, lse, None)
+        self.launch(p, q, p.k, p.v, out, lse)
 
     def launch(
         self,
@@ -586,7 +587,9 @@ class _Decode:
         v: Tensor,
         out: Tensor,
         lse: Tensor | None,
-        qv: Tensor | None,
+        qv: Tensor | None = None,
+        *,
+        whole_rows: bool = False,
     ) -> None:
         plan, scales = _plan_for(p, self._lengths), p.descales
         rest = (lse, p.page_table, p.scores.sinks, qv, scales.q, scales.k, scales.v)
@@ -612,6 +615,7 @@ class _Decode:
                 aux=None if mods is None else mods.aux,
                 append=p.append if self.is_fused else None,
                 longest_new=_longest_new(p) if self.is_fused else 0,
+                whole_rows=whole_rows,
             )
         if self.is_fused:
             prepared(plan, q, k, v, out, *rest, p.append)
@@ -656,7 +660,8 @@ class _DecodeLatent(_Decode):
     def __call__(self, p: Problem, q: Tensor, out: Tensor, lse: Tensor | None) -> None:
         if p.qv is None:
             at = p.head_dim_v
-            self.launch(p, q[..., at:], p.k[..., at:], p.v, out, lse, q[..., :at])
+            k, rope, latent = p.k[..., at:], q[..., at:], q[..., :at]
+            self.launch(p, rope, k, p.v, out, lse, latent, whole_rows=True)
         else:
             self.launch(p, q, p.k, p.v, out, lse, _with_aligned_rows(p.qv))
 

@@ -38,6 +38,11 @@ def decode(d: int, dv: int | None = None, **more: Any) -> None:
     run("flash_attn_with_kvcache", portable.decode_arguments(d, dv, **more))
 
 
+def latent(heads: int, **more: Any) -> None:
+    """A step of absorbed MLA over rows of a latent cache."""
+    decode(576, 512, heads=(heads, 1), page_size=64, latent=True, **more)
+
+
 def _cases() -> tuple[Case, ...]:
     def case(label: str, function: Any, *args: Any, **kwargs: Any) -> Case:
         return Case(f"hopper {label}", functools.partial(function, *args, **kwargs), _SM90)
@@ -56,6 +61,10 @@ def _cases() -> tuple[Case, ...]:
         case("decode 128 page 1", decode, 128, page_size=1),
         case("decode 128 float8 cache", decode, 128, kv_dtype=_FLOAT8),
         case("decode 256", decode, 256),
+        case("decode latent, 16 heads", latent, 16),
+        case("decode latent, 128 heads", latent, 128),
+        case("decode latent, 16 heads, float8 cache", latent, 16, kv_dtype=_FLOAT8),
+        case("decode latent, 128 heads, float8 cache", latent, 128, kv_dtype=_FLOAT8),
     )
 
 

@@ -41,6 +41,7 @@ from headway.kernels.hopper.decode_consumer import Call, Parts, consume
 from headway.kernels.hopper.decode_load import allocate, produce_boxes, produce_gathered
 from headway.kernels.hopper.decode_plan import DecodePlan, empty_plan
 from headway.kernels.hopper.decode_wide import consume_wide, score_wide
+from headway.kernels.hopper.decode_widen import produce_widened
 from headway.kernels.hopper.direct import Boxes, DirectLaunch, misaligned
 from headway.kernels.mods import kind_of
 from headway.problem import Append
@@ -269,7 +270,10 @@ def _consume_wide(given, half: gl.constexpr, cfg: gl.constexpr):
 @gluon.jit
 def _produce(boxes, rows, work, PRODUCER: gl.constexpr, cfg: gl.constexpr):
     """A producer's partition."""
-    if cfg.gathered:
+    if cfg.widened:
+        k_ptr, v_ptr, k_strides, v_strides = rows
+        produce_widened(k_ptr, v_ptr, k_strides, v_strides, work, cfg)
+    elif cfg.gathered:
         k_ptr, v_ptr, k_strides, v_strides = rows
         produce_gathered(k_ptr, v_ptr, k_strides, v_strides, work, cfg)
     else:
@@ -324,11 +328,16 @@ def make_plan(
         batch_size=batch_size,
         units=num_kv_heads,
         m_tiles=m_tiles,
-        rows=min(rows, 64),
+        rows=room_for(rows),
         head_dim_v=head_dim_v,
         workers=workers,
         device=device,
     )
+
+
+def room_for(rows: int) -> int:
+    """Rows of a tile that parts have room for: a power of two, so that few kernels serve all lengths."""
+    return next_power_of_2(min(rows, 64))
 
 
 @functools.lru_cache(maxsize=64)
@@ -385,6 +394,7 @@ def prepare(
     aux: Any = None,
     append: Append | None = None,
     longest_new: int = 0,
+    whole_rows: bool = False,
 ) -> Prepared:
     """Attention of planned steps, to be called: all but where tensors lie is decided.
 
@@ -403,8 +413,11 @@ def prepare(
         max_seqlen_q: queries of the longest sequence, where q is ragged.
         leftpad: whether the plan was filled with ``leftpad_k``.
         sinks: (Hq,), any float dtype.
-        qv: as q, with Dv; given, scores are scale · (q · k + qv · v), for 16-bit k and v.
-        q_descale, k_descale, v_descale: (B, Hkv) float32 factors of float8 tensors, any strides.
+        qv: as q, with Dv; given, scores are scale · (q · k + qv · v).
+        q_descale, k_descale, v_descale: (B, Hkv) float32 factors of float8 tensors, any strides; that of q
+            is not one of qv, but for ``whole_rows``.
+        whole_rows: qv and q are columns of the same queries, v and k of the same rows: in scores, the
+            descales of q and k are those of both.
         score_mod, mask_mod, aux: Gluon functions and what they look into, from headway.kernels.mods.
         append: new keys and values, of q's dtype, which the kernel writes behind those of each sequence and
             rotates, and q with them, where there is a rotary; what :func:`appends` is true for.
@@ -439,6 +452,7 @@ def prepare(
         lse is not None,
         None if sinks is None else sinks.dtype,
         qv is not None,
+        whole_rows,
         q_descale is not None,
         k_descale is not None,
         v_descale is not None,
@@ -686,6 +700,7 @@ def _kernel_for(
     has_lse: bool,
     sinks_dtype: torch.dtype | None,
     has_qv: bool,
+    whole_rows: bool,
     has_q_descale: bool,
     has_k_descale: bool,
     has_v_descale: bool,
@@ -704,9 +719,10 @@ def _kernel_for(
             head_dim_v=head_dim_v,
             group=group,
             m_tiles=cdiv(rows, 64),
-            rows=min(rows, 64),
+            rows=room_for(rows),
             page_size=page_size,
             latent=has_qv,
+            parted=has_qv and not whole_rows and (has_q_descale or has_k_descale or has_v_descale),
             has_left=has_left,
             has_right=has_right,
             has_chunk=has_chunk,

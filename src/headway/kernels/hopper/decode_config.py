@@ -19,6 +19,8 @@ CONSUMER_ROWS = 32
 WIDE_ROWS = 16
 #: Column pieces in which latents arrive: scores begin with the first.
 LATENT_PIECES = 2
+#: Column pieces in which float8 latents are widened in registers, two of them at work at a time.
+WIDEN_PIECES = 4
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ DECODE_TILES: dict[tuple[int, int, int], tuple[int, int]] = {
     (128, 128, 2): (128, 1),
     (64, 512, 2): (64, 1),
     (64, 64, 1): (256, 2),
+    (64, 512, 1): (64, 1),
     (128, 128, 1): (128, 2),
     (192, 128, 1): (64, 2),
     (256, 256, 1): (64, 2),
@@ -115,6 +118,7 @@ class DecodeConfig:
     rows: int = 64  # packed rows of a tile that parts have room for
     page_size: int = 0  # 0: keys are not paged
     latent: bool = False  # values are keys as well, for queries of their own
+    parted: bool = False  # scores of keys and of latents have descales of their own
     has_left: bool = False
     has_right: bool = False
     has_chunk: bool = False
@@ -124,8 +128,10 @@ class DecodeConfig:
     # ------------------------------------------------------------------------------------------------
     gathered: bool = field(init=False)  # rows come one by one instead of in boxes
     by_pointer: bool = field(init=False)  # addresses of rows are needed
-    narrow: bool = field(init=False)  # float8 keys and values, multiplied as float16
+    narrow: bool = field(init=False)  # float8 keys and values, widened between stages and products
+    widened: bool = field(init=False)  # float8 latents, widened on their way to stages
     dtype: Any = field(init=False)  # of everything that is multiplied
+    stage_dtype: Any = field(init=False)  # of keys and values in stages
     scaled: bool = field(init=False)  # queries are brought into float16's range
     consumers: int = field(init=False)  # warpgroups that share the rows of a tile
     wide: bool = field(init=False)  # consumers share the columns of values instead of the rows
@@ -133,6 +139,8 @@ class DecodeConfig:
     out_width: int = field(init=False)  # a consumer's columns of values
     v_pieces: int = field(init=False)  # column pieces in which a stage's values arrive, one by one
     v_box_width: int = field(init=False)
+    widen_pieces: int = field(init=False)  # column pieces in which values are widened in registers
+    widen_width: int = field(init=False)
     maxnreg: int = field(init=False)
     block_n: int = field(init=False)
     stages: int = field(init=False)
@@ -181,6 +189,10 @@ class DecodeConfig:
     row_numbers: Any = field(init=False)
     latent_smem: Any = field(init=False)
     latent_rows: Any = field(init=False)
+    latent_pair_layout: Any = field(init=False)
+    fours: Any = field(init=False)
+    k_twos: Any = field(init=False)
+    v_twos: Any = field(init=False)
     k_rows: Any = field(init=False)
     v_rows: Any = field(init=False)
     new_k_rows: Any = field(init=False)
@@ -193,23 +205,32 @@ class DecodeConfig:
         k_width = tile.k_width or width
         rows = box_rows(self.page_size, tile.block_n)
         itemsize = self.kv_dtype.primitive_bitwidth // 8
-        narrow = itemsize == 1
-        dtype = gl.float16 if narrow else self.kv_dtype
         wide = self.latent and self.rows > WIDE_ROWS
+        widened = wide and itemsize == 1
+        narrow = itemsize == 1 and not wide
+        dtype = gl.float16 if itemsize == 1 else self.kv_dtype
+        stage_dtype = dtype if widened else self.kv_dtype
         consumers, columns = (2, TILE_ROWS) if wide else consumers_of(self.rows)
         out_width = v_width // 2 if wide else v_width
         v_pieces = LATENT_PIECES if self.latent else 1
-        set_("gathered", self.page_size % 8 != 0 or (tile.gather and self.page_size > 0))
-        set_("by_pointer", self.gathered or self.append is not None)
+        by_rows = self.page_size % 8 != 0 or (tile.gather and self.page_size > 0)
+        gathered = widened or by_rows
+        set_("gathered", gathered)
+        set_("by_pointer", gathered or self.append is not None)
         set_("narrow", narrow)
+        set_("widened", widened)
         set_("dtype", dtype)
-        set_("scaled", narrow and self.q_dtype == gl.bfloat16)
+        set_("stage_dtype", stage_dtype)
+        set_("scaled", (narrow or widened) and self.q_dtype == gl.bfloat16)
         set_("consumers", consumers)
         set_("wide", wide)
         set_("columns", columns)
         set_("out_width", out_width)
         set_("v_pieces", v_pieces)
         set_("v_box_width", v_width // v_pieces)
+        widen_pieces = WIDEN_PIECES if self.latent else 1
+        set_("widen_pieces", widen_pieces)
+        set_("widen_width", v_width // widen_pieces)
         set_("maxnreg", _LAUNCH_REGISTERS[tile.per_multiprocessor, consumers])
         set_("block_n", tile.block_n)
         set_("stages", tile.stages)
@@ -223,14 +244,15 @@ class DecodeConfig:
         many_boxes = not self.gathered and not self.latent and tile.block_n // rows >= PRODUCERS
         producers = PRODUCERS if many_boxes else 1
         set_("producers", producers)
-        set_("full_count", 128 if self.gathered else producers)
+        set_("full_count", 128 if self.gathered and not widened else producers)
         # A page number per box, of this block and of the next; a gathering producer holds many addresses.
         registers = 80 if self.gathered else 32 if tile.block_n // rows <= 2 else 64
         producer_warps = 4 if self.gathered else 1
         if wide:
             set_("maxnreg", 128)
             set_("worker_warps", (4, 4, producer_warps))
-            set_("worker_registers", (160, 160, 80) if self.gathered else (168, 168, 40))
+            by_rows_registers = (160, 160, 96 if widened else 80)
+            set_("worker_registers", by_rows_registers if self.gathered else (168, 168, 40))
         elif consumers == 2:
             producer_registers = 80 if self.gathered else 40
             set_("worker_warps", (4, *[producer_warps] * producers))
@@ -243,14 +265,14 @@ class DecodeConfig:
         smem = gl.NVMMASharedLayout.get_default_for
         set_("q_smem", smem([columns, k_width], dtype))
         set_("p_smem", smem([columns, tile.block_n], dtype))
-        set_("k_stage", smem([tile.block_n, k_width], self.kv_dtype))
-        set_("v_stage", smem([tile.block_n, v_width], self.kv_dtype))
-        set_("k_boxes", smem([1, 1, tile.block_n, k_width], self.kv_dtype))
-        set_("v_boxes", smem([1, 1, tile.block_n, v_width], self.kv_dtype))
+        set_("k_stage", smem([tile.block_n, k_width], stage_dtype))
+        set_("v_stage", smem([tile.block_n, v_width], stage_dtype))
+        set_("k_boxes", smem([1, 1, tile.block_n, k_width], stage_dtype))
+        set_("v_boxes", smem([1, 1, tile.block_n, v_width], stage_dtype))
         set_("k_pairs", smem([tile.block_n, k_width // 2], gl.int16))
         set_("v_pairs", smem([tile.block_n, v_width // 2], gl.int16))
         set_("k_pair_layout", _k_pair_layout(tile.block_n, k_width // 2))
-        set_("v_pair_layout", _v_pair_layout(tile.block_n, v_width // 2))
+        set_("v_pair_layout", _v_pair_layout(tile.block_n, v_width // widen_pieces // 2))
         product = gl.NVMMADistributedLayout(
             version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16]
         )
@@ -269,6 +291,11 @@ class DecodeConfig:
         set_("row_numbers", gl.SwizzledSharedLayout(1, 1, 1, [0]))
         set_("latent_smem", smem([columns, v_width], dtype))
         set_("latent_rows", _rows_layout(v_width // v_pieces, 2))
+        set_("latent_pair_layout", _k_pair_layout(tile.block_n, v_width // widen_pieces // 2))
+        # Stores of a quarter of a warp then meet every bank once, for all that they are swizzled.
+        set_("fours", gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0]))
+        set_("k_twos", smem([tile.block_n, k_width // 2], gl.int32))
+        set_("v_twos", smem([tile.block_n, v_width // 2], gl.int32))
         set_("k_rows", _rows_layout(k_width, itemsize))
         set_("v_rows", _rows_layout(v_width // v_pieces, itemsize))
         append = self.append or AppendForm(0)
@@ -406,6 +433,7 @@ def _stages(block_n: int, width: int, v_width: int, itemsize: int, rows: int, wo
     consumers, columns = consumers_of(rows)
     if v_width == 512 and rows > WIDE_ROWS:
         consumers, columns = 1, TILE_ROWS
+        itemsize = 2  # narrower ones are widened on their way
     q_width = width + (v_width if v_width == 512 else 0)
     room = SHARED_BYTES // workers - 1024 - OTHER_SHARED_BYTES
     room -= consumers * columns * (q_width + block_n) * 2

@@ -183,6 +183,37 @@ def fetch_piece(q_ptr, span, batch, head, first_row, piece, call, cfg: gl.conste
 
 
 @gluon.jit
+def _fetch_latent(qv_ptr, span, batch, head, first_row, piece, call, cfg: gl.constexpr):
+    """A piece of the queries of values."""
+    strides = call.stride_qv_batch, call.stride_qv_row, call.stride_qv_head
+    return fetch_queries(
+        qv_ptr,
+        strides,
+        span,
+        batch,
+        head,
+        first_row,
+        piece * cfg.v_box_width,
+        gl.constexpr(cfg.v_box_width),
+        gl.constexpr(cfg.head_dim_v),
+        gl.constexpr(cfg.latent_rows),
+        call,
+        cfg,
+    )
+
+
+@gluon.jit
+def _as_multiplied(queries, factor, WIDTH: gl.constexpr, cfg: gl.constexpr):
+    """Queries (columns, WIDTH) times ``factor`` where they are scaled, in the dtype and order of keys."""
+    if cfg.scaled:
+        queries = queries.to(gl.float32) * factor
+    if cfg.narrow:  # columns in the order of widened keys
+        queries = queries.reshape([cfg.columns, WIDTH // 16, 4, 2, 2])
+        queries = queries.permute((0, 1, 3, 2, 4)).reshape([cfg.columns, WIDTH])
+    return queries.to(cfg.dtype)
+
+
+@gluon.jit
 def _largest(queries):
     """The largest magnitude of a tile."""
     wide = queries.to(gl.float32)
@@ -203,36 +234,22 @@ def load_queries(
         for piece in gl.static_range(gl.constexpr(cfg.pieces)):
             queries = fetch_piece(q_ptr, span, batch, head, first_row, piece, call, cfg, turn)
             largest = gl.maximum(largest, _largest(queries))
+        if cfg.latent:
+            for piece in gl.static_range(gl.constexpr(cfg.v_pieces)):
+                queries = _fetch_latent(qv_ptr, span, batch, head, first_row, piece, call, cfg)
+                largest = gl.maximum(largest, _largest(queries))
         # A power of two: float16 then holds all eight bits of a bfloat16 down to 2^-29 of the largest.
         factor = gl.where(largest > 0.0, gl.exp2(14.0 - gl.floor(gl.log2(largest))), 1.0)
     for piece in gl.static_range(gl.constexpr(cfg.pieces)):
         queries = fetch_piece(q_ptr, span, batch, head, first_row, piece, call, cfg, turn)
-        if cfg.scaled:
-            queries = queries.to(gl.float32) * factor
-        if cfg.narrow:  # columns in the order of widened keys
-            queries = queries.reshape([cfg.columns, cfg.k_width // 16, 4, 2, 2])
-            queries = queries.permute((0, 1, 3, 2, 4)).reshape([cfg.columns, cfg.k_width])
-        buffers.q.index(half * cfg.pieces + piece).store(queries.to(cfg.dtype))
+        queries = _as_multiplied(queries, factor, gl.constexpr(cfg.k_width), cfg)
+        buffers.q.index(half * cfg.pieces + piece).store(queries)
     if cfg.latent:
-        strides = call.stride_qv_batch, call.stride_qv_row, call.stride_qv_head
         for piece in gl.static_range(gl.constexpr(cfg.v_pieces)):
-            queries = fetch_queries(
-                qv_ptr,
-                strides,
-                span,
-                batch,
-                head,
-                first_row,
-                piece * cfg.v_box_width,
-                gl.constexpr(cfg.v_box_width),
-                gl.constexpr(cfg.head_dim_v),
-                gl.constexpr(cfg.latent_rows),
-                call,
-                cfg,
-            )
-            buffers.latent.index(half).slice(piece * cfg.v_box_width, cfg.v_box_width, dim=1).store(
-                queries
-            )
+            queries = _fetch_latent(qv_ptr, span, batch, head, first_row, piece, call, cfg)
+            queries = _as_multiplied(queries, factor, gl.constexpr(cfg.v_box_width), cfg)
+            tile = buffers.latent.index(half)
+            tile.slice(piece * cfg.v_box_width, cfg.v_box_width, dim=1).store(queries)
     fence_async_shared()
     cta_barrier()
     return 1.0 / factor
@@ -327,6 +344,18 @@ def load_sinks(sinks, head, rows, call, cfg: gl.constexpr):
 
 
 @gluon.jit
+def load_scales(descales, batch, head, cfg: gl.constexpr):
+    """What float8 tensors multiply: (all scores, scores of keys, scores of latents, output)."""
+    q_descale, k_descale, v_descale = descales
+    of_keys = load_descale(q_descale, batch, head) * load_descale(k_descale, batch, head)
+    of_values = load_descale(v_descale, batch, head)
+    if cfg.parted:
+        return 1.0, of_keys, of_values, of_values
+    else:
+        return of_keys, 1.0, 1.0, of_values
+
+
+@gluon.jit
 def load_descale(descale, batch, head):
     """A float8 tensor's factor for a sequence and KV head; descale is (pointer or None, strides)."""
     pointer, stride_batch, stride_head = descale
@@ -381,20 +410,100 @@ def _values(stage, start, buffers, span, cfg: gl.constexpr):
     # A gathering producer has cleared them.
     cut = (start < span.lo) | (start + cfg.block_n > span.hi) if not cfg.gathered else False
     if cfg.narrow:
-        pairs = tile._reinterpret(gl.int16, [cfg.block_n, cfg.v_width // 2], cfg.v_pairs)
-        pairs = pairs.load(cfg.v_pair_layout)
-        if cut:
-            rows = gl.arange(0, cfg.block_n, layout=gl.SliceLayout(1, cfg.v_pair_layout)) + start
-            inside = gl.expand_dims((rows >= span.lo) & (rows < span.hi), 1)
-            pairs = gl.where(inside, pairs, gl.zeros_like(pairs))
-        values = _widen(pairs, _WIDEN_ACROSS)
-        values = values.reshape([cfg.block_n, cfg.v_width // 16, 8, 2]).permute((1, 3, 2, 0))
-        values = values.reshape([cfg.v_width, cfg.block_n])
-        return gl.convert_layout(values, cfg.operand, assert_trivial=True)
+        return _widened_values(stage, 0, start, cut, buffers, span, cfg)
     else:
         if cut:
             clear_outside(tile, start, span.lo, span.hi, cfg)
         return tile.permute((1, 0))
+
+
+@gluon.jit
+def _latent_pairs(stage, piece: gl.constexpr, buffers, layout: gl.constexpr, cfg: gl.constexpr):
+    """A piece of a stage's float8 values, two neighbours in one number."""
+    PAIRS: gl.constexpr = cfg.widen_width // 2
+    pairs = v_tile(buffers, stage, cfg)
+    pairs = pairs._reinterpret(gl.int16, [cfg.block_n, cfg.v_width // 2], cfg.v_pairs)
+    return pairs.slice(piece * PAIRS, PAIRS, dim=1).load(layout)
+
+
+@gluon.jit
+def _widened_values(stage, piece: gl.constexpr, start, cut, buffers, span, cfg: gl.constexpr):
+    """A piece of a stage's float8 values, transposed and widened, as wgmma's first operand; where
+    the block is ``cut``, rows that may hold anything are zeros."""
+    layout: gl.constexpr = cfg.v_pair_layout
+    pairs = _latent_pairs(stage, piece, buffers, layout, cfg)
+    if cut:
+        rows = gl.arange(0, cfg.block_n, layout=gl.SliceLayout(1, layout)) + start
+        inside = gl.expand_dims((rows >= span.lo) & (rows < span.hi), 1)
+        pairs = gl.where(inside, pairs, gl.zeros_like(pairs))
+    values = _widen(pairs, _WIDEN_ACROSS)
+    values = values.reshape([cfg.block_n, cfg.widen_width // 16, 8, 2]).permute((1, 3, 2, 0))
+    values = values.reshape([cfg.widen_width, cfg.block_n])
+    return gl.convert_layout(values, cfg.operand, assert_trivial=True)
+
+
+@gluon.jit
+def _widened_latents(stage, piece: gl.constexpr, step, buffers, cfg: gl.constexpr):
+    """A piece of a stage's float8 latents as keys, widened, once it is there."""
+    WAITS: gl.constexpr = cfg.widen_pieces // cfg.v_pieces
+    if piece % WAITS == 0:
+        wait_full(stage, piece // WAITS, step, buffers, cfg)
+    pairs = _latent_pairs(stage, piece, buffers, gl.constexpr(cfg.latent_pair_layout), cfg)
+    keys = _widen(pairs, _WIDEN)
+    keys = keys.reshape([cfg.block_n, cfg.widen_width // 16, 8, 2]).permute((0, 1, 3, 2))
+    keys = keys.reshape([cfg.block_n, cfg.widen_width])
+    return gl.convert_layout(keys, cfg.operand, assert_trivial=True)
+
+
+@gluon.jit
+def _score_narrow_latents(scores, stage, step, half, buffers, cfg: gl.constexpr):
+    """Scores of a stage's float8 latents. A piece is widened while products with the one before run."""
+    WIDTH: gl.constexpr = cfg.widen_width
+    latent = buffers.latent.index(opaque(half, step))
+    before = _widened_latents(stage, 0, step, buffers, cfg)
+    q = latent.slice(0, WIDTH, dim=1).permute((1, 0))
+    scores = warpgroup_mma(before, q, scores, use_acc=False, is_async=True)
+    for piece in gl.static_range(1, gl.constexpr(cfg.widen_pieces)):
+        keys = _widened_latents(stage, piece, step, buffers, cfg)
+        q = latent.slice(piece * WIDTH, WIDTH, dim=1).permute((1, 0))
+        scores = warpgroup_mma(keys, q, scores, is_async=True)
+        warpgroup_mma_wait(1, deps=(before,))
+        before = keys
+    scores, _ = warpgroup_mma_wait(0, deps=(scores, before))
+    return scores
+
+
+@gluon.jit
+def _add_narrow_latents(acc, p, stage, start, buffers, span, cfg: gl.constexpr):
+    """Add a stage's float8 latents times probabilities, and free the stage. A piece is widened while
+    products with the one before run: there are not enough registers for all."""
+    # A gathering producer has cleared rows that may hold anything.
+    cut = (start < span.lo) | (start + cfg.block_n > span.hi) if not cfg.gathered else False
+    lower, upper = acc.reshape([2, 2, cfg.widen_width, cfg.columns]).permute((2, 3, 1, 0)).split()
+    first, second = lower.split()
+    third, fourth = upper.split()
+    first_values = _widened_values(stage, 0, start, cut, buffers, span, cfg)
+    first = _add_piece(first, first_values, p, cfg)
+    values = _widened_values(stage, 1, start, cut, buffers, span, cfg)
+    second = _add_piece(second, values, p, cfg)
+    first, _ = warpgroup_mma_wait(1, deps=(first, first_values))
+    third_values = _widened_values(stage, 2, start, cut, buffers, span, cfg)
+    third = _add_piece(third, third_values, p, cfg)
+    second, _ = warpgroup_mma_wait(1, deps=(second, values))
+    values = _widened_values(stage, 3, start, cut, buffers, span, cfg)
+    mbarrier.arrive(buffers.empty.index(stage), count=1)
+    fourth = _add_piece(fourth, values, p, cfg)
+    third, fourth, _, _ = warpgroup_mma_wait(0, deps=(third, fourth, third_values, values))
+    acc = gl.join(gl.join(first, second), gl.join(third, fourth)).permute((3, 2, 0, 1))
+    acc = acc.reshape([cfg.v_width, cfg.columns])
+    return gl.convert_layout(acc, cfg.product, assert_trivial=True)
+
+
+@gluon.jit
+def _add_piece(acc, values, p, cfg: gl.constexpr):
+    """Begin to add a piece of values times probabilities to its rows of the output."""
+    acc = gl.convert_layout(acc, cfg.product, assert_trivial=True)
+    return warpgroup_mma(values, p, acc, is_async=True)
 
 
 @gluon.jit
@@ -457,7 +566,7 @@ def _softmax_block(scores, row_max, row_sum, scale_log2, cfg: gl.constexpr):
 def wait_full(stage, piece, step, buffers, cfg: gl.constexpr):
     """Wait for a piece of a stage; the first comes with the keys."""
     mbarrier.wait(buffers.full.index(stage * cfg.v_pieces + piece), (step // cfg.stages) & 1)
-    if cfg.gathered:
+    if cfg.gathered and not cfg.widened:
         fence_async_shared()
 
 
@@ -509,6 +618,7 @@ def _attend_block(
     lo,
     hi,
     scale,
+    part_scales,
     start,
     step,
     half,
@@ -528,16 +638,21 @@ def _attend_block(
     if not cfg.latent:
         wait_full(stage, 0, step, buffers, cfg)
     scores = gl.full([cfg.block_n, cfg.columns], 0.0, gl.float32, cfg.product)
-    if cfg.latent:
+    if cfg.latent and cfg.narrow:
+        scores = _score_narrow_latents(scores, stage, step, half, buffers, cfg)
+    elif cfg.latent:
         for piece in gl.static_range(gl.constexpr(cfg.v_pieces)):
             keys = latent_piece(stage, piece, step, buffers, cfg)
             q = buffers.latent.index(opaque(half, step))
             q = q.slice(piece * cfg.v_box_width, cfg.v_box_width, dim=1).permute((1, 0))
             scores = warpgroup_mma(keys, q, scores, use_acc=piece > 0, is_async=True)
+    if cfg.parted:
+        latent_scores = warpgroup_mma_wait(0, deps=(scores,)) * part_scales[1]
+        scores = gl.full([cfg.block_n, cfg.columns], 0.0, gl.float32, cfg.product)
     for piece in gl.static_range(gl.constexpr(cfg.pieces)):
         q = buffers.q.index(half * cfg.pieces + piece).permute((1, 0))
         keys = _keys(stage, piece, buffers, cfg)
-        more = cfg.latent or piece > 0
+        more = (cfg.latent and not cfg.parted) or piece > 0
         scores = warpgroup_mma(keys, q, scores, use_acc=more, is_async=True)
         if cfg.narrow and piece + 1 < cfg.pieces:
             # Products run on the registers that hold widened keys: those stay as they are meanwhile.
@@ -546,10 +661,13 @@ def _attend_block(
         values = _values(stage, start, buffers, span, cfg)
     if cfg.narrow:
         scores, _ = warpgroup_mma_wait(0, deps=(scores, keys))
-        mbarrier.arrive(buffers.empty.index(stage), count=1)
+        if not cfg.latent:
+            mbarrier.arrive(buffers.empty.index(stage), count=1)
     else:
         scores = warpgroup_mma_wait(0, deps=(scores,))
-    if cfg.latent:
+    if cfg.parted:
+        scores = scores * part_scales[0] + latent_scores
+    if cfg.latent and not cfg.narrow:
         values = _values(stage, start, buffers, span, cfg)
     scale_log2 = scale * LOG2E
     if cfg.has_soft_cap:
@@ -570,8 +688,11 @@ def _attend_block(
     p_smem.store(p.to(cfg.dtype).permute((1, 0)))
     fence_async_shared()
     cta_barrier()
-    acc = warpgroup_mma(values, p_smem.permute((1, 0)), acc, is_async=True)
-    acc = warpgroup_mma_wait(0, deps=(acc,))
+    if cfg.latent and cfg.narrow:
+        acc = _add_narrow_latents(acc, p_smem.permute((1, 0)), stage, start, buffers, span, cfg)
+    else:
+        acc = warpgroup_mma(values, p_smem.permute((1, 0)), acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
     if not cfg.narrow:
         mbarrier.arrive(buffers.empty.index(stage), count=1)
     return acc, row_max, row_sum
@@ -635,7 +756,6 @@ def consume(
 ):
     """One warpgroup: attention of its half, or all, of the rows of this worker's blocks, by unit."""
     _q_ptr, _qv_ptr, out_ptr, lse_ptr, sinks, descales, spans, works, share_ptr = tensors
-    q_descale, k_descale, v_descale = descales
     worker = gl.program_id(0) // cfg.m_tiles
     tile = gl.program_id(0) % cfg.m_tiles
     record = works + worker * WIDTH
@@ -654,9 +774,8 @@ def consume(
         unscale = begin_unit(
             tensors, buffers, new, span, batch, unit, first, count, first_row, half, call, cfg
         )
-        scale = call.scale * unscale
-        scale *= load_descale(q_descale, batch, unit) * load_descale(k_descale, batch, unit)
-        v_scale = load_descale(v_descale, batch, unit)
+        of_scores, of_keys, of_latents, v_scale = load_scales(descales, batch, unit, cfg)
+        scale = call.scale * unscale * of_scores
         rows = first_row + gl.arange(0, cfg.columns, layout=cfg.row)
         heads = unit * cfg.group + rows % cfg.group
         positions = span.position + rows // cfg.group
@@ -676,6 +795,7 @@ def consume(
                 lo,
                 hi,
                 scale,
+                (of_keys, of_latents),
                 start,
                 step,
                 half,

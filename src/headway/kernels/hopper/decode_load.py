@@ -64,9 +64,9 @@ def allocate(cfg: gl.constexpr):
     p_shape: gl.constexpr = [row_sets, cfg.columns, cfg.block_n]
     p = gl.allocate_shared_memory(cfg.dtype, p_shape, cfg.p_smem)
     k_shape: gl.constexpr = [cfg.stages * cfg.pieces, 1, 1, cfg.block_n, cfg.k_width]
-    k = gl.allocate_shared_memory(cfg.kv_dtype, k_shape, cfg.k_boxes)
+    k = gl.allocate_shared_memory(cfg.stage_dtype, k_shape, cfg.k_boxes)
     v_shape: gl.constexpr = [cfg.stages, 1, 1, cfg.block_n, cfg.v_width]
-    v = gl.allocate_shared_memory(cfg.kv_dtype, v_shape, cfg.v_boxes)
+    v = gl.allocate_shared_memory(cfg.stage_dtype, v_shape, cfg.v_boxes)
     fulls: gl.constexpr = cfg.stages * cfg.v_pieces
     full = gl.allocate_shared_memory(gl.int64, [fulls, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [cfg.stages, 1], mbarrier.MBarrierLayout())
@@ -97,14 +97,14 @@ def allocate(cfg: gl.constexpr):
 def k_tile(buffers, stage, piece, cfg: gl.constexpr):
     """One stage's (block_n, k_width) piece of keys."""
     tile = buffers.k.index(stage * cfg.pieces + piece)
-    return tile._reinterpret(cfg.kv_dtype, [cfg.block_n, cfg.k_width], cfg.k_stage)
+    return tile._reinterpret(cfg.stage_dtype, [cfg.block_n, cfg.k_width], cfg.k_stage)
 
 
 @gluon.jit
 def v_tile(buffers, stage, cfg: gl.constexpr):
     """One stage's (block_n, v_width) values."""
     return buffers.v.index(stage)._reinterpret(
-        cfg.kv_dtype, [cfg.block_n, cfg.v_width], cfg.v_stage
+        cfg.stage_dtype, [cfg.block_n, cfg.v_width], cfg.v_stage
     )
 
 

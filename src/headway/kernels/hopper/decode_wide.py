@@ -19,7 +19,9 @@ from headway.kernels.hopper.decode_consumer import (
     TILE_ROWS,
     clear_outside,
     latent_piece,
+    load_descale,
     load_queries,
+    load_scales,
     load_sinks,
     merge_unit,
     opaque,
@@ -82,8 +84,8 @@ def _modify(
 
 
 @gluon.jit
-def _scores(step, buffers, cfg: gl.constexpr):
-    """Scores of a block, by pieces of latents as they come."""
+def _scores(step, buffers, part_scales, cfg: gl.constexpr):
+    """Scores of a block, by pieces of latents as they come; ``part_scales``: of keys, of latents."""
     stage = step % cfg.stages
     scores = gl.full([cfg.columns, cfg.block_n], 0.0, gl.float32, cfg.wide_scores)
     zero = opaque(0, step)
@@ -92,8 +94,15 @@ def _scores(step, buffers, cfg: gl.constexpr):
         q = buffers.latent.index(zero).slice(piece * cfg.v_box_width, cfg.v_box_width, dim=1)
         scores = warpgroup_mma(q, keys, scores, use_acc=piece > 0, is_async=True)
     rope = k_tile(buffers, stage, 0, cfg).permute((1, 0))
-    scores = warpgroup_mma(buffers.q.index(zero), rope, scores, is_async=True)
-    return warpgroup_mma_wait(0, deps=(scores,))
+    if cfg.parted:
+        of_keys, of_latents = part_scales
+        latent_scores = warpgroup_mma_wait(0, deps=(scores,)) * of_latents
+        none = gl.full([cfg.columns, cfg.block_n], 0.0, gl.float32, cfg.wide_scores)
+        scores = warpgroup_mma(buffers.q.index(zero), rope, none, is_async=True)
+        return warpgroup_mma_wait(0, deps=(scores,)) * of_keys + latent_scores
+    else:
+        scores = warpgroup_mma(buffers.q.index(zero), rope, scores, is_async=True)
+        return warpgroup_mma_wait(0, deps=(scores,))
 
 
 @gluon.jit
@@ -102,6 +111,7 @@ def _hand_block(
     row_max,
     row_sum,
     block_rows,
+    scale,
     start,
     step,
     turn,
@@ -120,12 +130,12 @@ def _hand_block(
         if (start < span.lo) | (start + cfg.block_n > span.hi):
             values = v_tile(buffers, step % cfg.stages, cfg)
             clear_outside(values, start, span.lo, span.hi, cfg)
-    scale_log2 = call.scale * LOG2E
+    scale_log2 = scale * LOG2E
     if cfg.has_soft_cap:
-        scores = soft_cap(scores, call.scale, call.softcap)
+        scores = soft_cap(scores, scale, call.softcap)
         scale_log2 = LOG2E
     elif score_mod is not None:
-        scores *= call.scale
+        scores *= scale
         scale_log2 = LOG2E
     if score_mod is not None or mask_mod is not None:
         scores = _modify(
@@ -186,7 +196,7 @@ def score_wide(
     cfg: gl.constexpr,
 ):
     """One warpgroup: scores and probabilities, unit after unit."""
-    q_ptr, qv_ptr, _out, _lse, _sinks, _descales, spans, works, _share = tensors
+    q_ptr, qv_ptr, _out, _lse, _sinks, descales, spans, works, _share = tensors
     tile = gl.program_id(0) % cfg.m_tiles
     record = works + gl.program_id(0) // cfg.m_tiles * WIDTH
     span = load_span(record)
@@ -203,7 +213,11 @@ def score_wide(
         none = gl.full([cfg.columns, cfg.block_n], 0.0, gl.float32, cfg.wide_scores)
         row_sum = partial_sums(none)
         start = (span.first_block + first) * cfg.block_n
-        load_queries(q_ptr, qv_ptr, buffers, span, batch, unit, tile * TILE_ROWS, 0, call, cfg)
+        scale = call.scale * load_queries(
+            q_ptr, qv_ptr, buffers, span, batch, unit, tile * TILE_ROWS, 0, call, cfg
+        )
+        of_scores, of_keys, of_latents, _ = load_scales(descales, batch, unit, cfg)
+        scale *= of_scores
         heads = unit * cfg.group + rows % cfg.group
         positions = span.position + rows // cfg.group
         lo, hi = row_limits(positions, span.keys, call, cfg)
@@ -211,10 +225,10 @@ def score_wide(
         hi += span.pad
         block_rows = lo, hi, heads, positions
         for _ in range(count):
-            scores = _scores(step, buffers, cfg)
+            scores = _scores(step, buffers, (of_keys, of_latents), cfg)
             row_max, row_sum = _hand_block(
-                scores, row_max, row_sum, block_rows, start, step, turn, buffers, span, batch,
-                call, score_mod, mask_mod, aux, cfg,
+                scores, row_max, row_sum, block_rows, scale, start, step, turn, buffers, span,
+                batch, call, score_mod, mask_mod, aux, cfg,
             )  # fmt: skip
             start += cfg.block_n
             step += 1
@@ -230,7 +244,8 @@ def score_wide(
 @gluon.jit
 def consume_wide(tensors, buffers, parts, call, half: gl.constexpr, cfg: gl.constexpr):
     """One warpgroup: half of the columns of the output, unit after unit."""
-    _q, _qv, out_ptr, lse_ptr, sinks, _descales, spans, works, share_ptr = tensors
+    _q, _qv, out_ptr, lse_ptr, sinks, descales, spans, works, share_ptr = tensors
+    _q_descale, _k_descale, v_descale = descales
     columns = gl.arange(0, cfg.out_width, layout=gl.SliceLayout(0, cfg.wide_output))
     columns += half * cfg.out_width
     worker = gl.program_id(0) // cfg.m_tiles
@@ -258,7 +273,7 @@ def consume_wide(tensors, buffers, parts, call, half: gl.constexpr, cfg: gl.cons
         turn += 1
         if count == span.blocks:
             factor, lse = finish(row_max, row_sum, load_sinks(sinks, unit, rows, call, cfg))
-            out = acc * gl.expand_dims(factor, 1)
+            out = acc * gl.expand_dims(factor * load_descale(v_descale, batch, unit), 1)
             store_out(out_ptr, out, rows, columns, span, batch, unit, call, cfg)
             store_lse(lse_ptr, lse, rows, span, batch, unit, call, cfg)
         elif count > 0:
@@ -295,7 +310,7 @@ def consume_wide(tensors, buffers, parts, call, half: gl.constexpr, cfg: gl.cons
                         0,
                         TILE_ROWS,
                         half * cfg.out_width,
-                        1.0,
+                        load_descale(v_descale, batch, unit),
                         call,
                         cfg,
                     )
