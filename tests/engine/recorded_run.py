@@ -41,7 +41,7 @@ from headway.kernels.norm_style import NormStyle
 PROMPTS = (8, 1, 300, 17, 40, 5, 70, 1000, 2500, 333, 2, 640, 12)
 
 #: Steps of random lengths.
-RANDOM_STEPS = 150
+RANDOM_STEPS = 100
 
 
 class Known:

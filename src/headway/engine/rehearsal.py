@@ -45,6 +45,9 @@ BANDS: tuple[tuple[int, ...], ...] = (
 #: Tokens that the sequences of a step have in the cache already, beside as many as there is room for.
 CONTEXTS = (0, 16, 200, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 
+#: Tokens in the cache of sequences in a step whose others have one new token.
+MIXED = 5000
+
 #: Sequences of a step that share nothing but their lengths.
 BATCHES = (1, 4, 32)
 
@@ -119,14 +122,15 @@ class Rehearsal:
     def prefill(self, new_tokens: Iterable[int]) -> None:
         """Steps of sequences with so many new tokens each, whatever is in the cache before them."""
         stage = _Stage(self)
-        for new, batch_size in itertools.product(new_tokens, BATCHES):
-            for context in self._contexts(new, batch_size):
-                stage.step([(context, new)] * batch_size)
-                if batch_size == 1 and new < _given(self.config.chunked_prefill_size):
-                    stage.step([(context, 1), (context, new)])  # rows behind a decoding sequence's
-                    stage.step(
-                        [(context, new), (context, 1)]
-                    )  # as long, of another number of tokens
+        for new in new_tokens:
+            for batch_size in BATCHES:
+                for context in self._contexts(new, batch_size):
+                    stage.step([(context, new)] * batch_size)
+            if new < _given(self.config.chunked_prefill_size) and new <= self.max_model_len:
+                for context in (0, min(MIXED, self.max_model_len - new)):
+                    # Rows behind a decoding sequence's; as long a prompt, of another number of tokens.
+                    stage.step([(context, 1), (context, new)])
+                    stage.step([(context, new), (context, 1)])
 
     def passes(self) -> None:
         """Latent layers: prompts that pass over the cache as often as one kernel merges, and once more."""
