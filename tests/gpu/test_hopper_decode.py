@@ -152,6 +152,63 @@ def test_many_sequences_of_float8_latents(heads: int) -> None:
     must_run(float8_latent(heads, 1, 64, True, given=(100, 9, 8, 230) * 100))
 
 
+RAGGED = (8191, 1, 0, 63, 64, 65, 127, 128, 129, 3000)
+
+
+def latents(
+    heads: int, sq: int, page_size: int | None, given: tuple[int, ...] = RAGGED, **more: Any
+) -> Call:
+    """Absorbed MLA over whole rows of latents, NaN in all that no sequence owns."""
+    batch_size, lengths = len(given), torch.tensor(given, dtype=torch.int32)
+    per = -(-max(given) // (page_size or 1))
+    table = None
+    if page_size is None:
+        cache = normal(batch_size, per, 1, 576)
+        cache[torch.arange(per) >= lengths[:, None]] = float("nan")
+    else:
+        order = torch.randperm(batch_size * per, generator=torch.Generator().manual_seed(7))
+        table = order.to(torch.int32).view(batch_size, per)
+        rows = normal(batch_size, per * page_size, 1, 576)
+        rows[torch.arange(per * page_size) >= lengths[:, None]] = float("nan")
+        cache = torch.empty(batch_size * per, page_size, 1, 576, dtype=rows.dtype)
+        cache[order] = rows.view(batch_size * per, page_size, 1, 576)
+    kwargs: dict[str, Any] = {"q": normal(batch_size, sq, heads, 576, seed=1), "k_cache": cache}
+    kwargs |= {"v_cache": cache[..., :512], "page_table": table, "cache_seqlens": lengths}
+    return Call("kvcache", {"causal": True} | kwargs | more, f"latents {heads} {sq} {page_size}")
+
+
+@pytest.mark.parametrize(
+    ("heads", "sq", "page_size"),
+    [
+        (64, 1, 64),
+        (71, 1, 128),
+        (71, 2, 64),
+        (128, 1, 64),
+        (128, 2, 16),
+        (128, 1, None),
+        (24, 3, 8),
+    ],
+)
+def test_latents_of_many_rows(heads: int, sq: int, page_size: int | None) -> None:
+    must_run(latents(heads, sq, page_size))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"window_size": (300, 0)}, {"softcap": 5.0}, {"sinks": True}, {"causal": False}],
+    ids=str,
+)
+def test_options_over_latents_of_many_rows(more: dict[str, Any]) -> None:
+    if "sinks" in more:
+        more = {"sinks": torch.linspace(-3, 3, 128)}
+    must_run(latents(128, 1, 64, **more))
+
+
+def test_many_sequences_of_latents_of_many_rows() -> None:
+    """More than there are workers: units end inside their shares, and parts are merged by the last."""
+    must_run(latents(128, 1, 64, given=(1000, 9, 128, 2300, 0) * 20))
+
+
 @pytest.mark.parametrize("heads", [16, 128])
 def test_few_latent_sequences_are_combined(heads: int) -> None:
     must_run(latent(heads, 1, causal=True))

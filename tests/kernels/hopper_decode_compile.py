@@ -5,6 +5,7 @@ A program of its own because the tests run Triton's interpreter, which a process
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -18,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from headway.kernels._triton import gl
-from headway.kernels.hopper.decode import MANY_PARTS, decode_kernel
+from headway.kernels.hopper.decode import MANY_PARTS, ROWS_OF_PARTS, decode_kernel
 from headway.kernels.hopper.decode_combine import CombineConfig, combine_kernel
 from headway.kernels.hopper.decode_config import AppendForm, DecodeConfig, tile_for
 from headway.kernels.hopper.decode_plan import PlanConfig, plan_kernel
@@ -119,12 +120,13 @@ def measure(kernel: Any, workers: int) -> dict[str, Any]:
 
 
 def innermost_matrix_loop(sass: str) -> list[str]:
-    """The instructions of the shortest loop that multiplies matrices; empty where nothing does."""
+    """The instructions of the shortest loop that multiplies matrices; empty where nothing does. Loops go on
+    under a condition: waits that are written behind the code return to it without one."""
     lines = re.findall(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(.*?);", sass, re.MULTILINE)
     index = {int(address, 16): i for i, (address, _) in enumerate(lines)}
     loops = []
     for i, (address, text) in enumerate(lines):
-        target = re.search(r"\bBRA\S*\s.*0x([0-9a-f]+)", text)
+        target = re.match(r"@\S+ BRA\S*\s.*0x([0-9a-f]+)", text)
         if target and int(target[1], 16) < int(address, 16):
             body = [line for _, line in lines[index[int(target[1], 16)] : i + 1]]
             if any("GMMA" in line for line in body):
@@ -164,6 +166,13 @@ def latent(heads: int, **fields: Any) -> DecodeConfig:
     fields.setdefault("page_size", 64)
     fields |= {"group": heads, "rows": heads, "latent": True, "kv_dtype": gl.float8e4nv}
     return config(64, 512, **fields)
+
+
+def paired(**fields: Any) -> DecodeConfig:
+    """Absorbed MLA of 128 heads, as its tiles are paired."""
+    tile = tile_for(64, 512, 2, rows=128, page_size=fields["page_size"])
+    cfg = config(64, 512, group=128, rows=64, m_tiles=2, latent=True, **fields)
+    return dataclasses.replace(cfg, tile=tile)
 
 
 CONFIGS = {
@@ -206,6 +215,16 @@ CONFIGS = {
     "64 rows": config(group=64, rows=64, page_size=64),
     "MLA, 16 heads": config(64, 512, group=16, rows=16, page_size=64, latent=True),
     "MLA, 64 heads": config(64, 512, group=64, rows=64, page_size=64, latent=True),
+    "MLA, 128 heads": paired(page_size=64),
+    "MLA, 128 heads, dense": paired(page_size=0),
+    "MLA, 128 heads, float16, window, chunk, left padding, soft cap": paired(
+        q_dtype=gl.float16,
+        page_size=64,
+        has_left=True,
+        has_chunk=True,
+        has_pad=True,
+        has_soft_cap=True,
+    ),
     "MLA, 64 heads, page 1, gathered": config(64, 512, group=64, rows=64, page_size=1, latent=True),
     "MLA float8, 16 heads": latent(16),
     "MLA float8, 16 heads, page 1, gathered": latent(16, page_size=1),
@@ -237,18 +256,28 @@ def compile_plan(every_tensor: bool) -> Any:
     return compile_for_hopper(plan_kernel, types, {"cfg": cfg, "num_warps": 8}, num_warps=8)
 
 
-def compile_combine(head_dim_v: int, rows: int) -> Any:
+def compile_combine(head_dim_v: int, rows: int, merge_parts: int, merge_rows: int) -> Any:
     numbers = [n for n in combine_kernel.arg_names if n.startswith("stride_")]
     types = dict.fromkeys(["units", "num_rows", *numbers], "i32")
     types |= dict.fromkeys(["spans", "share_ptr", "starts"], "*i32") | {"out_ptr": "*bf16"}
     types |= dict.fromkeys(["lse_ptr", "sinks", "parts", "part_sums"], "*fp32")
-    cfg = CombineConfig(head_dim_v, rows, 1, rows, unit_cost=1, merge_parts=MANY_PARTS)
+    cfg = CombineConfig(
+        head_dim_v, rows, 1, rows, unit_cost=1, merge_parts=merge_parts, merge_rows=merge_rows
+    )
     return compile_for_hopper(combine_kernel, types, {"cfg": cfg, "num_warps": 4}, num_warps=4)
+
+
+#: Columns, rows, and parts and rows that a program reads at once.
+COMBINED = {
+    "combine": (128, 16, MANY_PARTS, 1),
+    "combine, latent": (512, 16, MANY_PARTS, 1),
+    "combine, two parts of 64 rows": (512, 64, 4, ROWS_OF_PARTS // 4),
+}
 
 
 def compile_named(name: str) -> dict[str, Any]:
     if name.startswith("combine"):
-        return measure(compile_combine(512 if name == "combine, latent" else 128, 16), 1)
+        return measure(compile_combine(*COMBINED[name]), 1)
     if name.startswith("plan"):
         return measure(compile_plan(name == "plan, every tensor"), 1)
     cfg = CONFIGS[name]

@@ -19,7 +19,7 @@ PROGRAM = Path(__file__).with_name("hopper_decode_compile.py")
 SHARED_LIMIT = {1: 227 * 1024, 2: 228 * 1024 // 2 - 1024}
 
 
-QUICK = ["page 16", "page 1, gathered", "64 rows", "float8, page 16", "MLA, 64 heads"]
+QUICK = ["page 16", "page 1, gathered", "64 rows", "float8, page 16", "MLA, 128 heads"]
 QUICK += ["MLA float8, 16 heads", "MLA float8, 64 heads", "page 16, appends"]
 REST = [
     "dense",
@@ -35,7 +35,10 @@ REST = [
     "float8, head_dim 192/128",
     "float8, head_dim 256",
     "MLA, 16 heads",
+    "MLA, 64 heads",
     "MLA, 64 heads, page 1, gathered",
+    "MLA, 128 heads, dense",
+    "MLA, 128 heads, float16, window, chunk, left padding, soft cap",
     "MLA float8, 16 heads, page 1, gathered",
     "MLA float8, 16 heads, rope apart",
     "MLA float8, 64 heads, rope apart, page 1",
@@ -44,6 +47,7 @@ REST = [
     "plan, every tensor",
     "combine",
     "combine, latent",
+    "combine, two parts of 64 rows",
     "dense, appends",
     "page 1, gathered, appends",
     "page 64, four tokens, appends",

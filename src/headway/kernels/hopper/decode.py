@@ -39,6 +39,7 @@ from headway.kernels.hopper.decode_config import (
 )
 from headway.kernels.hopper.decode_consumer import Call, Parts, consume
 from headway.kernels.hopper.decode_load import allocate, produce_boxes, produce_gathered
+from headway.kernels.hopper.decode_paired import allocate_paired, consume_paired, produce_paired
 from headway.kernels.hopper.decode_plan import DecodePlan, empty_plan
 from headway.kernels.hopper.decode_wide import consume_wide, score_wide
 from headway.kernels.hopper.decode_widen import produce_widened
@@ -143,7 +144,7 @@ def decode_kernel(
     """One program per worker of the plan and tile of packed rows; see :func:`prepare`. Keys and values come
     through descriptors, or through pointers where ``cfg.gathered``. ``new`` are the numbers of
     :func:`_appended`, or None."""
-    buffers = allocate(cfg)
+    buffers = allocate_paired(cfg) if cfg.tile.paired else allocate(cfg)
     # Up to here the kernel before may still run; the one behind may come up as workers finish.
     gdc_wait()
     gdc_launch_dependents()
@@ -185,7 +186,17 @@ def decode_kernel(
     boxes = k_desc, v_desc, num_pages
     rows = k_ptr, v_ptr, k_strides, v_strides
     # Partitions can only be named where they are started.
-    if cfg.wide:
+    if cfg.tile.paired:
+        gl.warp_specialize(
+            [
+                (_consume_paired, (given, score_mod, mask_mod, 0, cfg)),
+                (_consume_paired, (given, score_mod, mask_mod, 1, cfg)),
+                (_produce, (boxes, rows, work, 0, cfg)),
+            ],
+            cfg.worker_warps,
+            cfg.worker_registers,
+        )
+    elif cfg.wide:
         gl.warp_specialize(
             [
                 (_score_wide, (given, score_mod, mask_mod, cfg)),
@@ -268,6 +279,18 @@ def _consume_wide(given, half: gl.constexpr, cfg: gl.constexpr):
 
 
 @gluon.jit
+def _consume_paired(
+    given,
+    score_mod: gl.constexpr,
+    mask_mod: gl.constexpr,
+    half: gl.constexpr,
+    cfg: gl.constexpr,
+):
+    tensors, buffers, parts, call, aux, _new = given
+    consume_paired(tensors, buffers, parts, call, score_mod, mask_mod, aux, half, cfg)
+
+
+@gluon.jit
 def _produce(boxes, rows, work, PRODUCER: gl.constexpr, cfg: gl.constexpr):
     """A producer's partition."""
     if cfg.widened:
@@ -278,14 +301,19 @@ def _produce(boxes, rows, work, PRODUCER: gl.constexpr, cfg: gl.constexpr):
         produce_gathered(k_ptr, v_ptr, k_strides, v_strides, work, cfg)
     else:
         k_desc, v_desc, num_pages = boxes
-        produce_boxes(k_desc, v_desc, num_pages, work, PRODUCER, cfg)
+        if cfg.tile.paired:
+            produce_paired(k_desc, v_desc, num_pages, work, cfg)
+        else:
+            produce_boxes(k_desc, v_desc, num_pages, work, PRODUCER, cfg)
 
 
 _NO_STRIDES = (0,) * 6
 #: Programs that combine parts, at most, unless there are more tiles.
 COMBINING_PROGRAMS = 2048
-#: Parts that such a program reads at once.
-FEW_PARTS, MANY_PARTS = 16, 64
+#: Parts that such a program reads at once, at most, and where they are few, rows of parts.
+MANY_PARTS = 64
+FEW_PARTS = 16
+ROWS_OF_PARTS = 32
 _GLUON_DTYPES = {
     torch.bfloat16: gl.bfloat16,
     torch.float16: gl.float16,
@@ -432,6 +460,13 @@ def prepare(
             raise misaligned(name, t.data_ptr(), t.stride(), t.element_size())
     group = q.shape[-2] // k.shape[2]
     q_turns = window_left is not None or window_right is not None or chunk > 0
+    page_size = 0 if page_table is None else k.shape[1]
+    if plan.tile.paired and page_size % 8:
+        raise InvalidInputError(
+            "plan",
+            f"made for pages of a multiple of 8 rows, beside pages of {page_size}",
+            f"one that was made with page_size={page_size}",
+        )
     rows = (max_seqlen_q if q.dim() == 3 else q.shape[1]) * group
     kernel = _kernel_for(
         q.device.index,
@@ -443,7 +478,7 @@ def prepare(
         v.shape[-1],
         group,
         rows,
-        0 if page_table is None else k.shape[1],
+        page_size,
         window_left is not None,
         window_right is not None,
         chunk > 0,
@@ -585,17 +620,20 @@ class _Combine:
         v_descale: Tensor | None,
     ) -> None:
         parts = plan.workers // (plan.batch_size * plan.units)
+        at_once = MANY_PARTS if parts > FEW_PARTS else max(next_power_of_2(parts), 4)
         self._cfg = CombineConfig(
             cfg.head_dim_v,
             cfg.group,
             cfg.m_tiles,
             cfg.rows,
             cfg.unit_cost,
-            merge_parts=MANY_PARTS if parts > FEW_PARTS else FEW_PARTS,
+            merge_parts=at_once,
+            merge_rows=max(ROWS_OF_PARTS // at_once, 1),
         )
         tiles = plan.batch_size * plan.units * plan.m_tiles
         # Programs for rows, as many as keep a large device busy: few tiles have one for every row.
-        shares = min(max(COMBINING_PROGRAMS // (tiles * self._cfg.pieces), 1), cfg.rows)
+        most = cdiv(cfg.rows, self._cfg.merge_rows)
+        shares = min(max(COMBINING_PROGRAMS // (tiles * self._cfg.pieces), 1), most)
         self._grid = self._cfg.pieces * shares, tiles, 1
         strides = (0, 0) if v_descale is None else v_descale.stride()
         self._numbers = (plan.units, rows, *_row_strides(out), *_lse_strides(lse), *strides)

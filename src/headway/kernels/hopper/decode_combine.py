@@ -35,8 +35,8 @@ class CombineConfig:
     rows: int  # packed rows of a tile that parts have room for
     unit_cost: int
     merge_parts: int  # that a program reads at once
+    merge_rows: int = 1  # of each
     # ------------------------------------------------------------------------------------------------
-    merge_rows: int = field(init=False)
     out_width: int = field(init=False)
     pieces: int = field(init=False)
     merged: Any = field(init=False)
@@ -45,10 +45,11 @@ class CombineConfig:
         set_ = functools.partial(object.__setattr__, self)
         width = 64 if self.head_dim_v <= 64 else COLUMNS
         lanes = width // 4
-        set_("merge_rows", 1)
         set_("out_width", width)
         set_("pieces", -(-self.head_dim_v // width))
-        set_("merged", gl.BlockedLayout([1, 1, 4], [32 // lanes, 1, lanes], [4, 1, 1], [2, 1, 0]))
+        # Warps share many rows, or else parts.
+        warps = [1, 4, 1] if self.merge_rows >= 4 else [4, 1, 1]
+        set_("merged", gl.BlockedLayout([1, 1, 4], [32 // lanes, 1, lanes], warps, [2, 1, 0]))
 
 
 _UNSPECIALISED = [
@@ -87,7 +88,8 @@ def combine_kernel(
     cfg: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    """Program (x, y): rows x // pieces and on, of unit and tile y, columns of piece x % pieces."""
+    """Program (x, y): rows from x // pieces · merge_rows on, of unit and tile y, columns of piece
+    x % pieces."""
     gdc_launch_dependents()
     gdc_wait()
     first_column = gl.program_id(0) % cfg.pieces * cfg.out_width
@@ -125,7 +127,8 @@ def combine_kernel(
     by_row: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, cfg.merged))
     out_layout: gl.constexpr = gl.SliceLayout(0, cfg.merged)
     end = gl.where(parts_of_unit > 1, gl.minimum(num_rows - tile_row, TILE_ROWS), 0)
-    for row in range(gl.program_id(0) // cfg.pieces, end, gl.num_programs(0) // cfg.pieces):
+    begin = gl.program_id(0) // cfg.pieces * cfg.merge_rows
+    for row in range(begin, end, gl.num_programs(0) // cfg.pieces * cfg.merge_rows):
         rows = tile_row + row + gl.arange(0, cfg.merge_rows, layout=by_row)
         first_slot = (2 * first_worker + 1) * cfg.m_tiles + tile
         out, lse = merge_parts(

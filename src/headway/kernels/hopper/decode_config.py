@@ -19,6 +19,10 @@ CONSUMER_ROWS = 32
 WIDE_ROWS = 16
 #: Column pieces in which latents arrive: scores begin with the first.
 LATENT_PIECES = 2
+#: The same where halves of blocks are taken in turns, and packed rows from which they are: two are too few
+#: for tensor cores to be the limit.
+PAIRED_PIECES = 4
+PAIRED_ROWS = 64
 #: Column pieces in which float8 latents are widened in registers, two of them at work at a time.
 WIDEN_PIECES = 4
 
@@ -35,6 +39,7 @@ class DecodeTile:
     unit_cost: int = 1  # what a unit costs besides its blocks, in blocks
     gather: bool = False  # rows one by one, also where boxes would do
     combine: bool = False  # units that were cut are merged by a kernel of its own
+    paired: bool = False  # halves of a block by two warpgroups in turns, for many rows of latents
 
 
 @dataclass(frozen=True)
@@ -143,6 +148,7 @@ class DecodeConfig:
     widen_width: int = field(init=False)
     maxnreg: int = field(init=False)
     block_n: int = field(init=False)
+    stage_keys: int = field(init=False)  # keys of a stage: a block's, or half of them
     stages: int = field(init=False)
     k_width: int = field(init=False)
     producers: int = field(init=False)  # warps that ask for boxes
@@ -186,6 +192,8 @@ class DecodeConfig:
     wide_row: Any = field(init=False)
     wide_out_row: Any = field(init=False)
     wide_operand: Any = field(init=False)
+    rope_operand: Any = field(init=False)
+    half_rows: Any = field(init=False)
     row_numbers: Any = field(init=False)
     latent_smem: Any = field(init=False)
     latent_rows: Any = field(init=False)
@@ -203,7 +211,8 @@ class DecodeConfig:
         tile, set_ = self.tile, functools.partial(object.__setattr__, self)
         width, v_width = padded(self.head_dim), padded_v(self.head_dim_v)
         k_width = tile.k_width or width
-        rows = box_rows(self.page_size, tile.block_n)
+        stage_keys = tile.block_n // 2 if tile.paired else tile.block_n
+        rows = box_rows(self.page_size, stage_keys)
         itemsize = self.kv_dtype.primitive_bitwidth // 8
         wide = self.latent and self.rows > WIDE_ROWS
         widened = wide and itemsize == 1
@@ -213,6 +222,8 @@ class DecodeConfig:
         consumers, columns = (2, TILE_ROWS) if wide else consumers_of(self.rows)
         out_width = v_width // 2 if wide else v_width
         v_pieces = LATENT_PIECES if self.latent else 1
+        if tile.paired:
+            v_pieces = PAIRED_PIECES
         by_rows = self.page_size % 8 != 0 or (tile.gather and self.page_size > 0)
         gathered = widened or by_rows
         set_("gathered", gathered)
@@ -233,14 +244,15 @@ class DecodeConfig:
         set_("widen_width", v_width // widen_pieces)
         set_("maxnreg", _LAUNCH_REGISTERS[tile.per_multiprocessor, consumers])
         set_("block_n", tile.block_n)
+        set_("stage_keys", stage_keys)
         set_("stages", tile.stages)
         set_("k_width", k_width)
         set_("pieces", width // k_width)
         set_("v_width", v_width)
         set_("box_rows", rows)
-        set_("boxes", tile.block_n // rows)
-        set_("k_bytes", tile.block_n * width * itemsize)
-        set_("v_piece_bytes", tile.block_n * v_width // v_pieces * itemsize)
+        set_("boxes", stage_keys // rows)
+        set_("k_bytes", stage_keys * width * itemsize)
+        set_("v_piece_bytes", stage_keys * v_width // v_pieces * itemsize)
         many_boxes = not self.gathered and not self.latent and tile.block_n // rows >= PRODUCERS
         producers = PRODUCERS if many_boxes else 1
         set_("producers", producers)
@@ -248,7 +260,10 @@ class DecodeConfig:
         # A page number per box, of this block and of the next; a gathering producer holds many addresses.
         registers = 80 if self.gathered else 32 if tile.block_n // rows <= 2 else 64
         producer_warps = 4 if self.gathered else 1
-        if wide:
+        if tile.paired:
+            set_("worker_warps", (4, 1))
+            set_("worker_registers", (232, 40))
+        elif wide:
             set_("maxnreg", 128)
             set_("worker_warps", (4, 4, producer_warps))
             by_rows_registers = (160, 160, 96 if widened else 80)
@@ -264,11 +279,11 @@ class DecodeConfig:
         set_("left_limit", self.has_left or self.has_chunk or self.has_pad)
         smem = gl.NVMMASharedLayout.get_default_for
         set_("q_smem", smem([columns, k_width], dtype))
-        set_("p_smem", smem([columns, tile.block_n], dtype))
-        set_("k_stage", smem([tile.block_n, k_width], stage_dtype))
-        set_("v_stage", smem([tile.block_n, v_width], stage_dtype))
-        set_("k_boxes", smem([1, 1, tile.block_n, k_width], stage_dtype))
-        set_("v_boxes", smem([1, 1, tile.block_n, v_width], stage_dtype))
+        set_("p_smem", smem([columns, stage_keys], dtype))
+        set_("k_stage", smem([stage_keys, k_width], stage_dtype))
+        set_("v_stage", smem([stage_keys, v_width], stage_dtype))
+        set_("k_boxes", smem([1, 1, stage_keys, k_width], stage_dtype))
+        set_("v_boxes", smem([1, 1, stage_keys, v_width], stage_dtype))
         set_("k_pairs", smem([tile.block_n, k_width // 2], gl.int16))
         set_("v_pairs", smem([tile.block_n, v_width // 2], gl.int16))
         set_("k_pair_layout", _k_pair_layout(tile.block_n, k_width // 2))
@@ -282,12 +297,15 @@ class DecodeConfig:
         set_("row", gl.SliceLayout(0, product))
         set_("operand", gl.DotOperandLayout(0, product, 2))
         set_("q_rows", _rows_layout(k_width, 2))
-        wide_scores, wide_output = _wide_layout(tile.block_n), _wide_layout(out_width, 128)
+        wide_scores = _wide_layout(stage_keys)
+        wide_output = _wide_layout(out_width, 256 if tile.paired else 128)
         set_("wide_scores", wide_scores)
         set_("wide_output", wide_output)
         set_("wide_row", gl.SliceLayout(1, wide_scores))
         set_("wide_out_row", gl.SliceLayout(1, wide_output))
         set_("wide_operand", gl.DotOperandLayout(0, wide_output, 2))
+        set_("rope_operand", gl.DotOperandLayout(0, wide_scores, 2))
+        set_("half_rows", _rows_layout(out_width, 2))
         set_("row_numbers", gl.SwizzledSharedLayout(1, 1, 1, [0]))
         set_("latent_smem", smem([columns, v_width], dtype))
         set_("latent_rows", _rows_layout(v_width // v_pieces, 2))
@@ -413,6 +431,8 @@ def tile_for(
     if rows > CONSUMER_ROWS:
         shape = TWO_CONSUMERS_TILES.get(kind, (64, 1))
     block_n, workers = shape
+    if v_width == 512 and itemsize == 2 and rows > PAIRED_ROWS and page_size % 8 == 0:
+        return DecodeTile(block_n=128, stages=2, per_multiprocessor=1, merge_parts=4, paired=True)
     return DecodeTile(
         block_n=block_n,
         stages=_stages(block_n, width, v_width, itemsize, rows, workers),

@@ -297,8 +297,8 @@ def begin_unit(
 @gluon.jit
 def clear_outside(tile, start, lo, hi, cfg: gl.constexpr):
     """Zero the rows of a block of values outside [lo, hi): they may hold NaN, and 0 · NaN is NaN."""
-    ROWS: gl.constexpr = min(cfg.block_n, 8192 // cfg.v_width)
-    for part in gl.static_range(cfg.block_n // ROWS):
+    ROWS: gl.constexpr = min(cfg.stage_keys, 8192 // cfg.v_width)
+    for part in gl.static_range(cfg.stage_keys // ROWS):
         rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, cfg.v_rows)) + start + part * ROWS
         some = tile.slice(part * ROWS, ROWS)
         values = some.load(cfg.v_rows)

@@ -128,7 +128,7 @@ def wait_written(end, due, turn, buffers, cfg: gl.constexpr):
 
 
 @gluon.jit
-def _pages_of_block(
+def pages_of_block(
     span, table, start, num_pages, FIRST: gl.constexpr, COUNT: gl.constexpr, cfg: gl.constexpr
 ):
     """Page numbers of COUNT of a block's boxes, from FIRST; one past the last page, which reads as zeros,
@@ -146,7 +146,7 @@ def _pages_of_block(
 
 
 @gluon.jit
-def _load_boxes(
+def load_boxes(
     desc, pages, head, start, column, barrier, smem, FIRST: gl.constexpr, cfg: gl.constexpr
 ):
     """Copy boxes of one block, as many as there are ``pages``, columns from ``column``, into a
@@ -186,10 +186,10 @@ def produce_boxes(k_desc, v_desc, num_pages, work, PRODUCER: gl.constexpr, cfg: 
         table = page_table
         if cfg.page_size > 0:
             table = page_table + span.cache_row.to(gl.int64) * stride_table
-        pages = _pages_of_block(span, table, start, num_pages, FIRST, BOXES, cfg)
+        pages = pages_of_block(span, table, start, num_pages, FIRST, BOXES, cfg)
         for _ in range(count):
             after = start + cfg.block_n
-            ahead = _pages_of_block(span, table, after, num_pages, FIRST, BOXES, cfg)
+            ahead = pages_of_block(span, table, after, num_pages, FIRST, BOXES, cfg)
             stage = step % cfg.stages
             wait_written(after, due, turn, buffers, cfg)
             mbarrier.wait(buffers.empty.index(stage), ((step // cfg.stages) & 1) ^ 1)
@@ -198,9 +198,7 @@ def produce_boxes(k_desc, v_desc, num_pages, work, PRODUCER: gl.constexpr, cfg: 
             if KEYS:
                 for piece in gl.static_range(gl.constexpr(cfg.pieces)):
                     k = buffers.k.index(stage * cfg.pieces + piece)
-                    _load_boxes(
-                        k_desc, pages, unit, start, piece * cfg.k_width, full, k, FIRST, cfg
-                    )
+                    load_boxes(k_desc, pages, unit, start, piece * cfg.k_width, full, k, FIRST, cfg)
             if VALUES:
                 for piece in gl.static_range(gl.constexpr(cfg.v_pieces)):
                     full = buffers.full.index(stage * cfg.v_pieces + piece)
@@ -208,7 +206,7 @@ def produce_boxes(k_desc, v_desc, num_pages, work, PRODUCER: gl.constexpr, cfg: 
                         mbarrier.expect(full, v_bytes)
                     v = buffers.v.index(stage)
                     v = v.slice(piece * cfg.v_box_width, cfg.v_box_width, dim=3)
-                    _load_boxes(
+                    load_boxes(
                         v_desc, pages, unit, start, piece * cfg.v_box_width, full, v, FIRST, cfg
                     )
             pages = ahead
