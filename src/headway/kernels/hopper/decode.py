@@ -294,8 +294,7 @@ def _consume_paired(
 def _produce(boxes, rows, work, PRODUCER: gl.constexpr, cfg: gl.constexpr):
     """A producer's partition."""
     if cfg.widened:
-        k_ptr, v_ptr, k_strides, v_strides = rows
-        produce_widened(k_ptr, v_ptr, k_strides, v_strides, work, cfg)
+        produce_widened(boxes, rows, work, cfg)
     elif cfg.gathered:
         k_ptr, v_ptr, k_strides, v_strides = rows
         produce_gathered(k_ptr, v_ptr, k_strides, v_strides, work, cfg)

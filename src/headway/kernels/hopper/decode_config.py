@@ -139,6 +139,7 @@ class DecodeConfig:
     stage_dtype: Any = field(init=False)  # of keys and values in stages
     scaled: bool = field(init=False)  # queries are brought into float16's range
     consumers: int = field(init=False)  # warpgroups that share the rows of a tile
+    twin: bool = field(init=False)  # consumers take turns at blocks, of the same rows
     wide: bool = field(init=False)  # consumers share the columns of values instead of the rows
     columns: int = field(init=False)  # a consumer's packed rows, as columns of scores and output
     out_width: int = field(init=False)  # a consumer's columns of values
@@ -176,6 +177,10 @@ class DecodeConfig:
     p_smem: Any = field(init=False)
     k_stage: Any = field(init=False)
     v_stage: Any = field(init=False)
+    k_smem: Any = field(init=False)
+    v_smem: Any = field(init=False)
+    k_narrow: Any = field(init=False)
+    v_narrow: Any = field(init=False)
     k_boxes: Any = field(init=False)
     v_boxes: Any = field(init=False)
     k_pairs: Any = field(init=False)
@@ -194,13 +199,13 @@ class DecodeConfig:
     wide_operand: Any = field(init=False)
     rope_operand: Any = field(init=False)
     half_rows: Any = field(init=False)
+    exchange: Any = field(init=False)
     row_numbers: Any = field(init=False)
     latent_smem: Any = field(init=False)
     latent_rows: Any = field(init=False)
     latent_pair_layout: Any = field(init=False)
-    fours: Any = field(init=False)
-    k_twos: Any = field(init=False)
-    v_twos: Any = field(init=False)
+    latent_fours: Any = field(init=False)
+    rope_fours: Any = field(init=False)
     k_rows: Any = field(init=False)
     v_rows: Any = field(init=False)
     new_k_rows: Any = field(init=False)
@@ -225,14 +230,17 @@ class DecodeConfig:
         if tile.paired:
             v_pieces = PAIRED_PIECES
         by_rows = self.page_size % 8 != 0 or (tile.gather and self.page_size > 0)
-        gathered = widened or by_rows
-        set_("gathered", gathered)
-        set_("by_pointer", gathered or self.append is not None)
+        set_("gathered", by_rows)
+        set_("by_pointer", by_rows or widened or self.append is not None)
         set_("narrow", narrow)
         set_("widened", widened)
         set_("dtype", dtype)
         set_("stage_dtype", stage_dtype)
         set_("scaled", (narrow or widened) and self.q_dtype == gl.bfloat16)
+        twin = self.latent and narrow
+        if twin:
+            consumers = 2
+        set_("twin", twin)
         set_("consumers", consumers)
         set_("wide", wide)
         set_("columns", columns)
@@ -265,9 +273,9 @@ class DecodeConfig:
             set_("worker_registers", (232, 40))
         elif wide:
             set_("maxnreg", 128)
-            set_("worker_warps", (4, 4, producer_warps))
-            by_rows_registers = (160, 160, 96 if widened else 80)
-            set_("worker_registers", by_rows_registers if self.gathered else (168, 168, 40))
+            set_("worker_warps", (4, 4, 4 if widened else producer_warps))
+            many = self.gathered or widened
+            set_("worker_registers", (160, 160, 80) if many else (168, 168, 40))
         elif consumers == 2:
             producer_registers = 80 if self.gathered else 40
             set_("worker_warps", (4, *[producer_warps] * producers))
@@ -282,8 +290,12 @@ class DecodeConfig:
         set_("p_smem", smem([columns, stage_keys], dtype))
         set_("k_stage", smem([stage_keys, k_width], stage_dtype))
         set_("v_stage", smem([stage_keys, v_width], stage_dtype))
-        set_("k_boxes", smem([1, 1, stage_keys, k_width], stage_dtype))
-        set_("v_boxes", smem([1, 1, stage_keys, v_width], stage_dtype))
+        set_("k_smem", smem([1, 1, stage_keys, k_width], stage_dtype))
+        set_("v_smem", smem([1, 1, stage_keys, v_width], stage_dtype))
+        set_("k_boxes", smem([1, 1, stage_keys, k_width], self.kv_dtype))
+        set_("v_boxes", smem([1, 1, stage_keys, v_width], self.kv_dtype))
+        set_("k_narrow", smem([stage_keys, k_width], self.kv_dtype))
+        set_("v_narrow", smem([stage_keys, v_width], self.kv_dtype))
         set_("k_pairs", smem([tile.block_n, k_width // 2], gl.int16))
         set_("v_pairs", smem([tile.block_n, v_width // 2], gl.int16))
         set_("k_pair_layout", _k_pair_layout(tile.block_n, k_width // 2))
@@ -306,14 +318,13 @@ class DecodeConfig:
         set_("wide_operand", gl.DotOperandLayout(0, wide_output, 2))
         set_("rope_operand", gl.DotOperandLayout(0, wide_scores, 2))
         set_("half_rows", _rows_layout(out_width, 2))
+        set_("exchange", gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
         set_("row_numbers", gl.SwizzledSharedLayout(1, 1, 1, [0]))
         set_("latent_smem", smem([columns, v_width], dtype))
         set_("latent_rows", _rows_layout(v_width // v_pieces, 2))
         set_("latent_pair_layout", _k_pair_layout(tile.block_n, v_width // widen_pieces // 2))
-        # Stores of a quarter of a warp then meet every bank once, for all that they are swizzled.
-        set_("fours", gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0]))
-        set_("k_twos", smem([tile.block_n, k_width // 2], gl.int32))
-        set_("v_twos", smem([tile.block_n, v_width // 2], gl.int32))
+        set_("latent_fours", _fours_layout(tile.block_n, v_width // 4 // 4))
+        set_("rope_fours", _fours_layout(tile.block_n, k_width // 4))
         set_("k_rows", _rows_layout(k_width, itemsize))
         set_("v_rows", _rows_layout(v_width // v_pieces, itemsize))
         append = self.append or AppendForm(0)
@@ -382,6 +393,20 @@ def _v_pair_layout(keys: int, pairs: int) -> Any:
         warp_bases=[[0, 8], [0, 16]],
         block_bases=[],
         shape=[keys, pairs],
+    )
+
+
+def _fours_layout(keys: int, fours: int) -> Any:
+    """Four float8 columns in a number, four numbers at once, of 128-byte rows and, widened, for such rows.
+    Rows 5 apart share a quarter of a warp: swizzled, they have no bank in common in either."""
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2]]
+        + [[0, n] for n in _bits(16, fours)]
+        + [[n, 0] for n in _bits(32, keys)],
+        lane_bases=[[0, 4], [0, 8], [5, 0], [2, 0], [4, 0]],
+        warp_bases=[[8, 0], [16, 0]],
+        block_bases=[],
+        shape=[keys, fours],
     )
 
 
@@ -456,6 +481,9 @@ def _stages(block_n: int, width: int, v_width: int, itemsize: int, rows: int, wo
         itemsize = 2  # narrower ones are widened on their way
     q_width = width + (v_width if v_width == 512 else 0)
     room = SHARED_BYTES // workers - 1024 - OTHER_SHARED_BYTES
+    if v_width == 512 and itemsize == 1:  # two sets of queries, and where one hands its output over
+        consumers = 2
+        room -= columns * v_width * 4
     room -= consumers * columns * (q_width + block_n) * 2
     return min(room // (block_n * (width + v_width) * itemsize), 8)
 

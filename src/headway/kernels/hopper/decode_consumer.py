@@ -699,6 +699,31 @@ def _attend_block(
 
 
 @gluon.jit
+def _hand_twin(acc, row_max, row_sum, turn, buffers):
+    """Hand the other consumer what was made of every other block of a unit."""
+    mbarrier.wait(buffers.taken, (turn & 1) ^ 1)
+    buffers.exchange.store(acc)
+    buffers.row_numbers.index(0).store(row_max)
+    buffers.row_numbers.index(1).store(row_sum)
+    mbarrier.arrive(buffers.handed, count=1)
+
+
+@gluon.jit
+def _take_twin(acc, row_max, row_sum, turn, buffers, cfg: gl.constexpr):
+    """(acc, row_max, row_sum) with what the other consumer made of the blocks between."""
+    mbarrier.wait(buffers.handed, turn & 1)
+    other = buffers.exchange.load(cfg.product)
+    other_max = buffers.row_numbers.index(0).load(cfg.row)
+    other_sum = buffers.row_numbers.index(1).load(cfg.row)
+    mbarrier.arrive(buffers.taken, count=1)
+    new_max = gl.maximum(row_max, other_max)
+    shift = gl.where(new_max == float("-inf"), 0.0, new_max)
+    factor, other_factor = gl.exp2(row_max - shift), gl.exp2(other_max - shift)
+    acc = acc * gl.expand_dims(factor, 0) + other * gl.expand_dims(other_factor, 0)
+    return acc, new_max, row_sum * factor + other_sum * other_factor
+
+
+@gluon.jit
 def merge_unit(
     out_ptr,
     lse_ptr,
@@ -768,7 +793,10 @@ def consume(
     line = worker * share
     step = 0
     tile_row = tile * TILE_ROWS
-    first_row = tile_row + half * cfg.columns
+    # Twins have the same rows, and blocks of their own parity.
+    first_row = tile_row if cfg.twin else tile_row + half * cfg.columns
+    STRIDE: gl.constexpr = 2 if cfg.twin else 1
+    turn = 0
     while left > 0:
         take, first, count = take_of(span, within, left, cfg)
         unscale = begin_unit(
@@ -786,8 +814,9 @@ def consume(
         row_max = gl.full([cfg.columns], float("-inf"), gl.float32, cfg.row)
         none = gl.full([cfg.block_n, cfg.columns], 0.0, gl.float32, cfg.product)
         thread_sum = _partial_sums(none, cfg)
-        start = (span.first_block + first) * cfg.block_n
-        for _ in range(count):
+        mine = (step + half) & 1 if cfg.twin else 0
+        start = (span.first_block + first + mine) * cfg.block_n
+        for i in range(mine, count, STRIDE):
             acc, row_max, thread_sum = _attend_block(
                 acc,
                 row_max,
@@ -797,7 +826,7 @@ def consume(
                 scale,
                 (of_keys, of_latents),
                 start,
-                step,
+                step + i,
                 half,
                 buffers,
                 span,
@@ -810,21 +839,27 @@ def consume(
                 aux,
                 cfg,
             )
-            start += cfg.block_n
-            step += 1
+            start += STRIDE * cfg.block_n
+        step += count
 
         row_sum = gl.convert_layout(gl.sum(gl.sum(thread_sum, 1), 0), cfg.row)
+        if cfg.twin and half == 0:
+            acc, row_max, row_sum = _take_twin(acc, row_max, row_sum, turn, buffers, cfg)
+        elif cfg.twin:
+            _hand_twin(acc, row_max, row_sum, turn, buffers)
+        turn += 1
+        finishes: gl.constexpr = not cfg.twin or half == 0
         out = _packed_rows(acc, cfg)
         layout: gl.constexpr = out.type.layout
         out_rows = first_row + gl.arange(0, cfg.columns, layout=gl.SliceLayout(1, layout))
         columns = gl.arange(0, cfg.v_width, layout=gl.SliceLayout(0, layout))
-        if count == span.blocks:
+        if finishes and count == span.blocks:
             factor, lse = finish(row_max, row_sum, load_sinks(sinks, unit, rows, call, cfg))
             factor = gl.convert_layout(factor, gl.SliceLayout(1, layout), assert_trivial=True)
             out *= gl.expand_dims(factor * v_scale, 1)
             store_out(out_ptr, out, out_rows, columns, span, batch, unit, call, cfg)
             store_lse(lse_ptr, lse, rows, span, batch, unit, call, cfg)
-        elif count > 0:
+        elif finishes and count > 0:
             # A worker begins at most one unit that others go on with, and goes on with at most one.
             leave_part(
                 parts.out,

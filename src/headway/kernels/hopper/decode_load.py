@@ -35,9 +35,13 @@ class Buffers:
     handed: gl.shared_memory_descriptor  # (1,): probabilities and row numbers are there
     taken: gl.shared_memory_descriptor  # (1,): they may be overwritten
     written: gl.shared_memory_descriptor  # (1,): new rows of a unit are in the cache
+    loaded: gl.shared_memory_descriptor  # (2, 1): halves of what is to be widened are there
+    exchange: gl.shared_memory_descriptor  # (v_width, columns) float32, a twin's output
 
     @gluon.constexpr_function
-    def __init__(self, q, latent, p, k, v, full, empty, row_numbers, handed, taken, written):
+    def __init__(
+        self, q, latent, p, k, v, full, empty, row_numbers, handed, taken, loaded, exchange, written
+    ):
         self.q = q
         self.latent = latent
         self.p = p
@@ -49,6 +53,8 @@ class Buffers:
         self.handed = handed
         self.taken = taken
         self.written = written
+        self.loaded = loaded
+        self.exchange = exchange
 
 
 @gluon.jit
@@ -64,33 +70,44 @@ def allocate(cfg: gl.constexpr):
     p_shape: gl.constexpr = [row_sets, cfg.columns, cfg.block_n]
     p = gl.allocate_shared_memory(cfg.dtype, p_shape, cfg.p_smem)
     k_shape: gl.constexpr = [cfg.stages * cfg.pieces, 1, 1, cfg.block_n, cfg.k_width]
-    k = gl.allocate_shared_memory(cfg.stage_dtype, k_shape, cfg.k_boxes)
+    k = gl.allocate_shared_memory(cfg.stage_dtype, k_shape, cfg.k_smem)
     v_shape: gl.constexpr = [cfg.stages, 1, 1, cfg.block_n, cfg.v_width]
-    v = gl.allocate_shared_memory(cfg.stage_dtype, v_shape, cfg.v_boxes)
+    v = gl.allocate_shared_memory(cfg.stage_dtype, v_shape, cfg.v_smem)
     fulls: gl.constexpr = cfg.stages * cfg.v_pieces
     full = gl.allocate_shared_memory(gl.int64, [fulls, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [cfg.stages, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(gl.constexpr(cfg.stages)):
         for piece in gl.static_range(gl.constexpr(cfg.v_pieces)):
             mbarrier.init(full.index(stage * cfg.v_pieces + piece), count=cfg.full_count)
-        mbarrier.init(empty.index(stage), count=cfg.consumers)
+        mbarrier.init(empty.index(stage), count=1 if cfg.twin else cfg.consumers)
     row_numbers = full
     handed = full
     taken = full
-    if cfg.wide:
+    loaded = full
+    exchange = full
+    if cfg.twin:
+        shape: gl.constexpr = [cfg.v_width, cfg.columns]
+        exchange = gl.allocate_shared_memory(gl.float32, shape, cfg.exchange)
+    if cfg.wide or cfg.twin:
         row_numbers = gl.allocate_shared_memory(gl.float32, [2, cfg.columns], cfg.row_numbers)
         barriers = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
         handed = barriers.index(0)
         taken = barriers.index(1)
         mbarrier.init(handed, count=1)
-        mbarrier.init(taken, count=2)
+        mbarrier.init(taken, count=1 if cfg.twin else 2)
+    if cfg.widened:
+        loaded = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        mbarrier.init(loaded.index(0), count=1)
+        mbarrier.init(loaded.index(1), count=1)
     written = full
     if cfg.new_tokens > 0:
         barrier = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
         written = barrier.index(0)
         mbarrier.init(written, count=1)
     fence_async_shared()
-    return Buffers(q, latent, p, k, v, full, empty, row_numbers, handed, taken, written)
+    return Buffers(
+        q, latent, p, k, v, full, empty, row_numbers, handed, taken, loaded, exchange, written
+    )
 
 
 @gluon.jit
@@ -220,7 +237,7 @@ def produce_boxes(k_desc, v_desc, num_pages, work, PRODUCER: gl.constexpr, cfg: 
 
 
 @gluon.jit
-def _gather(ptr, smem, offsets, inside, column, COLUMNS: gl.constexpr, layout: gl.constexpr):
+def gather(ptr, smem, offsets, inside, column, COLUMNS: gl.constexpr, layout: gl.constexpr):
     """Rows at ``offsets`` (int64), columns from ``column`` to COLUMNS, into a tile; zeros elsewhere."""
     columns = column + gl.arange(0, smem.shape[1], layout=gl.SliceLayout(0, layout))
     pointers = ptr + gl.expand_dims(offsets, 1) + gl.expand_dims(columns, 0)
@@ -231,7 +248,7 @@ def _gather(ptr, smem, offsets, inside, column, COLUMNS: gl.constexpr, layout: g
 
 
 @gluon.jit
-def _visible(span, at, table, cfg: gl.constexpr):
+def visible(span, at, table, cfg: gl.constexpr):
     """Which rows ``at`` hold a visible key, and the page numbers of those that do."""
     inside = (at >= span.lo) & (at < span.hi)
     return inside, gl.load(table + at // cfg.page_size, mask=inside, other=0)
@@ -262,8 +279,8 @@ def produce_gathered(k_ptr, v_ptr, k_strides, v_strides, work, cfg: gl.constexpr
         table = page_table + span.cache_row.to(gl.int64) * stride_table
         k_at = start + gl.arange(0, cfg.block_n, layout=gl.SliceLayout(1, cfg.k_rows))
         v_at = start + gl.arange(0, cfg.block_n, layout=gl.SliceLayout(1, cfg.v_rows))
-        k_seen, k_pages = _visible(span, k_at, table, cfg)
-        v_seen, v_pages = _visible(span, v_at, table, cfg)
+        k_seen, k_pages = visible(span, k_at, table, cfg)
+        v_seen, v_pages = visible(span, v_at, table, cfg)
         for _ in range(count):
             stage = step % cfg.stages
             k_offsets = k_pages.to(gl.int64) * k_page + (k_at % cfg.page_size) * k_row
@@ -274,14 +291,14 @@ def produce_gathered(k_ptr, v_ptr, k_strides, v_strides, work, cfg: gl.constexpr
                 v_offsets = v_pages.to(gl.int64) * v_page + (v_at % cfg.page_size) * v_row
                 v_inside = v_seen
                 v_at += cfg.block_n
-                v_seen, v_pages = _visible(span, v_at, table, cfg)
+                v_seen, v_pages = visible(span, v_at, table, cfg)
             k_at += cfg.block_n
-            k_next, k_pages = _visible(span, k_at, table, cfg)
+            k_next, k_pages = visible(span, k_at, table, cfg)
             start += cfg.block_n
             wait_written(start, due, turn, buffers, cfg)
             mbarrier.wait(buffers.empty.index(stage), ((step // cfg.stages) & 1) ^ 1)
             for piece in gl.static_range(gl.constexpr(cfg.pieces)):
-                _gather(
+                gather(
                     k_ptr + head * k_head,
                     k_tile(buffers, stage, piece, cfg),
                     k_offsets,
@@ -291,7 +308,7 @@ def produce_gathered(k_ptr, v_ptr, k_strides, v_strides, work, cfg: gl.constexpr
                     gl.constexpr(cfg.k_rows),
                 )
             for piece in gl.static_range(gl.constexpr(cfg.v_pieces)):
-                _gather(
+                gather(
                     v_ptr + head * v_head,
                     v_tile(buffers, stage, cfg).slice(
                         piece * cfg.v_box_width, cfg.v_box_width, dim=1

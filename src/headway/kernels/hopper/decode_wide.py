@@ -126,7 +126,7 @@ def _hand_block(
 ):
     """Hand over one block's probabilities, and what was accumulated before is to be multiplied by."""
     lo, hi, heads, positions = block_rows
-    if not cfg.gathered:
+    if not (cfg.gathered or cfg.widened):
         if (start < span.lo) | (start + cfg.block_n > span.hi):
             values = v_tile(buffers, step % cfg.stages, cfg)
             clear_outside(values, start, span.lo, span.hi, cfg)
