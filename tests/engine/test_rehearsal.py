@@ -82,7 +82,7 @@ MORE = {
     "latent, float8 products": Served(
         "deepseek_v3",
         {"mla_prefill_dtype": "float8"},
-        {"mla_prefill_kernel", "transpose_values_kernel"},
+        {"mla_prefill_kernel", "states_kernel"},
     ),
     "latent, float8 cache": Served(
         "deepseek_v3", {"kv_cache_dtype": "fp8_e4m3"}, {"forward_kernel", "states_kernel"}
