@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gguf
 import torch
 import transformers
 from torch import nn
@@ -68,7 +67,8 @@ def load(config: EngineConfig, *, progress: bool = False) -> LoadedModel:
     source = find(config)
     device = parallel.join(config.tensor_parallel_size, choose_device(config.device))
     config = dataclasses.replace(config, device=str(device))
-    with _progress(f"Loading {Path(config.model).name}", show=progress), _shared_gguf_reader():
+    title = f"Loading {Path(config.model).name}"
+    with _progress(title, show=progress), _shared_gguf_reader(source):
         model_config = load_config(config, source)
         tokenizer = _load_tokenizer(config, source)
         model = load_model(config, source, model_config)
@@ -295,19 +295,33 @@ def _eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     return frozenset(ids)
 
 
+def _gguf() -> Any:
+    """The package that reads GGUF files, which nothing else needs."""
+    try:
+        import gguf
+    except ModuleNotFoundError:
+        wanted = "the package gguf for GGUF files: pip install gguf"
+        raise InvalidInputError("model", "a GGUF file", wanted) from None
+    return gguf
+
+
 @contextlib.contextmanager
-def _shared_gguf_reader() -> Iterator[None]:
+def _shared_gguf_reader(source: Source) -> Iterator[None]:
     """Let transformers read a GGUF header once.
 
     It does so for the configuration, for the tokenizer and for the weights, and each time takes seconds
     (2.8 s for a vocabulary of 49,152 tokens).
     """
+    if source.gguf_file is None:
+        yield
+        return
+    gguf = _gguf()
     original = gguf.GGUFReader
-    gguf.GGUFReader = functools.cache(original)  # type: ignore[misc, assignment]
+    gguf.GGUFReader = functools.cache(original)
     try:
         yield
     finally:
-        gguf.GGUFReader = original  # type: ignore[misc]
+        gguf.GGUFReader = original
 
 
 # --- progress ---------------------------------------------------------------------------------------
