@@ -291,8 +291,12 @@ _named(
             pages(128, d=128, lengths=(9000, 7, 4096, 1)), ("q", "k_cache", "v_cache")
         ),
         "64, float8 keys and values": lambda: in_float8(pages(64), ("k_cache", "v_cache")),
+        "64, float8 keys and values, float16 queries": lambda: in_float8(
+            pages(64, dtype=FP16), ("k_cache", "v_cache")
+        ),
         "64, latent": latent,
         "64, latent from one cache": one_latent,
+        "64, float8 latent": lambda: in_float8(latent(), ("k_cache", "v_cache")),
     },
 )
 

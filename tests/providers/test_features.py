@@ -39,3 +39,12 @@ def test_a_call_is_honoured_or_refused(provider: str, name: str) -> None:
 
 def test_every_claim_is_shown(provider: str) -> None:
     assert_claims_are_shown(provider)
+
+
+@pytest.mark.parametrize("name", ["hopper", "portable"])
+def test_every_claim_of_our_own_kernels_has_a_call(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What tests/gpu runs on a card: no claim is without a call there."""
+    monkeypatch.setenv("HEADWAY_TARGET", "sm90")
+    assert_claims_are_shown(name, "meta")
