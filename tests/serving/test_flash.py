@@ -13,7 +13,7 @@ from torch import Tensor
 import headway
 from headway.errors import HeadwayError, InvalidInputError
 from headway.problem import Mask
-from headway.serving.base import AttentionLayer, ForwardBatch
+from headway.serving.base import AttentionLayer, ForwardBatch, TokenRotary
 from headway.serving.flash import FlashAttentionBackend
 
 PAGE_SIZE = 4
@@ -166,3 +166,20 @@ def test_a_layer_costs_little_beside_its_provider() -> None:
             backend.forward(q, k, v, kv, one)
         best = min(best, (time.process_time_ns() - start) / 100 / 1000)
     assert best < 15
+
+
+def test_angles_may_be_transposed() -> None:
+    """As models leave them that multiply frequencies with positions and turn the result."""
+    one, step = layer(), batch([3, 1, 5], [0, 6, 2])
+    q, k, v = tensors(step, one)
+    angles = torch.randn(8, 9).T
+    cos, sin = angles.cos(), angles.sin()
+    assert cos.stride() == (1, 9)
+    found = []
+    for rotary in (TokenRotary(cos, sin), TokenRotary(cos.contiguous(), sin.contiguous())):
+        assert rotary.cos.stride(-1) == rotary.sin.stride(-1) == 1
+        backend = FlashAttentionBackend()
+        backend.init_forward_metadata(step)
+        torch.manual_seed(0)
+        found.append(backend.forward(q, k, v, cache(step, one), one, rotary))
+    torch.testing.assert_close(found[0], found[1])

@@ -133,7 +133,7 @@ class TokenRotary:
     """What the backend does to new queries and keys: rotary embedding, with cos and sin of each token.
 
     Args:
-        cos, sin: (total_q, rotary_dim / 2), last stride 1.
+        cos, sin: (total_q, rotary_dim / 2); copied unless their last stride is 1.
         interleaved: whether pairs are (0, 1), (2, 3) .. instead of (0, rotary_dim / 2) ..
         norms: applied before the rotation.
     """
@@ -142,6 +142,15 @@ class TokenRotary:
     sin: Tensor
     interleaved: bool = False
     norms: HeadNorms | None = None
+
+    def __post_init__(self) -> None:
+        for name in (
+            "cos",
+            "sin",
+        ):  # some models transpose angles, and their cosines stay transposed
+            table: Tensor = getattr(self, name)
+            if table.stride(-1) != 1:
+                object.__setattr__(self, name, table.contiguous())
 
     def rows(self, rows: slice) -> TokenRotary:
         return TokenRotary(self.cos[rows], self.sin[rows], self.interleaved, self.norms)
