@@ -19,9 +19,9 @@ CONSUMER_ROWS = 32
 WIDE_ROWS = 16
 #: Column pieces in which latents arrive: scores begin with the first.
 LATENT_PIECES = 2
-#: The same where halves of blocks are taken in turns, and packed rows from which they are: two are too few
-#: for tensor cores to be the limit.
+#: The same where two warpgroups take turns at halves of blocks.
 PAIRED_PIECES = 4
+#: Packed rows beyond which they do: up to one tile of them, memory is the limit.
 PAIRED_ROWS = 64
 #: Column pieces in which float8 latents are widened in registers, two of them at work at a time.
 WIDEN_PIECES = 4
