@@ -55,7 +55,7 @@ class Known:
         self.metadata = SimpleNamespace(shared=0)
         self.function, self.packed_metadata = 0, ()
         self.run = ahead._Launcher(None, None)
-        self.signature, self.constants = source.signature, source.constants
+        self.src = source
 
     def __getitem__(self, grid: object) -> Callable[..., None]:
         return lambda *arguments: None
@@ -79,9 +79,9 @@ def kernels(launch: Callable[[], None], target: str) -> dict[str, str]:
 
 
 def described(launch: ahead.Compiled) -> str:
-    kernel = launch.kernel
+    source = launch.kernel.src
     numbers = {k: v for k, v in launch.arguments.items() if isinstance(v, int | float | str)}
-    return f"{launch.name} {numbers} {list(kernel.signature.values())} {kernel.constants}"
+    return f"{launch.name} {numbers} {list(source.signature.values())} {source.constants}"
 
 
 # --- what is compiled -------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ def serve(engine: llm.LLM) -> None:
     which some go on from others' prompts."""
     warm_up(engine)
     params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
-    for name, prompt in enumerate(prompts(engine.max_model_len - 41)):
+    for name, prompt in enumerate(prompts(engine.max_model_len - params.max_tokens - 1)):
         engine.add_request(str(name), prompt, params)
         for _ in range(3):
             failed = [one.error for one in engine.step() if one.error]
@@ -214,14 +214,31 @@ def in_fresh_process(function: Callable[[EngineConfig, str], dict[str, str]], *g
         return pool.apply(function, given)
 
 
+def compared(config: EngineConfig, target: str) -> dict[str, Any]:
+    """What is launched, and what of it ``headway compile`` leaves out; nothing is compiled for it."""
+    triton.compiler.compile = compile_nothing
+    there, wanted = (in_fresh_process(one, config, target) for one in (compiled, launched))
+    wanted |= in_fresh_process(at_random, config, target)
+    missing = [what for key, what in wanted.items() if key not in there]
+    return {"names": sorted({what.split()[0] for what in wanted.values()}), "missing": missing}
+
+
+def looked_up(config: EngineConfig, target: str) -> dict[str, Any]:
+    """What is launched, and what of it is not in Triton's cache on this machine."""
+    missing: list[str] = []
+
+    def listen(*, src: Any, cache_hit: bool, **_: Any) -> None:
+        if not cache_hit:
+            missing.append(src.name)
+
+    triton.knobs.compilation.listener = listen
+    names = {what.split()[0] for what in launched(config, target).values()}
+    return {"names": sorted(names), "missing": missing}
+
+
 if __name__ == "__main__":
     ahead._forget_kernels()  # imports them: processes that are forked all have the same
-    triton.compiler.compile = compile_nothing
-    for words in sys.argv[1:]:
+    how = {"compared": compared, "looked-up": looked_up}[sys.argv[1]]
+    for words in sys.argv[2:]:
         target, settings = json.loads(words)
-        given = EngineConfig(**settings), target
-        there, wanted = in_fresh_process(compiled, *given), in_fresh_process(launched, *given)
-        wanted |= in_fresh_process(at_random, *given)
-        missing = [what for key, what in wanted.items() if key not in there]
-        names = sorted({what.split()[0] for what in wanted.values()})
-        print(json.dumps({"names": names, "missing": missing}), flush=True)
+        print(json.dumps(how(EngineConfig(**settings), target)), flush=True)

@@ -114,7 +114,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
         for one in SERVED.values()
     ]
     run = subprocess.run(
-        [sys.executable, "-m", "tests.engine.recorded_run", *given],
+        [sys.executable, "-m", "tests.engine.recorded_run", "compared", *given],
         env=os.environ | {"TRITON_INTERPRET": "0"},
         capture_output=True,
         text=True,

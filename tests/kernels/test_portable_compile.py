@@ -133,7 +133,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
         num_attention_heads=4,
         num_key_value_heads=2,
         vocab_size=100,
-        max_position_embeddings=8,
+        max_position_embeddings=32,
         dtype="bfloat16",
     ).save_pretrained(folder)
     return str(folder)
@@ -161,6 +161,15 @@ def test_two_at_once_share_a_cache(tmp_path: Path, model: str) -> None:
     assert third.returncode == 0, errors
     assert without_times(results(tmp_path / "3.json")) == without_times(first)
     assert {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()} == files
+    # So does the engine, which runs on meta tensors here, in a process that finds the cache.
+    served = json.dumps(("gfx942", {"model": model, "kv_cache_tokens": 2000}))
+    command = [sys.executable, "-m", "tests.engine.recorded_run", "looked-up", served]
+    environment = os.environ | {"TRITON_CACHE_DIR": str(cache), "TRITON_INTERPRET": "0"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-4000:]
+    found = json.loads(run.stdout)
+    assert set(found["names"]) >= {"attention_kernel", "store_kernel", "norm_kernel"}
+    assert found["missing"] == []
 
 
 def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -171,7 +180,8 @@ def test_what_a_model_needs_is_known_from_its_configuration(model: str) -> None:
     from headway.engine.config import EngineConfig
 
     labels = [case.label for case in precompile.model_cases(EngineConfig(model=model))]
-    steps = ["decode", "2 new tokens", "3 to 4 new tokens", "5 to 8 new tokens", "write"]
+    few = ["2 new tokens", "3 to 4 new tokens", "5 to 8 new tokens", "9 to 16 new tokens"]
+    steps = ["decode", *few, "17 to 32 new tokens", "write"]
     blocks = ["norms 256", "gates 512 silu", "greedy"]
     assert labels == [*steps, *blocks]
 
