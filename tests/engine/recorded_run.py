@@ -167,7 +167,9 @@ def serve(engine: llm.LLM) -> None:
 def prompts(longest: int) -> Iterator[list[int]]:
     for number, length in enumerate(PROMPTS):
         yield [number % 50 + 1] * min(length, longest)
-    yield [3] * min(longest, 300) + [4] * min(longest // 2, 23)  # begins as an earlier one did
+    yield [3] * min(longest - longest // 4, 300) + [4] * min(
+        longest // 4, 23
+    )  # begins as the third
 
 
 # --- what else could be launched --------------------------------------------------------------------
