@@ -139,7 +139,8 @@ def _layer_cases(name: str, rehearsal: Rehearsal, model: nn.Module) -> Iterator[
         prefill = functools.partial(rehearsal.prefill, band)
         yield Case(f"{tokens} new tokens{name}", prefill)
     if isinstance(rehearsal.layer, MLALayer):
-        yield Case(f"passes over the cache{name}", rehearsal.passes)
+        if limit > 1:
+            yield Case(f"passes over the cache{name}", rehearsal.passes)
     else:
         styles = [norm.style for norm in head_norms_of(model)]
         write = functools.partial(rehearsal.writes, styles)

@@ -115,7 +115,7 @@ class Rehearsal:
         if self.config.speculative == "ngram" and self.config.cuda_graphs:
             stage.capture(1 + self.config.num_draft_tokens)
         for count in DECODES:
-            if count < most:
+            if count < most and self.max_model_len > 1:
                 prompt = 0, min(self.max_model_len - 1, PROMPT)
                 stage.step([(self.max_model_len - 1, 1)] * count + [prompt])
 
@@ -138,9 +138,8 @@ class Rehearsal:
 
         stage, batch_size = _Stage(self), min(64, _given(self.config.max_running_requests))
         for count in range(1, MOST_STATES + 1):
-            context = count * (CHUNK_TOKENS // batch_size)
-            if context + 2 <= self.max_model_len:
-                stage.step([(context, 2)] * batch_size)
+            context = min(count * (CHUNK_TOKENS // batch_size), self.max_model_len - 2)
+            stage.step([(context, 2)] * batch_size)
 
     def _contexts(self, new: int, batch_size: int) -> Iterator[int]:
         """Cached tokens that there may be before ``new`` ones; none where those are too many."""
