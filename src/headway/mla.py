@@ -568,8 +568,8 @@ def _float8_on_hopper(
 ) -> None:
     """Scales that are not given are those of each query, and of each block of keys and of values."""
     from headway.kernels.hopper.mla_prefill import mla_prefill, takes_queries
+    from headway.kernels.hopper.quantise_blocks import quantise_blocks, takes
     from headway.kernels.portable.mla_prefill import Scales
-    from headway.kernels.portable.quantise_blocks import quantise_blocks, takes
 
     q, k, v = inputs
     records = None

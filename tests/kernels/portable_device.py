@@ -15,5 +15,5 @@ EXAMPLES = int(os.environ.get("HEADWAY_TEST_EXAMPLES", "16" if INTERPRETED else 
 
 requires_device = pytest.mark.skipif(
     not INTERPRETED and not torch.cuda.is_available(),
-    reason="needs a GPU or TRITON_INTERPRET=1 (test_interpreter.py runs these tests so)",
+    reason="needs a GPU or TRITON_INTERPRET=1 (tests/conftest.py sets it where there is no GPU)",
 )

@@ -7,7 +7,7 @@ twice the instructions.
 from __future__ import annotations
 
 from headway.kernels._triton import gl, gluon
-from headway.kernels.portable.quantise_blocks import SMALLEST_SCALE
+from headway.kernels.hopper.quantise_blocks import SMALLEST_SCALE
 
 
 @gluon.constexpr_function

@@ -34,9 +34,9 @@ from headway.kernels._triton import (
 )
 from headway.kernels.hopper import cast_rows
 from headway.kernels.hopper.masks import mask_scores
+from headway.kernels.hopper.quantise_blocks import RECORD
 from headway.kernels.hopper.softmax import LN2, LOG2E, partial_sums
 from headway.kernels.portable.mla_prefill import Scales, mla_reduce
-from headway.kernels.portable.quantise_blocks import RECORD
 from headway.persistent import DeviceWork
 
 #: Widths of keys and values.
@@ -953,7 +953,7 @@ def mla_prefill(
         values: (Hkv, 128, padded keys) float8_e4m3fn, as :func:`..portable.quantise.transpose_values` makes
             them, at ``work.value_indptr``.
         records: (Hkv, padded keys / 128, 4) float32, scales of every block of keys, in place of k's and v's
-            in ``scales``; from :func:`..portable.quantise_blocks.quantise_blocks`.
+            in ``scales``; from :func:`.quantise_blocks.quantise_blocks`.
         out: (total_q, Hq, 128), bfloat16, float16 or float32. lse: (total_q, Hq) with any strides, or None.
         options: fields of :class:`PrefillConfig`.
 

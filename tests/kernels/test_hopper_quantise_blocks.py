@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from headway.kernels.portable.quantise_blocks import quantise_blocks
+from headway.kernels.hopper.quantise_blocks import quantise_blocks
 from tests.kernels.portable_device import DEVICE, requires_device
 
 pytestmark = requires_device
