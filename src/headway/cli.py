@@ -18,7 +18,9 @@ try:
     import typer
     from typer.core import TyperGroup
 except ModuleNotFoundError:
-    sys.exit("headway: the command line needs more packages: pip install 'headway[serve]'")
+    sys.exit(
+        "headway: the command line needs more packages: in Headway's clone, pip install '.[serve]'"
+    )
 
 import headway
 from headway import flags
@@ -57,7 +59,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "headway":
             raise
-        _fail(f"{error.name} is not installed; pip install 'headway[serve]'")
+        _fail(f"{error.name} is not installed; in Headway's clone, pip install '.[serve]'")
 
 
 def _fail(message: str) -> None:

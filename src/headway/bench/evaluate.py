@@ -173,7 +173,9 @@ def _lm_eval(settings: EvalSettings) -> tuple[Any, Any]:
         import lm_eval
         from lm_eval.tasks import TaskManager
     except ModuleNotFoundError as error:
-        raise HeadwayError(f"{error.name} is not installed; pip install 'headway[eval]'") from None
+        raise HeadwayError(
+            f"{error.name} is not installed; in Headway's clone, pip install '.[eval]'"
+        ) from None
     folder = settings.tasks_folder
     manager = TaskManager(include_path=None if folder is None else str(folder.resolve()))
     if settings.task not in manager.all_tasks:

@@ -1,6 +1,6 @@
 """Attention on a CPU, every feature.
 
-Compiled kernels where numba is installed (``pip install headway[cpu]``). What they do not take (score_mod,
+Compiled kernels where numba is installed (the extra ``cpu``). What they do not take (score_mod,
 mask_mod, qv, float64), and everything where numba is missing, runs in torch operations.
 """
 
@@ -41,7 +41,7 @@ class CpuProvider(Provider):
 
     def note(self, problem: Problem) -> str:
         if not _numba_installed():
-            return "in torch operations; compiled kernels need numba: pip install 'headway[cpu]'"
+            return "in torch operations; compiled kernels need numba: pip install numba"
         if not _attention_is_compiled(problem):
             return (
                 "in torch operations: the compiled kernel has no score_mod, mask_mod, qv, float64"
