@@ -59,6 +59,7 @@ def main(folder: str, output: str) -> None:
     found["sampled"] = answers(llm, SAMPLED)
     dummy = LLM(config(f"{folder}/llama", load_format="dummy"))
     found["dummy"] = answers(dummy)
+    found["tied"] = answers(LLM(config(f"{folder}/tied", load_format="dummy")))
     if parallel.rank() == 0:
         found["lead"] = lead(Leader(config(f"{folder}/llama")))
     else:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
-from headway.engine import parallel
+from headway.engine import loader, parallel
 from headway.engine.config import EngineConfig
 from headway.engine.llm import LLM
 from headway.errors import InvalidInputError
@@ -22,6 +23,14 @@ from tests.engine.parallel_run import GREEDY, PROMPTS
 ROOT = Path(__file__).parents[2]
 
 
+def save_tied(folder: Path) -> Path:
+    """A configuration of a model whose embedding is its output's weight, too."""
+    config = json.loads((folder / "llama" / "config.json").read_text())
+    (folder / "tied").mkdir()
+    (folder / "tied" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    return folder / "tied"
+
+
 @pytest.fixture(scope="module")
 def ranks(
     tiny: Callable[[str], TinyModel], tmp_path_factory: pytest.TempPathFactory
@@ -29,6 +38,7 @@ def ranks(
     """What both processes found."""
     folder = tiny("llama").path.parent
     assert tiny("deepseek_v3").path.parent == folder
+    save_tied(folder)
     output = tmp_path_factory.mktemp("parallel") / "found"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [
@@ -74,12 +84,24 @@ def test_what_is_drawn_is_the_same(ranks: list[dict[str, Any]], llama: TinyModel
     assert first["dummy"] == second["dummy"]
     alone = engine(llama, load_format="dummy").generate(PROMPTS, GREEDY)
     assert first["dummy"] == [list(one.token_ids) for one in alone]
+    alone = engine(llama.path.parent / "tied", load_format="dummy").generate(PROMPTS, GREEDY)
+    assert first["tied"] == second["tied"] == [list(one.token_ids) for one in alone]
 
 
 def test_one_process_cannot_be_two(llama: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(InvalidInputError, match="torchrun --nproc-per-node 2"):
         LLM(EngineConfig(model=str(llama.path), device="cpu", tensor_parallel_size=2))
+
+
+def test_heads_are_shared_out_whole() -> None:
+    nine = transformers.LlamaConfig(num_attention_heads=9, num_key_value_heads=3, hidden_size=576)
+    loader.check_shares(nine, 1)
+    loader.check_shares(nine, 3)
+    with pytest.raises(InvalidInputError, match="1, 3: 9 query heads and 3 of keys"):
+        loader.check_shares(nine, 2)
+    latent = transformers.DeepseekV3Config(num_attention_heads=9, num_key_value_heads=9)
+    loader.check_shares(latent, 2)  # its attention is not shared out
 
 
 def test_launching_becomes_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,6 +70,7 @@ def load(config: EngineConfig, *, progress: bool = False) -> LoadedModel:
     title = f"Loading {Path(config.model).name}"
     with _progress(title, show=progress), _shared_gguf_reader(source):
         model_config = load_config(config, source)
+        check_shares(model_config, config.tensor_parallel_size)
         tokenizer = _load_tokenizer(config, source)
         model = load_model(config, source, model_config)
     if config.tensor_parallel_size == 1:  # parts are where they belong
@@ -84,6 +85,26 @@ def load(config: EngineConfig, *, progress: bool = False) -> LoadedModel:
         max_model_len=max_model_len(config, text_config),
         eos_token_ids=_eos_token_ids(model, tokenizer),
     )
+
+
+def check_shares(model_config: PretrainedConfig, size: int) -> None:
+    """See that every process gets whole heads, where transformers shares attention out at all.
+
+    Raises:
+        InvalidInputError: the heads cannot be shared by so many.
+    """
+    text_config = model_config.get_text_config()
+    plan = getattr(text_config, "base_model_tp_plan", None) or {}
+    if size == 1 or not any(name.endswith(".k_proj") for name in plan):
+        return
+    heads = text_config.num_attention_heads
+    shared = getattr(text_config, "num_key_value_heads", None) or heads
+    if heads % size or shared % size:
+        sizes = [str(n) for n in range(1, shared + 1) if heads % n == 0 and shared % n == 0]
+        wanted = (
+            f"{', '.join(sizes)}: {heads} query heads and {shared} of keys are shared out whole"
+        )
+        raise InvalidInputError("tensor_parallel_size", size, wanted)
 
 
 def choose_device(name: str) -> torch.device:
@@ -198,7 +219,14 @@ def _distributed(model: transformers.PreTrainedModel, size: int) -> transformers
     if size == 1:
         return model
     layout, _, mesh = model.prepare_distribute_model(DistributedConfig(tp_size=size))
-    return model.maybe_distribute_model(model, layout, mesh)
+    head: Any = model.get_output_embeddings()
+    tied = head is not None and head.weight is model.get_input_embeddings().weight
+    if tied:  # the plan names both; their parts are the same rows, so they are one again then
+        head.weight = nn.Parameter(head.weight.detach().clone())
+    model = model.maybe_distribute_model(model, layout, mesh)
+    if tied:
+        model.tie_weights()
+    return model
 
 
 def _unpacked(source: Source) -> dict[str, Any]:
