@@ -37,8 +37,9 @@ from headway.kernels.hopper.decode_config import (
     parts_to_combine,
     tile_for,
 )
-from headway.kernels.hopper.decode_consumer import Call, Parts, consume
+from headway.kernels.hopper.decode_consumer import Call, consume
 from headway.kernels.hopper.decode_load import allocate, produce_boxes, produce_gathered
+from headway.kernels.hopper.decode_merge import Parts
 from headway.kernels.hopper.decode_paired import allocate_paired, consume_paired, produce_paired
 from headway.kernels.hopper.decode_plan import DecodePlan, empty_plan
 from headway.kernels.hopper.decode_wide import consume_wide, score_wide

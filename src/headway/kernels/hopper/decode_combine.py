@@ -13,13 +13,10 @@ from headway.kernels._triton import gdc_launch_dependents, gdc_wait, gl, gluon
 from headway.kernels.hopper.decode_consumer import (
     TILE_ROWS,
     Call,
-    load_descale,
-    load_sinks,
-    store_lse,
-    store_out,
 )
 from headway.kernels.hopper.decode_merge import merge_parts
 from headway.kernels.hopper.decode_plan import WIDTH, cost_of, load_span
+from headway.kernels.hopper.decode_rows import load_descale, load_sinks, store_lse, store_out
 
 #: Columns of a program, at most.
 COLUMNS = 128

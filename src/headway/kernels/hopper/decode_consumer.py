@@ -24,19 +24,19 @@ from headway.kernels.hopper.decode_load import (
     next_unit,
     v_tile,
 )
-from headway.kernels.hopper.decode_merge import is_last, leave_part, merge_parts
+from headway.kernels.hopper.decode_merge import end_unit
 from headway.kernels.hopper.decode_plan import (
     BATCH,
     LEFT,
     UNIT,
     WIDTH,
     WITHIN,
-    cost_of,
     load_span,
     take_of,
 )
+from headway.kernels.hopper.decode_rows import load_descale
 from headway.kernels.hopper.masks import row_limits
-from headway.kernels.hopper.softmax import LAG, LOG2E, finish, soft_cap
+from headway.kernels.hopper.softmax import LAG, LOG2E, soft_cap
 
 TILE_ROWS: gl.constexpr = gl.constexpr(_TILE_ROWS)
 
@@ -104,21 +104,6 @@ class Call:
         self.window_left = window_left
         self.window_right = window_right
         self.chunk = chunk
-
-
-@aggregate
-class Parts:
-    """Where units that were cut are put together; see DecodePlan."""
-
-    arrivals: gl.tensor
-    out: gl.tensor
-    sums: gl.tensor
-
-    @gluon.constexpr_function
-    def __init__(self, arrivals, out, sums):
-        self.arrivals = arrivals
-        self.out = out
-        self.sums = sums
 
 
 @gluon.jit
@@ -309,41 +294,6 @@ def clear_outside(tile, start, lo, hi, cfg: gl.constexpr):
 
 
 @gluon.jit
-def store_out(out_ptr, out, rows, columns, span, batch, head, call, cfg: gl.constexpr):
-    """Write finished rows of packed queries; ``rows`` and ``columns`` in slices of out's layout."""
-    token = rows // cfg.group
-    offsets = batch.to(gl.int64) * call.stride_out_batch
-    offsets += (span.q_first + token).to(gl.int64) * call.stride_out_row
-    offsets += (head * cfg.group + rows % cfg.group) * call.stride_out_head
-    inside = (rows < call.num_rows) & (token < span.q_rows)
-    pointers = out_ptr + gl.expand_dims(offsets, 1) + gl.expand_dims(columns, 0)
-    gl.store(
-        gl.multiple_of(pointers, [16, 16]),
-        out.to(out_ptr.dtype.element_ty),
-        mask=gl.expand_dims(inside, 1) & gl.expand_dims(columns < cfg.head_dim_v, 0),
-    )
-
-
-@gluon.jit
-def store_lse(lse_ptr, lse, rows, span, batch, head, call, cfg: gl.constexpr):
-    if lse_ptr is not None:
-        token = rows // cfg.group
-        offsets = batch.to(gl.int64) * call.stride_lse_batch + (span.q_first + token)
-        offsets += (head * cfg.group + rows % cfg.group).to(gl.int64) * call.stride_lse_head
-        gl.store(lse_ptr + offsets, lse, mask=(rows < call.num_rows) & (token < span.q_rows))
-
-
-@gluon.jit
-def load_sinks(sinks, head, rows, call, cfg: gl.constexpr):
-    """Sinks of packed rows, -inf where there are none."""
-    if sinks is None:
-        return gl.full(rows.shape, float("-inf"), gl.float32, rows.type.layout)
-    else:
-        at = sinks + head * cfg.group + rows % cfg.group
-        return gl.load(at, mask=rows < call.num_rows, other=0.0).to(gl.float32)
-
-
-@gluon.jit
 def load_scales(descales, batch, head, cfg: gl.constexpr):
     """What float8 tensors multiply: (all scores, scores of keys, scores of latents, output)."""
     q_descale, k_descale, v_descale = descales
@@ -353,16 +303,6 @@ def load_scales(descales, batch, head, cfg: gl.constexpr):
         return 1.0, of_keys, of_values, of_values
     else:
         return of_keys, 1.0, 1.0, of_values
-
-
-@gluon.jit
-def load_descale(descale, batch, head):
-    """A float8 tensor's factor for a sequence and KV head; descale is (pointer or None, strides)."""
-    pointer, stride_batch, stride_head = descale
-    if pointer is None:
-        return 1.0
-    else:
-        return gl.load(pointer + batch * stride_batch + head * stride_head)
 
 
 #: Two pairs of float8 numbers, neighbours in a thread, as float16: the first pair, the second pair.
@@ -724,49 +664,6 @@ def _take_twin(acc, row_max, row_sum, turn, buffers, cfg: gl.constexpr):
 
 
 @gluon.jit
-def merge_unit(
-    out_ptr,
-    lse_ptr,
-    sinks,
-    parts,
-    first_slot,
-    workers,
-    span,
-    batch,
-    head,
-    tile_row,
-    begin,
-    end,
-    first_column,
-    v_descale,
-    call,
-    cfg: gl.constexpr,
-):
-    """Put a unit's parts together and write rows [begin, end) of its tile, out_width columns."""
-    by_row: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, cfg.merged))
-    out_layout: gl.constexpr = gl.SliceLayout(0, cfg.merged)
-    columns = first_column + gl.arange(0, cfg.out_width, layout=gl.SliceLayout(0, out_layout))
-    for row in range(begin, gl.minimum(call.num_rows - tile_row, end), cfg.merge_rows):
-        rows = tile_row + row + gl.arange(0, cfg.merge_rows, layout=by_row)
-        out, lse = merge_parts(
-            parts.out,
-            parts.sums,
-            first_slot,
-            first_slot + cfg.m_tiles,
-            2 * cfg.m_tiles,
-            workers,
-            row,
-            first_column,
-            load_sinks(sinks, head, rows, call, cfg),
-            cfg,
-        )
-        out_rows = gl.arange(0, cfg.merge_rows, layout=gl.SliceLayout(1, out_layout))
-        out_rows += tile_row + row
-        store_out(out_ptr, out * v_descale, out_rows, columns, span, batch, head, call, cfg)
-        store_lse(lse_ptr, lse, rows, span, batch, head, call, cfg)
-
-
-@gluon.jit
 def consume(
     tensors,
     buffers,
@@ -780,7 +677,7 @@ def consume(
     cfg: gl.constexpr,
 ):
     """One warpgroup: attention of its half, or all, of the rows of this worker's blocks, by unit."""
-    _q_ptr, _qv_ptr, out_ptr, lse_ptr, sinks, descales, spans, works, share_ptr = tensors
+    descales, spans, works, share_ptr = tensors[5:]
     worker = gl.program_id(0) // cfg.m_tiles
     tile = gl.program_id(0) % cfg.m_tiles
     record = works + worker * WIDTH
@@ -848,56 +745,29 @@ def consume(
         elif cfg.twin:
             _hand_twin(acc, row_max, row_sum, turn, buffers)
         turn += 1
-        finishes: gl.constexpr = not cfg.twin or half == 0
-        out = _packed_rows(acc, cfg)
-        layout: gl.constexpr = out.type.layout
-        out_rows = first_row + gl.arange(0, cfg.columns, layout=gl.SliceLayout(1, layout))
-        columns = gl.arange(0, cfg.v_width, layout=gl.SliceLayout(0, layout))
-        if finishes and count == span.blocks:
-            factor, lse = finish(row_max, row_sum, load_sinks(sinks, unit, rows, call, cfg))
-            factor = gl.convert_layout(factor, gl.SliceLayout(1, layout), assert_trivial=True)
-            out *= gl.expand_dims(factor * v_scale, 1)
-            store_out(out_ptr, out, out_rows, columns, span, batch, unit, call, cfg)
-            store_lse(lse_ptr, lse, rows, span, batch, unit, call, cfg)
-        elif finishes and count > 0:
-            # A worker begins at most one unit that others go on with, and goes on with at most one.
-            leave_part(
-                parts.out,
-                parts.sums,
-                (2 * worker + gl.where(first == 0, 1, 0)) * cfg.m_tiles + tile,
+        if not cfg.twin or half == 0:
+            out = _packed_rows(acc, cfg)
+            columns = gl.arange(0, cfg.v_width, layout=gl.SliceLayout(0, out.type.layout))
+            end_unit(
+                tensors,
+                parts,
                 out,
                 row_max,
                 row_sum,
-                rows - tile_row,
-                out_rows - tile_row,
+                rows,
                 columns,
-                gl.minimum(call.num_rows - tile_row, TILE_ROWS),
+                v_scale,
+                span,
+                batch,
+                unit,
+                first,
+                count,
+                line - within,
+                share,
+                call,
+                half,
                 cfg,
             )
-            if not cfg.tile.combine:
-                blocks_line = line - within + cost_of(span.blocks, cfg)
-                first_worker = blocks_line // share
-                workers = (blocks_line + span.blocks - 1) // share - first_worker + 1
-                arrivals = (batch * call.units + unit) * cfg.m_tiles + tile
-                if is_last(parts.arrivals + arrivals * cfg.consumers + half, workers):
-                    merge_unit(
-                        out_ptr,
-                        lse_ptr,
-                        sinks,
-                        parts,
-                        (2 * first_worker + 1) * cfg.m_tiles + tile,
-                        workers,
-                        span,
-                        batch,
-                        unit,
-                        tile_row,
-                        half * cfg.columns,
-                        (half + 1) * cfg.columns,
-                        0,
-                        v_scale,
-                        call,
-                        cfg,
-                    )
         left -= take
         line += take
         within = 0

@@ -1,12 +1,31 @@
-"""Merging what several workers left of one unit, by the last of them to arrive.
+"""How a worker ends what it has of a unit: with its output, or with a part that the last to arrive merges.
 
 Parts are added in the order of their keys, whoever merges: results do not depend on timing.
 """
 
-from __future__ import annotations
-
-from headway.kernels._triton import cta_barrier, gl, gluon
+# Gluon reads the annotations of aggregates as classes: no postponed evaluation here.
+from headway.kernels._triton import aggregate, cta_barrier, gl, gluon
+from headway.kernels.hopper.decode_config import TILE_ROWS as _TILE_ROWS
+from headway.kernels.hopper.decode_plan import cost_of
+from headway.kernels.hopper.decode_rows import load_sinks, store_lse, store_out
 from headway.kernels.hopper.softmax import finish
+
+TILE_ROWS: gl.constexpr = gl.constexpr(_TILE_ROWS)
+
+
+@aggregate
+class Parts:
+    """Where units that were cut are put together; see DecodePlan."""
+
+    arrivals: gl.tensor
+    out: gl.tensor
+    sums: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, arrivals, out, sums):
+        self.arrivals = arrivals
+        self.out = out
+        self.sums = sums
 
 
 @gluon.jit
@@ -102,3 +121,128 @@ def merge_parts(
     factor, lse = finish(row_max, row_sum, sinks)
     factor = gl.convert_layout(factor, gl.SliceLayout(1, gl.SliceLayout(0, layout)))
     return acc * gl.expand_dims(factor, 1), lse
+
+
+@gluon.jit
+def merge_unit(
+    out_ptr,
+    lse_ptr,
+    sinks,
+    parts,
+    first_slot,
+    workers,
+    span,
+    batch,
+    head,
+    tile_row,
+    begin,
+    end,
+    first_column,
+    v_descale,
+    call,
+    cfg: gl.constexpr,
+):
+    """Put a unit's parts together and write rows [begin, end) of its tile, out_width columns."""
+    by_row: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, cfg.merged))
+    out_layout: gl.constexpr = gl.SliceLayout(0, cfg.merged)
+    columns = first_column + gl.arange(0, cfg.out_width, layout=gl.SliceLayout(0, out_layout))
+    for row in range(begin, gl.minimum(call.num_rows - tile_row, end), cfg.merge_rows):
+        rows = tile_row + row + gl.arange(0, cfg.merge_rows, layout=by_row)
+        out, lse = merge_parts(
+            parts.out,
+            parts.sums,
+            first_slot,
+            first_slot + cfg.m_tiles,
+            2 * cfg.m_tiles,
+            workers,
+            row,
+            first_column,
+            load_sinks(sinks, head, rows, call, cfg),
+            cfg,
+        )
+        out_rows = gl.arange(0, cfg.merge_rows, layout=gl.SliceLayout(1, out_layout))
+        out_rows += tile_row + row
+        store_out(out_ptr, out * v_descale, out_rows, columns, span, batch, head, call, cfg)
+        store_lse(lse_ptr, lse, rows, span, batch, head, call, cfg)
+
+
+@gluon.jit
+def end_unit(
+    tensors,
+    parts,
+    acc,
+    row_max,
+    row_sum,
+    rows,
+    columns,
+    v_scale,
+    span,
+    batch,
+    unit,
+    first,
+    count,
+    unit_line,
+    share,
+    call,
+    half: gl.constexpr,
+    cfg: gl.constexpr,
+):
+    """What a consumer made of a unit's blocks [first, first + count): written out if that is all of them,
+    and otherwise left as a part, which the last worker to leave one merges with the others.
+
+    ``acc`` (rows, columns) is unnormalised; ``row_max`` (base 2), ``row_sum`` and ``rows`` have one layout.
+    ``unit_line`` is where the unit begins on the line of which every worker takes ``share`` places.
+    Consumers have rows of their own or, where ``cfg.wide``, columns.
+    """
+    out_ptr, lse_ptr, sinks = tensors[2], tensors[3], tensors[4]
+    worker = gl.program_id(0) // cfg.m_tiles
+    tile = gl.program_id(0) % cfg.m_tiles
+    tile_row = tile * TILE_ROWS
+    by_row: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+    out_rows = gl.convert_layout(rows, by_row, assert_trivial=True)
+    if count == span.blocks:
+        row_sinks = load_sinks(sinks, unit, rows, call, cfg)
+        factor, lse = finish(row_max, row_sum, row_sinks)
+        factor = gl.convert_layout(factor, by_row, assert_trivial=True)
+        out = acc * gl.expand_dims(factor * v_scale, 1)
+        store_out(out_ptr, out, out_rows, columns, span, batch, unit, call, cfg)
+        store_lse(lse_ptr, lse, rows, span, batch, unit, call, cfg)
+    elif count > 0:
+        # A worker begins at most one unit that others go on with, and goes on with at most one.
+        leave_part(
+            parts.out,
+            parts.sums,
+            (2 * worker + gl.where(first == 0, 1, 0)) * cfg.m_tiles + tile,
+            acc,
+            row_max,
+            row_sum,
+            rows - tile_row,
+            out_rows - tile_row,
+            columns,
+            gl.minimum(call.num_rows - tile_row, TILE_ROWS),
+            cfg,
+        )
+        if not cfg.tile.combine:
+            blocks_line = unit_line + cost_of(span.blocks, cfg)
+            first_worker = blocks_line // share
+            workers = (blocks_line + span.blocks - 1) // share - first_worker + 1
+            arrivals = (batch * call.units + unit) * cfg.m_tiles + tile
+            if is_last(parts.arrivals + arrivals * cfg.consumers + half, workers):
+                merge_unit(
+                    out_ptr,
+                    lse_ptr,
+                    sinks,
+                    parts,
+                    (2 * first_worker + 1) * cfg.m_tiles + tile,
+                    workers,
+                    span,
+                    batch,
+                    unit,
+                    tile_row,
+                    0 if cfg.wide else half * cfg.columns,
+                    TILE_ROWS if cfg.wide else (half + 1) * cfg.columns,
+                    half * cfg.out_width if cfg.wide else 0,
+                    v_scale,
+                    call,
+                    cfg,
+                )

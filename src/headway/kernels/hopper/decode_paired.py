@@ -22,28 +22,22 @@ from headway.kernels.hopper.decode_consumer import (
     clear_outside,
     fetch_piece,
     fetch_queries,
-    load_sinks,
-    merge_unit,
     opaque,
-    store_lse,
-    store_out,
 )
 from headway.kernels.hopper.decode_load import load_boxes, next_unit, pages_of_block
-from headway.kernels.hopper.decode_merge import is_last, leave_part
+from headway.kernels.hopper.decode_merge import end_unit
 from headway.kernels.hopper.decode_plan import (
     BATCH,
     LEFT,
     UNIT,
     WIDTH,
     WITHIN,
-    cost_of,
     load_span,
     take_of,
 )
 from headway.kernels.hopper.masks import mask_scores, row_limits
 from headway.kernels.hopper.softmax import (
     LOG2E,
-    finish,
     partial_sums,
     rescale,
     soft_cap,
@@ -480,7 +474,7 @@ def consume_paired(
     cfg: gl.constexpr,
 ):
     """One of two warpgroups, unit after unit."""
-    q_ptr, qv_ptr, out_ptr, lse_ptr, sinks, _descales, spans, works, share_ptr = tensors
+    q_ptr, qv_ptr, _out, _lse, _sinks, _descales, spans, works, share_ptr = tensors
     columns = gl.arange(0, cfg.out_width, layout=gl.SliceLayout(0, cfg.wide_output))
     columns += half * cfg.out_width
     worker = gl.program_id(0) // cfg.m_tiles
@@ -509,49 +503,26 @@ def consume_paired(
         step += count
         row_max, row_sum, meeting = _share_sums(row_sum, meeting, half, buffers, cfg)
         rows = tile_row + gl.arange(0, TILE_ROWS, layout=cfg.wide_out_row)
-        if count == span.blocks:
-            factor, lse = finish(row_max, row_sum, load_sinks(sinks, unit, rows, call, cfg))
-            out = acc * gl.expand_dims(factor, 1)
-            store_out(out_ptr, out, rows, columns, span, batch, unit, call, cfg)
-            store_lse(lse_ptr, lse, rows, span, batch, unit, call, cfg)
-        elif count > 0:
-            leave_part(
-                parts.out,
-                parts.sums,
-                (2 * worker + gl.where(first == 0, 1, 0)) * cfg.m_tiles + tile,
-                acc,
-                row_max,
-                row_sum,
-                rows - tile_row,
-                rows - tile_row,
-                columns,
-                gl.minimum(call.num_rows - tile_row, TILE_ROWS),
-                cfg,
-            )
-            if not cfg.tile.combine:
-                blocks_line = line - within + cost_of(span.blocks, cfg)
-                first_worker = blocks_line // share
-                workers = (blocks_line + span.blocks - 1) // share - first_worker + 1
-                arrivals = (batch * call.units + unit) * cfg.m_tiles + tile
-                if is_last(parts.arrivals + arrivals * cfg.consumers + half, workers):
-                    merge_unit(
-                        out_ptr,
-                        lse_ptr,
-                        sinks,
-                        parts,
-                        (2 * first_worker + 1) * cfg.m_tiles + tile,
-                        workers,
-                        span,
-                        batch,
-                        unit,
-                        tile_row,
-                        0,
-                        TILE_ROWS,
-                        half * cfg.out_width,
-                        1.0,
-                        call,
-                        cfg,
-                    )
+        end_unit(
+            tensors,
+            parts,
+            acc,
+            row_max,
+            row_sum,
+            rows,
+            columns,
+            1.0,
+            span,
+            batch,
+            unit,
+            first,
+            count,
+            line - within,
+            share,
+            call,
+            half,
+            cfg,
+        )
         left -= take
         line += take
         within = 0

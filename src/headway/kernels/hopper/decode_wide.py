@@ -19,31 +19,25 @@ from headway.kernels.hopper.decode_consumer import (
     TILE_ROWS,
     clear_outside,
     latent_piece,
-    load_descale,
     load_queries,
     load_scales,
-    load_sinks,
-    merge_unit,
     opaque,
-    store_lse,
-    store_out,
 )
 from headway.kernels.hopper.decode_load import k_tile, next_unit, v_tile
-from headway.kernels.hopper.decode_merge import is_last, leave_part
+from headway.kernels.hopper.decode_merge import end_unit
 from headway.kernels.hopper.decode_plan import (
     BATCH,
     LEFT,
     UNIT,
     WIDTH,
     WITHIN,
-    cost_of,
     load_span,
     take_of,
 )
+from headway.kernels.hopper.decode_rows import load_descale
 from headway.kernels.hopper.masks import mask_scores, row_limits
 from headway.kernels.hopper.softmax import (
     LOG2E,
-    finish,
     partial_sums,
     rescale,
     soft_cap,
@@ -244,7 +238,7 @@ def score_wide(
 @gluon.jit
 def consume_wide(tensors, buffers, parts, call, half: gl.constexpr, cfg: gl.constexpr):
     """One warpgroup: half of the columns of the output, unit after unit."""
-    _q, _qv, out_ptr, lse_ptr, sinks, descales, spans, works, share_ptr = tensors
+    descales, spans, works, share_ptr = tensors[5:]
     _q_descale, _k_descale, v_descale = descales
     columns = gl.arange(0, cfg.out_width, layout=gl.SliceLayout(0, cfg.wide_output))
     columns += half * cfg.out_width
@@ -260,8 +254,7 @@ def consume_wide(tensors, buffers, parts, call, half: gl.constexpr, cfg: gl.cons
     line = worker * share
     step = 0
     turn = 0  # of handing over: one per block, and one per unit
-    tile_row = tile * TILE_ROWS
-    rows = tile_row + gl.arange(0, cfg.columns, layout=cfg.wide_out_row)
+    rows = tile * TILE_ROWS + gl.arange(0, cfg.columns, layout=cfg.wide_out_row)
     while left > 0:
         take, first, count = take_of(span, within, left, cfg)
         acc = gl.full([cfg.columns, cfg.out_width], 0.0, gl.float32, cfg.wide_output)
@@ -271,49 +264,26 @@ def consume_wide(tensors, buffers, parts, call, half: gl.constexpr, cfg: gl.cons
             turn += 1
         row_max, row_sum = _take_sums(turn, buffers, cfg)
         turn += 1
-        if count == span.blocks:
-            factor, lse = finish(row_max, row_sum, load_sinks(sinks, unit, rows, call, cfg))
-            out = acc * gl.expand_dims(factor * load_descale(v_descale, batch, unit), 1)
-            store_out(out_ptr, out, rows, columns, span, batch, unit, call, cfg)
-            store_lse(lse_ptr, lse, rows, span, batch, unit, call, cfg)
-        elif count > 0:
-            leave_part(
-                parts.out,
-                parts.sums,
-                (2 * worker + gl.where(first == 0, 1, 0)) * cfg.m_tiles + tile,
-                acc,
-                row_max,
-                row_sum,
-                rows - tile_row,
-                rows - tile_row,
-                columns,
-                gl.minimum(call.num_rows - tile_row, TILE_ROWS),
-                cfg,
-            )
-            if not cfg.tile.combine:
-                blocks_line = line - within + cost_of(span.blocks, cfg)
-                first_worker = blocks_line // share
-                workers = (blocks_line + span.blocks - 1) // share - first_worker + 1
-                arrivals = (batch * call.units + unit) * cfg.m_tiles + tile
-                if is_last(parts.arrivals + arrivals * cfg.consumers + half, workers):
-                    merge_unit(
-                        out_ptr,
-                        lse_ptr,
-                        sinks,
-                        parts,
-                        (2 * first_worker + 1) * cfg.m_tiles + tile,
-                        workers,
-                        span,
-                        batch,
-                        unit,
-                        tile_row,
-                        0,
-                        TILE_ROWS,
-                        half * cfg.out_width,
-                        load_descale(v_descale, batch, unit),
-                        call,
-                        cfg,
-                    )
+        end_unit(
+            tensors,
+            parts,
+            acc,
+            row_max,
+            row_sum,
+            rows,
+            columns,
+            load_descale(v_descale, batch, unit),
+            span,
+            batch,
+            unit,
+            first,
+            count,
+            line - within,
+            share,
+            call,
+            half,
+            cfg,
+        )
         left -= take
         line += take
         within = 0
