@@ -101,8 +101,8 @@ def compiled(config: EngineConfig, target: str) -> dict[str, str]:
 class MetaLLM(llm.LLM):
     """The engine as on a GPU, but for what a GPU alone can say."""
 
-    def _accelerate(self) -> Any:
-        return fusion.fuse(self.model)
+    def _accelerate(self, longest: int) -> Any:
+        return fusion.fuse(self.model, longest)
 
 
 def launched(config: EngineConfig, target: str) -> dict[str, str]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from headway.engine import fused_layer, fusion
+from headway.engine import angles, fused_layer, fusion
 from headway.engine.attention import ROTARY_MARK
 from headway.kernels.portable.norm import NormStyle
 from tests.engine.conftest import CONFIGS, VOCABULARY, TinyModel, engine
@@ -59,10 +59,12 @@ EXCHANGED = {
 def test_equals_transformers(name: str, replay: bool, tiny: Callable[[str], TinyModel]) -> None:
     model = tiny(name)
     llm = engine(model, acceleration="off", overlap=True)
-    done = fusion.fuse(llm.model)
+    done = fusion.fuse(llm.model, llm.max_model_len)
     if name in EXCHANGED:
         found = (done.layers, done.linears, done.feed_forwards, done.norms, done.rotaries)
         assert found == EXCHANGED[name], str(done)
+    # Gemma's choose angles by the kind of layer; Llama 4's rotate by complex numbers.
+    assert done.tables == (0 if name in ("gemma3", "gemma4", "llama4") else 1), str(done)
     if replay:
         replaying(llm)
     answers = [list(one.token_ids) for one in llm.generate(PROMPTS, GREEDY)]
@@ -91,7 +93,7 @@ def test_a_rotation_that_something_follows_stays_with_the_model(llama: TinyModel
     lookup = {**original.__globals__}
     try:
         attention.forward = types.FunctionType(forward.__code__, lookup, "forward")
-        done = fusion.fuse(llm.model)
+        done = fusion.fuse(llm.model, llm.max_model_len)
     finally:
         attention.forward = original
     assert done.rotaries == 0
@@ -102,7 +104,7 @@ def test_what_is_not_known_is_left_alone(tiny: Callable[[str], TinyModel]) -> No
     llm = engine(tiny("llama"), acceleration="off")
     for layer in llm.model.model.layers:
         layer.mlp.act_fn = torch.nn.Tanh()
-    done = fusion.fuse(llm.model)
+    done = fusion.fuse(llm.model, llm.max_model_len)
     assert (done.layers, done.feed_forwards) == (0, 0)
     assert "no plain layer" in str(done)
     assert "no activation known here" in str(done)
@@ -110,7 +112,7 @@ def test_what_is_not_known_is_left_alone(tiny: Callable[[str], TinyModel]) -> No
 
 def test_the_mark_travels_with_the_tensors(llama: TinyModel) -> None:
     llm = engine(llama, acceleration="off")
-    fusion.fuse(llm.model)
+    fusion.fuse(llm.model, llm.max_model_len)
     seen: list[object] = []
 
     def witness(
@@ -124,3 +126,30 @@ def test_the_mark_travels_with_the_tensors(llama: TinyModel) -> None:
     assert all(mark is not None for mark in seen)
     assert len(seen) == 2
     assert not hasattr(ids, ROTARY_MARK)
+
+
+def test_angles_of_any_position_are_in_the_table(llama: TinyModel) -> None:
+    llm = engine(llama, acceleration="off")
+    module = llm.model.model.rotary_emb
+    x, positions = torch.zeros(1, 1, 1), torch.tensor([[0, 511, 3, 3, 17]])
+    wanted = module(x, positions)
+    narrow = module(x.half(), positions)
+    fusion.fuse(llm.model, 512)
+    assert isinstance(module.forward, angles.AngleTable)
+    assert all(torch.equal(a, b) for a, b in zip(module(x, positions), wanted, strict=True))
+    found = module(x.half(), position_ids=positions)  # the table is in the model's dtype
+    assert all(torch.equal(a, b) for a, b in zip(found, narrow, strict=True))
+
+
+def test_angles_that_depend_on_the_length_are_computed(llama: TinyModel) -> None:
+    llm = engine(llama, acceleration="off")
+    llm.model.model.rotary_emb.rope_type = "dynamic"
+    assert fusion.fuse(llm.model, 512).tables == 0
+
+
+def test_a_table_is_no_larger_than_it_may_be(llama: TinyModel) -> None:
+    module = engine(llama, acceleration="off").model.model.rotary_emb
+    like = torch.zeros(1)
+    most = angles.MOST_BYTES // (4 * module.inv_freq.numel() * 4)
+    assert angles.table_for(module, most + 1, like) is None
+    assert angles.table_for(module, 100, like) is not None

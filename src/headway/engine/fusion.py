@@ -7,7 +7,8 @@ exchanged as a whole (:mod:`.fused_layer`); in others,
 - a gated feed-forward block becomes two products and one kernel between them;
 - RMS norms become one kernel each;
 - rotary embedding is left to the kernel that writes keys into the cache: queries and keys arrive at the
-  attention function unrotated, with the angles beside them.
+  attention function unrotated, with the angles beside them;
+- the angles themselves are looked up in a table.
 
 Every exchange is tried first, on random input, and stays only if original and replacement agree to
 rounding. That nothing happens to queries and keys between their rotation and the attention function is
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from headway.engine.angles import table_for
 from headway.engine.attention import ROTARY_MARK
 from headway.engine.fused_layer import FusedLayer, Linear, Norm, candidates
 from headway.engine.parts import ROPE, SharedProduct, with_rope
@@ -54,13 +56,15 @@ class Fusion:
     feed_forwards: int = 0
     norms: int = 0
     rotaries: int = 0
+    tables: int = 0
     left_alone: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         done = (
             f"{self.layers} layers exchanged whole; "
             f"{self.linears} linear layers merged, {self.feed_forwards} feed-forward blocks, "
-            f"{self.norms} norms and {self.rotaries} rotary embeddings exchanged"
+            f"{self.norms} norms and {self.rotaries} rotary embeddings exchanged, "
+            f"{self.tables} tables of angles"
         )
         return done + "".join(
             f"; left alone: {why}" for why in sorted(set(self.left_alone.values()))
@@ -68,15 +72,17 @@ class Fusion:
 
 
 @torch.inference_mode()
-def fuse(model: nn.Module) -> Fusion:
+def fuse(model: nn.Module, positions: int) -> Fusion:
     """Exchange parts of a model in eval mode, in place. Merged layers give up their own weights, so it
-    cannot be trained or saved afterwards. Its attention has to be ``headway_paged``."""
+    cannot be trained or saved afterwards. Its attention has to be ``headway_paged``, and no token will
+    be at ``positions`` or beyond."""
     report = Fusion()
     _exchange_layers(model, report)
     _exchange_norms(model, report)
     _exchange_feed_forwards(model, report)
     _merge_linears(model, report)
     _defer_rotaries(model, report)
+    _tabulate_angles(model, positions, report)
     return report
 
 
@@ -314,3 +320,21 @@ def _same(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
             yield ((a.float() - b.float()).norm() / a.float().norm().clamp(min=1e-20)).item()
 
     return len(before) == len(after) and all(error < 0.1 for error in errors())
+
+
+# --- angles -----------------------------------------------------------------------------------------
+
+
+def _tabulate_angles(model: nn.Module, positions: int, report: Fusion) -> None:
+    like = next(model.parameters())
+    for module in model.modules():
+        if "RotaryEmbedding" not in type(module).__name__ or "forward" in vars(module):
+            continue
+        table = table_for(module, positions, like)
+        if table is None:
+            continue
+        some = torch.arange(0, positions, max(1, positions // TRIAL_ROWS), device=like.device)[None]
+        x = like.new_empty(1, 1, 1)
+        if all(agree(a, b) for a, b in zip(table(x, some), module(x, some), strict=True)):
+            module.forward = table  # type: ignore[assignment]
+            report.tables += 1

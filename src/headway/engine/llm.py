@@ -153,7 +153,7 @@ class LLM:
         self._eos_token_ids = loaded.eos_token_ids
         self.model = loaded.model
         keep_latent(self.model)
-        self.acceleration = self._accelerate()
+        self.acceleration = self._accelerate(loaded.max_model_len)
         self.probe = probe = probe_layers(self.model, loaded.config)
         (self.dtype,) = probe.dtypes
         layers = probe.layers
@@ -193,14 +193,15 @@ class LLM:
         self._prompt_tokens = 0
         self._output_tokens = 0
 
-    def _accelerate(self) -> Acceleration | Fusion:
-        """Exchange parts of the model for faster ones, as its device wants it."""
+    def _accelerate(self, longest: int) -> Acceleration | Fusion:
+        """Exchange parts of the model for faster ones, as its device wants it; sequences have up to
+        ``longest`` tokens."""
         if self.config.tensor_parallel_size > 1:  # its modules are those that talk to each other
             return Acceleration(left_alone={"": "tensor parallel keeps the model's own modules"})
         if self.device.type == "cuda" and self.config.acceleration == "auto":
             from headway.engine.fusion import fuse
 
-            return fuse(self.model)
+            return fuse(self.model, longest)
         return accelerate(self.model, level=self.config.acceleration)
 
     @property

@@ -1,0 +1,59 @@
+"""Cosines and sines of every position in one table, instead of a dozen operators in every step."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+#: Rotary embeddings, in transformers' words, whose angles depend on nothing but the position.
+STATIC = frozenset({"default", "linear", "llama3", "yarn"})
+
+#: Bytes of a table, at most: 128k positions of 128 columns.
+MOST_BYTES = 1 << 26
+
+#: Positions that a table has at least: models are tried with more tokens than short contexts have.
+AT_LEAST = 1024
+
+#: What a model's rotary module computes: (1, T, width) each from hidden states and positions (1, T).
+Forward = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class AngleTable:
+    """Stands for the ``forward`` of a model's rotary module.
+
+    Args:
+        cos, sin: (1, positions, width) of all positions, as ``forward`` computes them.
+    """
+
+    def __init__(self, forward: Forward, cos: Tensor, sin: Tensor) -> None:
+        self._forward = forward
+        self._table = torch.cat((cos[0], sin[0]), dim=-1)
+        self._width = cos.shape[-1]
+
+    def __call__(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        if x.dtype != self._table.dtype:
+            return self._forward(x, position_ids)
+        rows = self._table[position_ids]
+        return rows[..., : self._width], rows[..., self._width :]
+
+
+def table_for(module: nn.Module, count: int, like: Tensor) -> AngleTable | None:
+    """The table of a rotary module; None where its angles depend on more, or take too much memory."""
+    forward: Any = module.forward
+    if list(inspect.signature(forward).parameters) != ["x", "position_ids"]:
+        return None
+    frequencies = getattr(module, "inv_freq", None)
+    if getattr(module, "rope_type", None) not in STATIC or not isinstance(frequencies, Tensor):
+        return None
+    count = max(count, AT_LEAST)
+    if count * 4 * frequencies.numel() * like.element_size() > MOST_BYTES:
+        return None
+    positions = torch.arange(count, device=like.device)[None]
+    found = forward(like.new_empty(1, 1, 1), positions)
+    if not isinstance(found, tuple):  # complex numbers, say
+        return None
+    return AngleTable(forward, *found)
