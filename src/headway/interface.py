@@ -450,9 +450,9 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> dispatch
 
 def _traced(function: str, *values: Any) -> Any:
     """A call of a public function inside torch.compile, all its arguments in order: one operator."""
-    from headway import ops
+    from headway import ops  # with torch's compiler, which is a second of imports
 
-    return ops.call(function, dict(zip(ops.PARAMETERS[function], values, strict=True)))
+    return ops.call(function, dict(zip(_PARAMETERS[function], values, strict=True)))
 
 
 def _solve(entry: _Entry, arguments: dict[str, Any]) -> Tensor | tuple[Tensor, Tensor]:
@@ -539,3 +539,6 @@ _BUILDERS: dict[Callable[..., Any], Callable[[SimpleNamespace], Problem]] = {
     flash_attn_varlen_func: varlen_problem,
     flash_attn_with_kvcache: kvcache_problem,
 }
+
+#: Names of their parameters, in order.
+_PARAMETERS = {f.__name__: tuple(inspect.signature(f).parameters) for f in _BUILDERS}

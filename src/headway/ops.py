@@ -9,13 +9,16 @@ and score_mod and mask_mod (such calls break the graph, which is an error with `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from headway import gradients, interface
+import headway
+from headway import gradients
 from headway.errors import UnsupportedError
 from headway.problem import FLOAT8_DTYPES
 
@@ -61,20 +64,6 @@ PLAIN = {
 _KVCACHE = "flash_attn_with_kvcache"
 
 
-def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
-    code = function.__code__
-    return code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-
-
-#: Names of the parameters of the public functions, in order.
-PARAMETERS = {
-    function.__name__: _parameters(function)
-    for function in (
-        interface.flash_attn_func,
-        interface.flash_attn_varlen_func,
-        interface.flash_attn_with_kvcache,
-    )
-}
 #: What no operator takes. The functions themselves answer such calls, with an error or outside of graphs.
 _UNTRACEABLE = (
     "score_mod",
@@ -151,7 +140,7 @@ def _plain(name: str, arguments: dict[str, Any]) -> Any:
 
 @torch.compiler.disable
 def _uncompiled(function: str, arguments: dict[str, Any]) -> Any:
-    return getattr(interface, function)(**arguments)
+    return getattr(headway, function)(**arguments)
 
 
 # --- operators --------------------------------------------------------------------------------------
@@ -173,12 +162,17 @@ def _attention_append(
 
 def _run(function: str, given: dict[str, Any]) -> Tensor:
     """The public function on an operator's arguments, those it has; its LSE, empty if not wanted."""
-    known = PARAMETERS[function]
+    known = _parameters(function)
     arguments = {n: x for n, x in given.items() if n in known and x is not None}
     arguments["window_size"] = (given["window_left"], given["window_right"])
     with torch.no_grad():
-        result = getattr(interface, function)(**arguments, return_softmax_lse=given["lse"])
+        result = getattr(headway, function)(**arguments, return_softmax_lse=given["lse"])
     return result[1] if given["lse"] else given["q"].new_empty(0, dtype=torch.float32)
+
+
+@functools.cache
+def _parameters(function: str) -> frozenset[str]:
+    return frozenset(inspect.signature(getattr(headway, function)).parameters)
 
 
 def _fake_lse(q: Tensor, wanted: bool) -> Tensor:

@@ -11,15 +11,12 @@ import itertools
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from headway.errors import InvalidInputError
-
-if TYPE_CHECKING:
-    from headway.problem import Problem
 
 #: Keys of one block of work in the host planner; splits are whole blocks.
 BLOCK_K = 128
@@ -61,39 +58,6 @@ class PlanKey:
     has_sinks: bool = False
     has_qv: bool = False
 
-    @staticmethod
-    def of(problem: Problem) -> PlanKey:
-        mask, hints, append = problem.mask, problem.hints, problem.append
-        new_keys = 0
-        if append is not None:
-            new_keys = append.k.shape[1] if append.cu_seqlens is None else -1
-        return PlanKey(
-            device=problem.device,
-            batch_size=problem.batch_size,
-            max_seqlen_q=problem.max_seqlen_q,
-            max_seqlen_k=problem.max_seqlen_k,
-            num_q_heads=problem.num_q_heads,
-            num_kv_heads=problem.num_kv_heads,
-            head_dim=problem.head_dim,
-            head_dim_v=problem.head_dim_v,
-            page_size=problem.page_size,
-            causal=mask.causal,
-            window_left=mask.window_left,
-            window_right=mask.window_right,
-            attention_chunk=mask.attention_chunk,
-            q_dtype=problem.q.dtype,
-            kv_dtype=problem.k.dtype,
-            ragged_q=problem.ragged_q,
-            new_keys=new_keys,
-            num_splits=hints.num_splits,
-            pack_gqa=hints.pack_gqa,
-            sm_margin=hints.sm_margin,
-            softcap=problem.scores.softcap,
-            softmax_scale=problem.scores.softmax_scale,
-            has_sinks=problem.scores.sinks is not None,
-            has_qv=problem.qv is not None,
-        )
-
     @cached_property
     def geometry(self) -> tuple[Any, ...]:
         """The values that a plan and its calls must share, in the order of the fields."""
@@ -110,26 +74,6 @@ class PlanKey:
 
 
 _GEOMETRY = tuple(itertools.takewhile(lambda name: name != "q_dtype", PlanKey.__dataclass_fields__))
-
-
-def _geometry_of(p: Problem) -> tuple[Any, ...]:
-    """``PlanKey.of(p).geometry``: every call of a planned step is compared, so no key is built."""
-    mask = p.mask
-    return (
-        p.device,
-        p.batch_size,
-        p.max_seqlen_q,
-        p.max_seqlen_k,
-        p.num_q_heads,
-        p.num_kv_heads,
-        p.head_dim,
-        p.head_dim_v,
-        p.page_size,
-        mask.causal,
-        mask.window_left,
-        mask.window_right,
-        mask.attention_chunk,
-    )
 
 
 @dataclass(frozen=True)
@@ -196,16 +140,6 @@ class Plan:
             mine.split_start.copy_(theirs.split_start)
             mine.work.copy_(theirs.work)
         self.new_step()
-
-    def check_matches(self, problem: Problem) -> None:
-        """Raise InvalidInputError unless this plan was made for calls of the problem's geometry."""
-        if self.key.geometry != _geometry_of(problem):
-            differences = self.key.differences(PlanKey.of(problem))
-            raise InvalidInputError(
-                "scheduler_metadata",
-                "a plan made for another call: " + ", ".join(differences),
-                "the result of get_scheduler_metadata with this call's arguments",
-            )
 
 
 def plan_splits(

@@ -18,16 +18,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from headway import environ
 from headway.errors import InvalidInputError
-
-if TYPE_CHECKING:
-    from headway.plan import Plan
+from headway.plan import Plan, PlanKey
 
 FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz)
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -214,6 +212,60 @@ class Problem:
         if self.ragged_q:
             return (self.num_q_heads, self.q.shape[0])
         return (self.batch_size, self.num_q_heads, self.q.shape[1])
+
+    @property
+    def plan_geometry(self) -> tuple[Any, ...]:
+        """``plan_key.geometry``: every call of a planned step is compared, so no key is built."""
+        mask = self.mask
+        return (
+            self.device,
+            self.batch_size,
+            self.max_seqlen_q,
+            self.max_seqlen_k,
+            self.num_q_heads,
+            self.num_kv_heads,
+            self.head_dim,
+            self.head_dim_v,
+            self.page_size,
+            mask.causal,
+            mask.window_left,
+            mask.window_right,
+            mask.attention_chunk,
+        )
+
+    @property
+    def plan_key(self) -> PlanKey:
+        """What a schedule for this call depends on."""
+        mask, hints, append = self.mask, self.hints, self.append
+        new_keys = 0
+        if append is not None:
+            new_keys = append.k.shape[1] if append.cu_seqlens is None else -1
+        return PlanKey(
+            device=self.device,
+            batch_size=self.batch_size,
+            max_seqlen_q=self.max_seqlen_q,
+            max_seqlen_k=self.max_seqlen_k,
+            num_q_heads=self.num_q_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            head_dim_v=self.head_dim_v,
+            page_size=self.page_size,
+            causal=mask.causal,
+            window_left=mask.window_left,
+            window_right=mask.window_right,
+            attention_chunk=mask.attention_chunk,
+            q_dtype=self.q.dtype,
+            kv_dtype=self.k.dtype,
+            ragged_q=self.ragged_q,
+            new_keys=new_keys,
+            num_splits=hints.num_splits,
+            pack_gqa=hints.pack_gqa,
+            sm_margin=hints.sm_margin,
+            softcap=self.scores.softcap,
+            softmax_scale=self.scores.softmax_scale,
+            has_sinks=self.scores.sinks is not None,
+            has_qv=self.qv is not None,
+        )
 
     def empty_out(self) -> Tensor:
         """The caller's ``out``, or a new one."""
@@ -581,8 +633,13 @@ def _check_hints(p: Problem) -> None:
         raise InvalidInputError("ver", repr(p.ver), "3, 4, or None for the fastest")
     if p.backend is not None and not isinstance(p.backend, str):
         raise InvalidInputError("backend", repr(p.backend), "the name of a provider, or None")
-    if p.plan is not None:
-        p.plan.check_matches(p)
+    if p.plan is not None and p.plan.key.geometry != p.plan_geometry:
+        differences = p.plan.key.differences(p.plan_key)
+        raise InvalidInputError(
+            "scheduler_metadata",
+            "a plan made for another call: " + ", ".join(differences),
+            "the result of get_scheduler_metadata with this call's arguments",
+        )
 
 
 # --- checks of values ---------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from hypothesis import given
 
 import headway
 from headway import InvalidInputError, UnsupportedError, providers
-from headway.plan import Plan, PlanKey
+from headway.plan import Plan
 from headway.providers import aiter
 from tests.calls import Call
 from tests.providers.honoured import enough_ran, honoured_or_refused, many, plainer_calls
@@ -77,7 +77,7 @@ def test_float8_mla_prefill_equals_the_reference(heads: int, causal: bool) -> No
 def test_a_step_has_one_work_list() -> None:
     kwargs = prefill((300, 70), (300, 700))
     problem = Call("varlen", kwargs).problem()
-    schedule = Plan(PlanKey.of(problem), torch.ones(2, dtype=torch.int32))
+    schedule = Plan(problem.plan_key, torch.ones(2, dtype=torch.int32))
     CALLS.clear()
     for _ in range(3):
         got = headway.flash_attn_varlen_func(**kwargs, scheduler_metadata=schedule, backend="aiter")

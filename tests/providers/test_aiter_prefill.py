@@ -317,7 +317,7 @@ def test_there_are_two_slots_that_grow_and_are_used_by_turns() -> None:
 def test_steps_of_a_plan_pass_through_its_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     """The provider's way: one staging for a plan, a new list when a step begins."""
     import headway
-    from headway.plan import Plan, PlanKey
+    from headway.plan import Plan
     from tests.calls import Call
     from tests.providers.feature_calls import CALLS as FEATURES
 
@@ -329,7 +329,7 @@ def test_steps_of_a_plan_pass_through_its_slots(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(aiter, "Staging", make)
     call: Call = FEATURES["ragged float8 192/128"]()
-    plan = Plan(PlanKey.of(call.problem()), torch.ones(4, dtype=torch.int32))
+    plan = Plan(call.problem().plan_key, torch.ones(4, dtype=torch.int32))
     for _ in range(3):
         plan.new_step()
         for _ in range(2):

@@ -15,8 +15,8 @@ pytest.importorskip("triton")
 
 import headway
 from headway import UnsupportedError, dispatch, providers
-from headway import plan as plan_module
 from headway.plan import Plan, PlanKey
+from headway.problem import check
 from headway.providers import base, hopper
 from tests.calls import UNWRITTEN, Call, Result, assert_matches, calls
 from tests.providers import honoured
@@ -471,8 +471,8 @@ def test_prepare_fills_the_plan_before_a_call(kernels: None) -> None:
 @pytest.mark.parametrize("call", [cached(sq=3, window_size=(7, 0)), dense(), cached(page_size=5)])
 def test_a_plan_compares_the_geometry_that_its_key_has(call: Call) -> None:
     problem = call.problem()
-    assert PlanKey.of(problem).geometry == plan_module._geometry_of(problem)
-    Plan(PlanKey.of(problem), int32(1)).check_matches(problem)
+    assert problem.plan_key.geometry == problem.plan_geometry
+    check(dataclasses.replace(problem, plan=Plan(problem.plan_key, int32(1))))
 
 
 def test_buffers_are_made_for_caches_that_decode_takes(kernels: None) -> None:

@@ -14,6 +14,7 @@ from hypothesis import given
 import headway
 from headway import UnsupportedError, providers
 from headway.plan import Plan, PlanKey
+from headway.problem import Problem
 from tests.calls import Call, assert_matches
 from tests.providers.honoured import enough_ran, honoured_or_refused, many, plainer_calls
 from tests.stand_ins import CALLS, installed
@@ -38,7 +39,7 @@ def test_any_call_runs_on_the_metadata_of_its_own_plan(call: Call) -> None:
     mate, problem = providers.get("mate"), call.copy().problem()
     if mate.reasons_against(problem):
         return
-    plan = Plan(PlanKey.of(problem), torch.ones(problem.batch_size, dtype=torch.int32))
+    plan = Plan(problem.plan_key, torch.ones(problem.batch_size, dtype=torch.int32))
     CALLS.clear()
     mate.run(dataclasses.replace(problem, plan=plan))
     expects = problem.scores.sinks is None and problem.qv is None
@@ -230,7 +231,7 @@ def test_absorbed_mla_equals_the_reference() -> None:
 def test_its_workspace_belongs_to_the_plan_and_is_new_to_each_step() -> None:
     kwargs = latent()
     problem = Call("kvcache", kwargs).problem()
-    plans = [Plan(PlanKey.of(problem), torch.ones(2, dtype=torch.int32)) for _ in range(2)]
+    plans = [Plan(problem.plan_key, torch.ones(2, dtype=torch.int32)) for _ in range(2)]
     CALLS.clear()
     for lengths in ((40, 17), (41, 18)):
         kwargs["cache_seqlens"].copy_(torch.tensor(lengths))
@@ -302,7 +303,7 @@ class Backend:
         geometry = {n: v for n, v in layer.items() if n in ("window", "heads")}
         hints = {n: v for n, v in layer.items() if n not in geometry}
         kwargs = step(seed=self.seed, **geometry) | {"cache_seqlens": lengths} | hints
-        key = PlanKey.of(Call("kvcache", kwargs).problem())
+        key = Call("kvcache", kwargs).problem().plan_key
         plan = self.plans.setdefault(key, plan_for(kwargs))
         problem = Call("kvcache", kwargs).problem()
         # As an engine does it: the problem was checked when the step was built.
@@ -358,12 +359,12 @@ def test_no_plan_reaches_the_wrong_call() -> None:
 def test_without_one_component_of_the_key_it_does(
     monkeypatch: pytest.MonkeyPatch, component: str, value: Any
 ) -> None:
-    whole = PlanKey.of
+    whole = Problem.plan_key.__get__
 
-    def without(problem: Any) -> PlanKey:
+    def without(problem: Problem) -> PlanKey:
         return dataclasses.replace(whole(problem), **{component: value})
 
-    monkeypatch.setattr(PlanKey, "of", staticmethod(without))
+    monkeypatch.setattr(Problem, "plan_key", property(without))
     failures = run_threads(threads=2, steps=1)
     assert failures
     assert all("scheduler metadata of another call" in str(f) for f in failures), failures

@@ -157,7 +157,7 @@ class Backend:
             want = FUNCTIONS["kvcache"](**call.copy().kwargs, backend="reference")
             # As an engine does it: the problem was checked when the step was built.
             problem = Call(call.function, fresh).problem()
-            key = PlanKey.of(problem)
+            key = problem.plan_key
             splits = torch.ones(problem.batch_size, dtype=torch.int32)
             plan = self.plans.setdefault(key, Plan(key, splits))
             got, _ = self.provider.run(dataclasses.replace(problem, plan=plan))
@@ -203,23 +203,23 @@ def test_eight_threads_of_two_backends_never_get_each_others_plans(pairs: list[P
 def test_without_any_one_component_of_the_key_they_do(
     pairs: list[Pair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, unnoticed = PlanKey.of, []
+    whole, unnoticed = Problem.plan_key, []
     for pair in pairs:
-        neutral = {name: getattr(whole(pair.first.problem()), name) for name in pair.components}
+        neutral = {name: getattr(pair.first.problem().plan_key, name) for name in pair.components}
 
         def without(problem: Problem, neutral: dict[str, Any] = neutral) -> PlanKey:
-            return dataclasses.replace(whole(problem), **neutral)
+            return dataclasses.replace(whole.__get__(problem), **neutral)
 
-        monkeypatch.setattr(PlanKey, "of", staticmethod(without))
+        monkeypatch.setattr(Problem, "plan_key", property(without))
         if not run_threads([pair], threads=2, steps=1):
             unnoticed.append(str(pair))
-        monkeypatch.setattr(PlanKey, "of", staticmethod(whole))
+        monkeypatch.setattr(Problem, "plan_key", whole)
     assert unnoticed == []
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=str)
 def test_a_pair_differs_in_its_components_alone(pair: Pair) -> None:
-    first, second = (PlanKey.of(call.problem()) for call in (pair.first, pair.second))
+    first, second = (call.problem().plan_key for call in (pair.first, pair.second))
     names = [field.name for field in dataclasses.fields(PlanKey)]
     differing = [name for name in names if getattr(first, name) != getattr(second, name)]
     assert tuple(differing) == pair.components
@@ -237,7 +237,7 @@ def test_keys_that_differ_in_one_component_have_parts_of_their_own(name: str) ->
     class Part:
         def expire(self) -> None: ...
 
-    key = PlanKey.of(step().problem())
+    key = step().problem().plan_key
     other = dataclasses.replace(key, **{name: "another"})
     plan = Plan(key, torch.ones(2, dtype=torch.int32))
     assert plan.part("one", key, Part) is plan.part("one", dataclasses.replace(key), Part)
@@ -247,12 +247,12 @@ def test_keys_that_differ_in_one_component_have_parts_of_their_own(name: str) ->
 
 def test_the_components_without_a_pair_are_read_off_the_problem() -> None:
     plain, meta = step(), step().copy("meta")
-    assert PlanKey.of(plain.problem()).device.type == "cpu"
-    assert PlanKey.of(meta.problem()).device.type == "meta"
+    assert plain.problem().plan_key.device.type == "cpu"
+    assert meta.problem().plan_key.device.type == "meta"
     sinks = step(sinks=torch.zeros(4))
-    assert PlanKey.of(sinks.problem()).has_sinks
+    assert sinks.problem().plan_key.has_sinks
     ragged = dict(plain.kwargs)
     ragged |= {"q": ragged["q"].flatten(0, 1), "cu_seqlens_q": int32(0, 1, 2), "max_seqlen_q": 1}
-    keys = [PlanKey.of(call.problem()) for call in (plain, Call("kvcache", ragged))]
+    keys = [call.problem().plan_key for call in (plain, Call("kvcache", ragged))]
     assert [key.ragged_q for key in keys] == [False, True]
     assert dataclasses.replace(keys[1], ragged_q=False) == keys[0]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from headway import dispatch
-from headway.plan import Plan, PlanKey
+from headway.plan import Plan
 from headway.problem import Problem, check
 from headway.providers.base import Provider
 
@@ -43,7 +43,7 @@ def _plan(provider: Provider, problem: Problem) -> Plan | None:
     if lengths is None:
         return None
     if not problem.is_decode or type(provider).plan is Provider.plan:
-        return Plan(PlanKey.of(problem), lengths)
+        return Plan(problem.plan_key, lengths)
     if problem.mask.window_left is not None:
         lengths = lengths.clamp(max=problem.mask.window_left + problem.max_seqlen_q)
-    return provider.plan(PlanKey.of(problem), lengths, kv_dtype=problem.k.dtype)
+    return provider.plan(problem.plan_key, lengths, kv_dtype=problem.k.dtype)

@@ -18,7 +18,6 @@ from torch import Tensor
 from headway import devices, persistent
 from headway.errors import UnsupportedError
 from headway.persistent import DeviceWork, Granularity, Staging
-from headway.plan import PlanKey
 from headway.problem import FLOAT8_DTYPES, KVLayout, Problem
 from headway.providers._packages import Package, addresses, delivered, given, remembered, window
 from headway.providers.base import (
@@ -261,7 +260,7 @@ def _run_prefill(p: Problem) -> Tensor:
 def _prefill_work(p: Problem) -> _Work:
     if p.plan is None:
         return _planned(p, Staging(p.device))
-    part = p.plan.part("aiter", PlanKey.of(p), lambda: _planned(p, Staging(p.device)))
+    part = p.plan.part("aiter", p.plan_key, lambda: _planned(p, Staging(p.device)))
     if not part.is_current or part.lengths != addresses(p.cu_seqlens_q, p.cu_seqlens_k):
         fresh = _planned(p, part.staging)
         part.work, part.lengths = fresh.work, fresh.lengths
@@ -401,7 +400,7 @@ class _Slots:
 def _slots(p: Problem) -> _Slots:
     if p.plan is None:
         return _found_slots(p)
-    part = p.plan.part("aiter", PlanKey.of(p), lambda: _found_slots(p))
+    part = p.plan.part("aiter", p.plan_key, lambda: _found_slots(p))
     tables = addresses(p.page_table, p.seqlens_k, p.cu_seqlens_q)
     if not part.is_current or part.tables != tables:
         fresh = _found_slots(p)

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from headway import devices
-from headway.plan import PlanKey
 from headway.problem import KVLayout, Problem
 from headway.providers._packages import Package, addresses, delivered, remembered
 from headway.providers.base import (
@@ -167,7 +166,7 @@ def _planned(p: Problem) -> _Planned:
     if p.plan is None:
         part = _wrapper(p)
     else:
-        part = p.plan.part("flashinfer", PlanKey.of(p), lambda: _wrapper(p))
+        part = p.plan.part("flashinfer", p.plan_key, lambda: _wrapper(p))
     # Layer groups of one step may have page tables of their own.
     tables = addresses(p.page_table, p.seqlens_k, p.cu_seqlens_k, p.cu_seqlens_q, p.cache_batch_idx)
     if not part.is_current or part.tables != tables:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from headway import devices
-from headway.plan import Plan, PlanKey
+from headway.plan import Plan
 from headway.problem import KVLayout, Problem
 from headway.providers._packages import (
     Package,
@@ -307,7 +307,7 @@ def _is_planned(p: Problem) -> bool:
 
 def _metadata(calls: _Calls, p: Problem, plan: Plan) -> Tensor:
     """The step's metadata for calls of this key: computed by its first layer, then only handed over."""
-    part = plan.part("mate", PlanKey.of(p), lambda: _Schedule(p.batch_size, p.device))
+    part = plan.part("mate", p.plan_key, lambda: _Schedule(p.batch_size, p.device))
     append = p.append
     lengths = addresses(
         p.seqlens_k,
@@ -363,7 +363,7 @@ def _planner_arguments(calls: _Calls, p: Problem) -> dict[str, Any]:
 def _workspace(p: Problem) -> _Workspace:
     if p.plan is None:
         return _Workspace(p.device)
-    return p.plan.part("mate", PlanKey.of(p), lambda: _Workspace(p.device))
+    return p.plan.part("mate", p.plan_key, lambda: _Workspace(p.device))
 
 
 PROVIDER = MateProvider()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from headway import dispatch, reference
 from headway.errors import HeadwayError, InvalidInputError
-from headway.plan import Plan, PlanKey
+from headway.plan import Plan
 from headway.problem import Append, Descales, KVLayout, Problem, Rotary, Scores, check
 from headway.providers.base import Provider, Repeat
 from headway.serving.base import (
@@ -534,7 +534,7 @@ def _call(problem: Problem, lengths: Tensor, provider: Provider | None = None) -
     if problem.is_decode and type(provider).plan is not Provider.plan:
         plan = _planned(provider, problem, lengths)
     if plan is None:  # keeps what the provider itself plans
-        plan = Plan(PlanKey.of(problem), lengths)
+        plan = Plan(problem.plan_key, lengths)
     return _Call(dataclasses.replace(problem, out=None), provider, plan, lengths)
 
 
@@ -543,4 +543,4 @@ def _planned(provider: Provider, problem: Problem, lengths: Tensor) -> Plan:
     mask = problem.mask
     if mask.window_left is not None:
         lengths = lengths.clamp(max=mask.window_left + problem.max_seqlen_q)
-    return provider.plan(PlanKey.of(problem), lengths, kv_dtype=problem.k.dtype)
+    return provider.plan(problem.plan_key, lengths, kv_dtype=problem.k.dtype)
