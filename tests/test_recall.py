@@ -175,6 +175,18 @@ def test_a_plan_is_looked_at_with_every_call() -> None:
         run(plan_for(7))
 
 
+def test_a_known_call_still_has_no_gradients(guards: None) -> None:
+    for _ in range(3):
+        assert not headway.flash_attn_func(**dense()).requires_grad
+    given = dense(q=torch.randn(2, 5, 2, 8, requires_grad=True))
+    for _ in range(3):
+        with pytest.raises(headway.UnsupportedError, match="gradients"):
+            headway.flash_attn_func(**given).sum().backward()
+        with torch.no_grad():
+            assert not headway.flash_attn_func(**given).requires_grad
+    assert not headway.flash_attn_func(**dense()).requires_grad
+
+
 def test_memory_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recall, "_MOST_CALLS", 2)
     for seqlen in range(1, 6):
@@ -215,6 +227,7 @@ def test_guards_see_every_difference(guards: None) -> None:
         q.double(),
         q.to("meta"),
         torch.nn.Parameter(q),
+        q.clone().requires_grad_(),
         None,
         3,
     ]

@@ -113,6 +113,10 @@ class Plan:
     schedule: Schedule | None = None  # for providers that take work off a list
     _parts: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
+    def found(self, owner: str, key: Hashable) -> Any:
+        """The part that belongs to this provider and these calls, None where none was made."""
+        return self._parts.get((owner, key))
+
     def part(self, owner: str, key: Hashable, make: Callable[[], P]) -> P:
         """The part that belongs to this provider and these calls, made when it is first asked for.
 

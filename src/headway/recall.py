@@ -34,36 +34,32 @@ class _Recipe:
     """How to make an object like one that was made before, from other arguments."""
 
     kind: type
-    values: dict[str, Any]
+    values: dict[str, Any]  # of all fields; None where another value belongs
     arguments: tuple[tuple[str, str], ...]  # (field, name of the argument that belongs there)
     parts: tuple[tuple[str, _Recipe], ...]  # fields that are objects with tensors in them
 
     def make(self, arguments: dict[str, Any]) -> Any:
-        made: Any = object.__new__(self.kind)
-        values = made.__dict__
-        values.update(self.values)
+        values = self.values.copy()
         for field, name in self.arguments:
             values[field] = arguments[name]
         for field, part in self.parts:
             values[field] = part.make(arguments)
+        made: Any = object.__new__(self.kind)
+        object.__setattr__(made, "__dict__", values)
         return made
 
 
-@dataclass(frozen=True, eq=False)
 class Call:
-    """A remembered call: its Problem but for the tensors, and what runs it."""
+    """A remembered call: ``make`` makes its Problem with tensors of other arguments, ``run`` runs it."""
 
-    form: _Form
-    recipe: _Recipe
-    run: Runner
-
-    def __call__(self, arguments: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-        """Run the call with other arguments of the same signature."""
-        problem: Problem = self.recipe.make(arguments)
-        return self.run(problem)
+    def __init__(self, form: _Form, make: Callable[[dict[str, Any]], Problem], run: Runner) -> None:
+        self.fits = form.fits
+        self.requires_grad = form.requires_grad
+        self.make = make
+        self.run = run
 
     def seen_as(self, form: _Form) -> Call:
-        return Call(form, self.recipe, self.run)
+        return Call(form, self.make, self.run)
 
 
 class _Form:
@@ -76,6 +72,7 @@ class _Form:
         self._k, self._v = k, v
         self._tensors = operator.itemgetter(*tensors)
         self._alike = _guard(self._tensors(arguments))
+        self.requires_grad = any(arguments[name].requires_grad for name in tensors)
         self._rest = operator.itemgetter(*rest)
         self._values = self._rest(arguments)
         self._plan = plans[0] if plans else None
@@ -84,14 +81,13 @@ class _Form:
 
     def fits(self, arguments: dict[str, Any]) -> bool:
         """Whether these arguments have the same signature."""
-        if not self._alike(*self._tensors(arguments)):
+        if not self._alike(*self._tensors(arguments)) or self._rest(arguments) != self._values:
             return False
         if self._plan is not None:
             plan = arguments[self._plan]
             if plan.__class__ is not Plan or plan.key.geometry != self._geometry:
                 return False
-        same: bool = self._rest(arguments) == self._values
-        return same and self._circumstances(arguments) == self._around
+        return self._circumstances(arguments) == self._around
 
     def _circumstances(self, arguments: dict[str, Any]) -> tuple[Any, ...]:
         """What counts besides the arguments' own forms; see :meth:`Memory._signature`."""
@@ -100,18 +96,21 @@ class _Form:
 
 
 def _guard(examples: tuple[Tensor, ...]) -> Callable[..., bool]:
-    """Whether as many tensors are of the same classes, dtypes, devices, shapes and strides."""
+    """Whether as many tensors are of the same classes, dtypes, devices, shapes and strides, and require
+    gradients or not."""
     shapes, strides = [t.shape for t in examples], [t.stride() for t in examples]
     compiled = _compiled_guards()
     if compiled is not None:
         return compiled(examples, shapes, strides)
-    forms = [(t.__class__, t.dtype, t.device, t.shape, t.stride()) for t in examples]
+    forms = [
+        (t.__class__, t.dtype, t.device, t.shape, t.stride(), t.requires_grad) for t in examples
+    ]
 
     def alike(*tensors: Any) -> bool:
-        for t, (kind, dtype, device, shape, stride) in zip(tensors, forms, strict=True):
+        for t, (kind, dtype, device, shape, stride, grad) in zip(tensors, forms, strict=True):
             if t.__class__ is not kind or t.shape != shape or t.stride() != stride:
                 return False
-            if t.dtype != dtype or t.device != device:
+            if t.dtype != dtype or t.device != device or t.requires_grad != grad:
                 return False
         return True
 
@@ -139,6 +138,7 @@ def _compiled_guards() -> Callable[..., Callable[..., bool]] | None:
         example.new_empty(2, 4, 3).transpose(1, 2),
         example.new_empty(2, 3, 4, dtype=torch.int32),
         example.new_empty(2, 3, 4, device="meta"),
+        torch.empty(2, 3, 4, dtype=torch.float32, device="cpu", requires_grad=True),
         None,
     )
     try:
@@ -173,17 +173,20 @@ class Memory:
         _MEMORIES.append(self)
         self.recent: tuple[Call, ...] = ()
 
-    def recall(self, arguments: dict[str, Any]) -> tuple[Hashable | None, Call | None]:
-        """The signature of a call, None where it is not needed any more, and the call known by it."""
-        if debug_context.get():
-            return None, None
-        for call in self.recent:
+    def fitting(self, arguments: dict[str, Any]) -> Call | None:
+        """One of the last calls, where a call has its signature."""
+        if not debug_context.get():
             try:
-                if call.form.fits(arguments):
-                    return None, call
+                for call in self.recent:
+                    if call.fits(arguments):
+                        return call
             except (TypeError, ValueError, RuntimeError):  # not to be compared with a number
-                break
-        return self._look_up(arguments)
+                pass
+        return None
+
+    def recall(self, arguments: dict[str, Any]) -> tuple[Hashable | None, Call | None]:
+        """The signature of a call, None where none is remembered, and the call known by it."""
+        return (None, None) if debug_context.get() else self._look_up(arguments)
 
     def _look_up(self, arguments: dict[str, Any]) -> tuple[Hashable | None, Call | None]:
         key = self._signature(arguments)
@@ -239,7 +242,7 @@ class Memory:
         if len(_CALLS) >= _MOST_CALLS:
             forget()
         arguments = {n: tuple(x) if x.__class__ is list else x for n, x in arguments.items()}
-        _CALLS[key] = Call(_Form(arguments, self._k, self._v), recipe, run)
+        _CALLS[key] = Call(_Form(arguments, self._k, self._v), recipe.make, run)
 
     def _is_repeatable(self, arguments: dict[str, Any]) -> bool:
         """Whether equal signatures mean equal calls: no callables, no tensors that stand for numbers."""
@@ -262,9 +265,11 @@ def forget() -> None:
 
 def _recipe(made: Any, names: dict[int, str]) -> _Recipe | None:
     """None where a tensor of it is none of the arguments."""
-    values, arguments, parts = {}, [], []
+    values: dict[str, Any] = {}
+    arguments, parts = [], []
     for field in fields(made):
         x = getattr(made, field.name)
+        values[field.name] = None
         if isinstance(x, Tensor | Plan):
             if id(x) not in names:
                 return None

@@ -220,6 +220,8 @@ class HopperProvider(Provider):
         make_out = _maker(p.out_shape, p.out_dtype, p.device)
         make_lse = _maker(p.lse_shape, torch.float32, p.device)
 
+        return_lse, appends = p.return_lse, p.append is not None and not fused
+
         def run(problem: Problem) -> tuple[Tensor, Tensor | None]:
             q, qv, out = problem.q, problem.qv, problem.out
             if out is None:
@@ -229,9 +231,9 @@ class HopperProvider(Provider):
             if fused:
                 if not _has_aligned_rows(problem.append):
                     return self._run_any(problem)
-            elif problem.append is not None:
+            elif appends:
                 q = kernels.append(problem, problem.append)
-            lse = make_lse() if problem.return_lse else None
+            lse = make_lse() if return_lse else None
             solve(problem, q, out, lse)
             return out, lse
 
@@ -449,7 +451,11 @@ class _Step:
         the other need a ``new_step`` between them, or else the second counts on the first.)
         """
         capturing = torch.cuda.is_current_stream_capturing()
-        source = (capturing, lengths.kind, *[length(p).data_ptr() for length in lengths.given])
+        if lengths.only is None:
+            at: Hashable = tuple([length(p).data_ptr() for length in lengths.given])
+        else:
+            at = lengths.only(p).data_ptr()
+        source = capturing, lengths.kind, at
         if source == self._source:
             return
         if not (self._is_clear or capturing):
@@ -476,11 +482,16 @@ class _Lengths:
         given = [name for name, read in reads.items() if read(p) is not None]
         #: how to find the tensors, where there are any
         self.given = tuple(reads[name] for name in given)
+        self.only = self.given[0] if len(given) == 1 else None
         self.kind = (self.capacity, self.new_tokens, *given)
 
     def step(self, p: Problem, plan: Plan) -> _Step:
         """The plan's part for calls of this kind."""
-        return _step_of(plan, self.rows_q, self.itemsize, p.hints.sm_margin)
+        margin, of_plan = p.hints.sm_margin, plan.key.sm_margin
+        if margin < of_plan:
+            margin = of_plan
+        found: _Step | None = plan.found("hopper", (self.rows_q, self.itemsize, margin))
+        return found or _step_of(plan, self.rows_q, self.itemsize, margin)
 
 
 def _step_of(plan: Plan, rows_q: int, itemsize: int, sm_margin: int) -> _Step:
@@ -596,7 +607,7 @@ class _Decode:
         whole_rows: bool = False,
     ) -> None:
         plan, scales = _plan_for(p, self._lengths), p.descales
-        rest = (lse, p.page_table, p.scores.sinks, qv, scales.q, scales.k, scales.v)
+        table, sinks = p.page_table, p.scores.sinks
         prepared = self._prepared
         if prepared is None:
             mods = _mods(p)
@@ -606,7 +617,13 @@ class _Decode:
                 v,
                 out,
                 plan,
-                *rest,
+                lse,
+                table,
+                sinks,
+                qv,
+                scales.q,
+                scales.k,
+                scales.v,
                 softmax_scale=p.scores.softmax_scale,
                 max_seqlen_q=p.max_seqlen_q,
                 leftpad=p.leftpad_k is not None,
@@ -621,10 +638,11 @@ class _Decode:
                 longest_new=_longest_new(p) if self.is_fused else 0,
                 whole_rows=whole_rows,
             )
-        if self.is_fused:
-            prepared(plan, q, k, v, out, *rest, p.append)
-        else:
-            prepared(plan, q, k, v, out, *rest)
+        new = p.append if self.is_fused else None
+        # Not by a tuple that is unpacked: that takes longer than the call.
+        prepared(
+            plan, q, k, v, out, lse, table, sinks, qv, scales.q, scales.k, scales.v, new
+        )  # fmt: skip
 
 
 class _FusedDecode(_Decode):

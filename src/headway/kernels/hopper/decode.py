@@ -308,6 +308,9 @@ def _produce(boxes, rows, work, PRODUCER: gl.constexpr, cfg: gl.constexpr):
 
 
 _NO_STRIDES = (0,) * 6
+#: What stands for a descriptor where there is none, and for the kernel's constants.
+_NO_MAP = (None,)
+_NO_CONSTANTS = (None,) * 4
 #: Programs that combine parts, at most, unless there are more tiles.
 COMBINING_PROGRAMS = 2048
 #: Parts that such a program reads at once, at most, and where they are few, rows of parts.
@@ -580,9 +583,14 @@ class Prepared:
             launch = self._kernel.compiled(pointers, plan.buffers, self._numbers, tensors)
             if not small & 15:
                 self._aligned = launch
+        k_map = v_map = _NO_MAP
+        if boxes is not None:
+            k_boxes, v_boxes = boxes
+            k_map = k_boxes.maps.get(k_at) or k_boxes(launch, k_at)
+            v_map = v_boxes.maps.get(v_at) or v_boxes(launch, v_at)
         args = (
-            *((None,) if boxes is None else boxes[0](launch, k_at)),
-            *((None,) if boxes is None else boxes[1](launch, v_at)),
+            *k_map,
+            *v_map,
             q_at,
             qv_at or None,
             k_at,
@@ -597,10 +605,7 @@ class Prepared:
             *plan.addresses,
             *self._numbers,
             new,
-            None,
-            None,
-            None,
-            None,
+            *_NO_CONSTANTS,
         )
         launch(plan.grid, self._device_index, args)
         if self._combine is not None:

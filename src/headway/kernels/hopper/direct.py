@@ -134,18 +134,19 @@ class Boxes:
     ) -> None:
         self._form = dtype, shape, strides, box
         self._layout = layout  # of a box in shared memory
-        self._maps: dict[int, TensorMap] = {}
+        #: by address; only what is started directly leaves any
+        self.maps: dict[int, TensorMap] = {}
 
     def __call__(self, launch: DirectLaunch, address: int) -> TensorMap:
         """The arguments that stand for the descriptor of the tensor that begins here."""
-        found = self._maps.get(address)
-        if found is not None and launch.is_direct:
+        found = self.maps.get(address)
+        if found is not None:
             return found
         made = launch.tensor_map(address, *self._form)
         if launch.is_direct:
-            if len(self._maps) >= _MOST_MAPS:
-                self._maps.clear()
-            self._maps[address] = made
+            if len(self.maps) >= _MOST_MAPS:
+                self.maps.clear()
+            self.maps[address] = made
         return made
 
     def described(self, t: Tensor) -> Any:
