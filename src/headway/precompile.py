@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from headway.errors import HeadwayError, InvalidInputError
 from headway.kernels.compile import TARGETS, Case, Report, compile_cases
@@ -104,7 +105,6 @@ def model_cases(config: EngineConfig) -> tuple[Case, ...]:
         raise InvalidInputError("attention_backend", config.attention_backend, wanted)
     from headway.engine import describe, loader
     from headway.engine.attention import probe_layers
-    from headway.engine.blocks import head_norms_of
     from headway.engine.rehearsal import Rehearsal
 
     model, dtype = describe.model_without_weights(config)
@@ -116,15 +116,15 @@ def model_cases(config: EngineConfig) -> tuple[Case, ...]:
     cases: list[Case] = []
     for number, kind in enumerate(found):
         width = _rotary_dim(text_config, kind.layer.head_dim)
-        styles = [norm.style for norm in head_norms_of(model)]
-        rehearsal = Rehearsal.of(kind.layer, config, dtype, longest, width, styles)
+        rehearsal = Rehearsal.of(kind.layer, config, dtype, longest, width)
         name = f" (layers like {number})" if len(found) > 1 else ""
-        cases += _layer_cases(name, rehearsal)
+        cases += _layer_cases(name, rehearsal, model)
     return (*cases, *_block_cases(model, [kind.layer for kind in found], dtype))
 
 
-def _layer_cases(name: str, rehearsal: Rehearsal) -> Iterator[Case]:
+def _layer_cases(name: str, rehearsal: Rehearsal, model: nn.Module) -> Iterator[Case]:
     """A layer's attention in the engine's steps."""
+    from headway.engine.blocks import head_norms_of
     from headway.engine.rehearsal import BANDS
     from headway.serving.mla import MLALayer
 
@@ -142,7 +142,9 @@ def _layer_cases(name: str, rehearsal: Rehearsal) -> Iterator[Case]:
         if limit > 1:
             yield Case(f"passes over the cache{name}", rehearsal.passes)
     else:
-        yield Case(f"write{name}", rehearsal.writes)
+        styles = [norm.style for norm in head_norms_of(model)]
+        write = functools.partial(rehearsal.writes, styles)
+        yield Case(f"write{name}", write)
 
 
 def _rotary_dim(config: Any, head_dim: int) -> int:

@@ -11,16 +11,9 @@ import torch
 from torch import Tensor
 
 import headway
-from headway import providers
 from headway.errors import HeadwayError, InvalidInputError
-from headway.problem import Mask, Problem
-from headway.serving.base import (
-    AttentionLayer,
-    ForwardBatch,
-    GraphLimits,
-    HeadNorms,
-    TokenRotary,
-)
+from headway.problem import Mask
+from headway.serving.base import AttentionLayer, ForwardBatch, TokenRotary
 from headway.serving.flash import FlashAttentionBackend
 
 PAGE_SIZE = 4
@@ -190,106 +183,3 @@ def test_angles_may_be_transposed() -> None:
         torch.manual_seed(0)
         found.append(backend.forward(q, k, v, cache(step, one), one, rotary))
     torch.testing.assert_close(found[0], found[1])
-
-
-# --- decode steps whose kernel appends ------------------------------------------------------------------
-
-
-@pytest.fixture
-def appended(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether each call to the reference appends, which it says it does in one launch."""
-    kind = type(providers.get("reference"))
-    run, seen = kind.run, []
-
-    def recorded(self: Any, problem: Problem) -> tuple[Tensor, Tensor | None]:
-        seen.append(problem.append is not None)
-        return run(self, problem)
-
-    monkeypatch.setattr(kind, "appends", lambda self, problem: problem.append is not None)
-    monkeypatch.setattr(kind, "run", recorded)
-    return seen
-
-
-def angles_of(step: ForwardBatch, **more: Any) -> TokenRotary:
-    angles = torch.randn(int(step.cu_seqlens_q[-1]), 8)
-    return TokenRotary(angles.cos(), angles.sin(), **more)
-
-
-def both_ways(step: ForwardBatch, one: AttentionLayer, rotary: TokenRotary | None) -> None:
-    """A step gives the same, and writes the same, whoever appends."""
-    given = [tensors(step, one) for _ in range(2)]
-    kv = [cache(step, one) for _ in range(2)]
-    found = []
-    for most in (0, 4):
-        backend = FlashAttentionBackend("reference", fused_append=False, most_appending=most)
-        backend.init_forward_metadata(step)
-        mine = [tuple(t.clone() for t in pair) for pair in kv]
-        outs = [
-            backend.forward(*qkv, pair, one, rotary)  # type: ignore[arg-type]
-            for qkv, pair in zip(given, mine, strict=True)
-        ]
-        found.append((outs, mine))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("rotates", [False, True])
-@pytest.mark.parametrize("index", [0, 1, 2, 3, 4, 6])
-def test_a_decode_step_is_left_to_a_kernel_that_appends(
-    appended: list[bool], index: int, rotates: bool
-) -> None:
-    torch.manual_seed(3)
-    step = batch([1, 1, 1], [9, 0, 17])
-    both_ways(step, LAYERS[index], angles_of(step) if rotates else None)
-    assert appended == [False, False, True, True]
-
-
-def test_other_steps_are_written_beforehand(appended: list[bool]) -> None:
-    torch.manual_seed(4)
-    one = layer()
-    many, prompt = batch([1] * 5, [3] * 5), batch([1, 6], [4, 0])
-    mixed = dataclasses.replace(prompt, num_decodes=1)
-    for step in (many, prompt, mixed):
-        both_ways(step, one, angles_of(step))
-    weights = torch.randn(2, one.head_dim)
-    few = batch([1, 1], [3, 8])
-    both_ways(few, one, angles_of(few, norms=HeadNorms(weights[0], weights[1], 1e-6, 0)))
-    assert not any(appended)
-
-
-def test_a_captured_step_appends_where_its_lengths_say(appended: list[bool]) -> None:
-    """Two new tokens of each sequence, in buffers that were captured for others."""
-    torch.manual_seed(5)
-    one, step = layer(), batch([2, 2], [7, 3])
-    q, k, v = tensors(step, one)
-    rotary, kv = angles_of(step), cache(step, one)
-    wanted_kv = tuple(t.clone() for t in kv)
-    plain = FlashAttentionBackend("reference", fused_append=False, most_appending=0)
-    plain.init_forward_metadata(step)
-    wanted = plain.forward(q, k, v, wanted_kv, one, rotary)
-    backend = FlashAttentionBackend("reference", fused_append=False)
-    columns = step.page_table.shape[1]
-    backend.init_cuda_graph_state(GraphLimits(2, columns, 16, 0, torch.device("cpu"), 2))
-    backend.init_forward_metadata_capture(2)
-    scratch = tuple(t.clone() for t in kv)
-    for _ in range(2):  # as graphs are captured, on padding
-        backend.init_forward_metadata_in_graph()
-        backend.forward_decode(q, k, v, scratch, one, rotary)
-    backend.init_forward_metadata_replay(step, 2)
-    backend.init_forward_metadata_in_graph()
-    found = backend.forward_decode(q, k, v, kv, one, rotary)
-    assert appended == [False, True, True, True]
-    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(kv, wanted_kv)
-
-
-def test_a_provider_that_does_not_append_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Problem] = []
-    kind = type(providers.get("reference"))
-    monkeypatch.setattr(kind, "appends", lambda self, problem: asked.append(problem))
-    one, step = layer(), batch([1, 1], [3, 8])
-    backend = FlashAttentionBackend("reference", fused_append=False)
-    for _ in range(3):
-        backend.init_forward_metadata(step)
-        for _ in range(2):
-            backend.forward(*tensors(step, one), cache(step, one), one, angles_of(step))
-    assert len(asked) == 1

@@ -27,7 +27,7 @@ from headway.engine.runner import ModelRunner
 from headway.engine.scheduler import Chunk
 from headway.engine.scheduler import Sequence as TokenSequence
 from headway.kernels.norm_style import NormStyle
-from headway.serving.base import AttentionLayer, GraphLimits, HeadNorms, TokenRotary
+from headway.serving.base import AttentionLayer, GraphLimits, TokenRotary
 from headway.serving.mla import CHUNK_TOKENS, MLALayer
 
 #: New tokens of the sequences in a step, by the kernels that they may need: few are decode's, one kernel
@@ -73,7 +73,6 @@ class Rehearsal:
         dtype: of the model's activations.
         max_model_len: longest sequence, in tokens.
         rotary_dim: width of the heads' rotated part; 0: queries and keys arrive rotated.
-        styles: of norms of the heads, which may be left to the backend too.
     """
 
     layer: AttentionLayer
@@ -81,7 +80,6 @@ class Rehearsal:
     dtype: torch.dtype
     max_model_len: int
     rotary_dim: int
-    styles: tuple[NormStyle, ...] = ()
 
     @staticmethod
     def of(
@@ -90,7 +88,6 @@ class Rehearsal:
         dtype: torch.dtype,
         max_model_len: int,
         rotary_dim: int,
-        styles: Iterable[NormStyle] = (),
     ) -> Rehearsal:
         """With the layer's tensors as an engine on a GPU has them."""
         given: dict[str, Any] = {}
@@ -103,24 +100,12 @@ class Rehearsal:
             descale = torch.empty(layer.num_kv_heads, dtype=torch.float32, device=META)
             given |= {"k_descale": descale, "v_descale": descale}
         layer = dataclasses.replace(layer, **given)
-        config = config.resolved("cuda")
-        return Rehearsal(layer, config, dtype, max_model_len, rotary_dim, tuple(styles))
-
-    def encodings(self) -> Iterator[Encoding]:
-        """What may be left to the backend: neither rotation nor norms, one, or both."""
-        yield Encoding()
-        if self.rotary_dim:
-            yield Encoding(self.rotary_dim)
-            for style in self.styles:
-                yield Encoding(self.rotary_dim, style)
+        return Rehearsal(layer, config.resolved("cuda"), dtype, max_model_len, rotary_dim)
 
     def decode(self) -> None:
         """Steps of one new token each, and those that check guesses, as graphs of every size or without;
         and beside sequences that are not decoding."""
-        for encoding in self.encodings():
-            self._decode(_Stage(self, encoding))
-
-    def _decode(self, stage: _Stage) -> None:
+        stage = _Stage(self)
         most = _given(self.config.max_running_requests)
         if self.config.cuda_graphs:
             stage.capture(1)
@@ -167,24 +152,28 @@ class Rehearsal:
             if context * batch_size <= MOST_CACHED or batch_size == 1:
                 yield context
 
-    def writes(self) -> None:
-        """The write of new tokens, few and many, in all encodings."""
+    def writes(self, styles: Iterable[NormStyle]) -> None:
+        """The write of new tokens, few and many, rotated and not; also with norms of the heads in some
+        styles."""
         from headway.kernels.portable.store import store_tokens
 
-        layer, cache = self.layer, _Stage(self).cache
-        for tokens, encoding in itertools.product((8, 4096), self.encodings()):
-            rotary = encoding.of(tokens, layer.head_dim, self.dtype)
-            norms = None if rotary is None else rotary.norms
+        layer, stage = self.layer, _Stage(self)
+        weight = torch.empty(layer.head_dim, dtype=self.dtype, device=META)
+        norms: list[tuple[Tensor | None, NormStyle]] = [(None, NormStyle.ROUNDED)]
+        norms += [(weight, style) for style in styles]
+        widths = sorted({0, self.rotary_dim})
+        for tokens, (norm, style), width in itertools.product((8, 4096), norms, widths):
+            rotary = _rotary(tokens, width, self.dtype)
             store_tokens(
                 *self.projected(tokens),
-                *cache.layers[0],
+                *stage.cache.layers[0],
                 torch.empty(tokens, dtype=torch.int64, device=META),
                 cos=None if rotary is None else rotary.cos,
                 sin=None if rotary is None else rotary.sin,
-                q_weight=None if norms is None else norms.q_weight,
-                k_weight=None if norms is None else norms.k_weight,
+                q_weight=norm,
+                k_weight=norm,
                 eps=1e-6,
-                style=NormStyle.ROUNDED if norms is None else NormStyle(norms.style),
+                style=style,
                 k_descale=layer.k_descale,
                 v_descale=layer.v_descale,
             )
@@ -219,23 +208,12 @@ def _given(number: int | None) -> int:
     return number
 
 
-@dataclass(frozen=True)
-class Encoding:
-    """What a layer leaves to the backend: rotation of so many columns, and norms of the heads."""
-
-    width: int = 0
-    style: NormStyle | None = None
-
-    def of(self, tokens: int, head_dim: int, dtype: torch.dtype) -> TokenRotary | None:
-        """The angles of tokens, half of what models compute: each angle is there twice."""
-        if self.width == 0:
-            return None
-        angles = torch.empty(tokens, self.width, dtype=dtype, device=META)[:, : self.width // 2]
-        if self.style is None:
-            return TokenRotary(angles, angles)
-        weight = torch.empty(head_dim, dtype=dtype, device=META)
-        norms = HeadNorms(weight, weight, 1e-6, int(self.style))
-        return TokenRotary(angles, angles, norms=norms)
+def _rotary(tokens: int, width: int, dtype: torch.dtype) -> TokenRotary | None:
+    """The angles of tokens, half of what models compute: each angle is there twice."""
+    if width == 0:
+        return None
+    angles = torch.empty(tokens, width, dtype=dtype, device=META)[:, : width // 2]
+    return TokenRotary(angles, angles)
 
 
 class _Layer(nn.Module):
@@ -243,14 +221,14 @@ class _Layer(nn.Module):
 
     layer_idx = 0
 
-    def __init__(self, rehearsal: Rehearsal, encoding: Encoding) -> None:
+    def __init__(self, rehearsal: Rehearsal) -> None:
         super().__init__()
         self.place = nn.Parameter(torch.empty(1, device=META), requires_grad=False)
-        self._rehearsal, self._encoding = rehearsal, encoding
+        self._rehearsal = rehearsal
 
     def forward(self, input_ids: Tensor, *, headway: Any, **_: Any) -> SimpleNamespace:
         tokens, given = input_ids.shape[1], self._rehearsal
-        rotary = self._encoding.of(tokens, given.layer.head_dim, given.dtype)
+        rotary = _rotary(tokens, given.rotary_dim, given.dtype)
         headway(self, *given.projected(tokens), {"rotary": rotary})
         return SimpleNamespace(logits=input_ids.new_empty(1, tokens, 1))
 
@@ -258,8 +236,7 @@ class _Layer(nn.Module):
 class _Stage:
     """The engine around a layer, made as :class:`headway.engine.llm.LLM` makes it."""
 
-    def __init__(self, rehearsal: Rehearsal, encoding: Encoding | None = None) -> None:
-        encoding = encoding or Encoding(rehearsal.rotary_dim)
+    def __init__(self, rehearsal: Rehearsal) -> None:
         layer, config = rehearsal.layer, rehearsal.config
         self._rehearsal = rehearsal
         self._pages = pages_for(rehearsal.max_model_len, config.page_size)
@@ -267,7 +244,7 @@ class _Stage:
         shape = KVShape(layer.num_kv_heads, layer.head_dim, layer.head_dim_v, is_latent)
         dtype = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8_e4m3" else rehearsal.dtype
         self.cache = KVCache([shape], PAGES, config.page_size, dtype, META)
-        self._model = _Layer(rehearsal, encoding)
+        self._model = _Layer(rehearsal)
         backend = backend_for([layer], config)
         self._runner = ModelRunner(
             self._model,

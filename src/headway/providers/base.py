@@ -568,10 +568,6 @@ class Provider(ABC):
         whoever replays one prepares first.
         """
 
-    def appends(self, problem: Problem) -> bool:
-        """Whether it runs a problem that appends in one launch: the kernel that attends writes, too."""
-        return False
-
     @abstractmethod
     def run(self, problem: Problem) -> tuple[Tensor, Tensor | None]:
         """Compute ``(out, lse)``; ``lse`` is None unless the problem asks for it."""

@@ -172,10 +172,6 @@ class HopperProvider(Provider):
             _step_of(made, key.max_seqlen_q, kv_dtype.itemsize, sm_margin)
         return made
 
-    def appends(self, problem: Problem) -> bool:
-        fits = not refusals(problem) and work_of(problem) == "decode"
-        return fits and _is_fused(problem) and _has_aligned_rows(problem.append)
-
     def prepare(self, problem: Problem) -> None:
         if problem.plan is not None and work_of(problem) != "prefill":
             lengths = _Lengths(problem)

@@ -2,8 +2,7 @@
 
 Covers full, sliding and chunked layers, sinks, softcap, and float8 caches. New keys and values are written
 either by the provider that attends, in one call, or by one kernel before a call that only reads. That
-kernel also normalises and rotates, for every provider alike, whatever it can do itself. On a GPU it is left
-out where few sequences decode and the kernel that attends writes and rotates by the way.
+kernel also normalises and rotates, for every provider alike, whatever it can do itself.
 """
 
 from __future__ import annotations
@@ -32,16 +31,12 @@ from headway.serving.base import (
 
 KVPages = tuple[Tensor, Tensor]
 
-#: Sequences of a decode step up to which a kernel that attends writes new tokens in less time than one more
-#: launch takes.
-MOST_APPENDING = 64
-
 
 @dataclass(frozen=True)
 class _Call:
     """What the layers of one kind share in a step."""
 
-    template: Problem  # without out and plan
+    template: Problem  # without append and plan
     provider: Provider
     plan: Plan
     lengths: Tensor  # what the plan was made from
@@ -67,15 +62,6 @@ class _Part:
     dense: bool
     calls: dict[tuple[Hashable, ...], _Call] = field(default_factory=dict)
 
-    def by_sequence(self, t: Tensor) -> Tensor:
-        """(rows, ..) of a dense part as (B, new tokens, ..)."""
-        return t.unflatten(0, (self.batch.batch_size, self.batch.max_seqlen_q))
-
-    def appended(self, k: Tensor, v: Tensor, rotary: TokenRotary | None) -> Append:
-        """New keys and values of a dense part, for the call that attends."""
-        turns = None if rotary is None else _rotary(rotary, self.batch)
-        return Append(self.by_sequence(k), self.by_sequence(v), None, turns)
-
     @staticmethod
     def of(batch: ForwardBatch, dense: bool) -> _Part:
         new = batch.cu_seqlens_q[1:] - batch.cu_seqlens_q[:-1]
@@ -91,9 +77,7 @@ class FlashAttentionBackend(AttentionBackend):
     Args:
         backend: provider that must run every call; ``auto`` (or HEADWAY_BACKEND) chooses.
         ver: interface generation asked for.
-        fused_append: whether the provider writes new keys and values too; default: on a CPU. Where it does
-            not, decode steps still leave that to a kernel that attends and writes at once, if there is one.
-        most_appending: sequences of such a step, at most.
+        fused_append: whether the provider writes new keys and values too; default: on a CPU.
     """
 
     def __init__(
@@ -102,15 +86,11 @@ class FlashAttentionBackend(AttentionBackend):
         ver: Literal[3, 4] | None = None,
         *,
         fused_append: bool | None = None,
-        most_appending: int = MOST_APPENDING,
     ) -> None:
         self.backend = backend
         self.ver = ver
         self._fused_append = fused_append
-        self._most_appending = most_appending
         self._repeats: dict[tuple[Hashable, ...], Repeat] = {}
-        #: kinds of layers whose new tokens are written beforehand
-        self._refused: set[tuple[Hashable, ...]] = set()
         self._decode: _Part | None = None
         self._extend: _Part | None = None
         self._slots: Tensor | None = None
@@ -234,37 +214,8 @@ class FlashAttentionBackend(AttentionBackend):
         layer: AttentionLayer,
         rotary: TokenRotary | None = None,
     ) -> Tensor:
-        part = self._decode
-        if part is not None and self._may_append(part, q, kv_cache, rotary):
-            new = part.appended(k, v, rotary)
-            if self._appending(part, q, kv_cache, layer, new):
-                return self._attend(part, q, kv_cache, layer, new=new)
         q = self.write(q, k, v, kv_cache, layer, rotary)
-        return self._attend(part, q, kv_cache, layer)
-
-    def _may_append(
-        self, part: _Part, q: Tensor, kv_cache: KVPages, rotary: TokenRotary | None
-    ) -> bool:
-        """Whether it could be of use that the kernel that attends writes, too. Norms of the heads are left
-        to the kernel that writes alone; float8 numbers are quantised there in less time."""
-        few = part.batch.batch_size <= self._most_appending
-        plain = rotary is None or rotary.norms is None
-        return few and plain and kv_cache[0].dtype == q.dtype
-
-    def _appending(
-        self, part: _Part, q: Tensor, kv_cache: KVPages, layer: AttentionLayer, new: Append
-    ) -> bool:
-        """Whether layers of this kind are calls that append; the first of a step makes theirs."""
-        kind = (layer.kind, _kind_of(new))
-        if kind not in part.calls and kind not in self._refused:
-            reading = self._reading(part, part.by_sequence(q), kv_cache, layer, None)
-            provider = dispatch.choose(check(reading))
-            problem = dataclasses.replace(reading, seqlens_k=part.batch.seqlens_k, append=new)
-            if provider.appends(check(problem)):
-                part.calls[kind] = _call(problem, part.lengths, provider)
-            else:
-                self._refused.add(kind)
-        return kind in part.calls
+        return self._attend(self._decode, q, kv_cache, layer)
 
     def forward_extend(
         self,
@@ -285,20 +236,19 @@ class FlashAttentionBackend(AttentionBackend):
         kv_cache: KVPages,
         layer: AttentionLayer,
         out: Tensor | None = None,
-        new: Append | None = None,
     ) -> Tensor:
-        """Attention of a part's queries (rows, Hq, D), keys in place but for ``new``; (rows, Hq, Dv)."""
+        """Attention of a part's queries (rows, Hq, D), its keys in place; (rows, Hq, Dv)."""
         if part is None:
             raise HeadwayError("the step has no such sequences")
         rows = q.shape[0]
         if part.dense:
-            q = part.by_sequence(q)
-            out = None if out is None else part.by_sequence(out)
-        kind = (layer.kind, _kind_of(new))
-        call = part.calls.get(kind)
+            sizes = part.batch.batch_size, part.batch.max_seqlen_q
+            q = q.unflatten(0, sizes)
+            out = None if out is None else out.unflatten(0, sizes)
+        call = part.calls.get(layer.kind)
         if call is None:
             problem = self._reading(part, q, kv_cache, layer, out)
-            call = part.calls[kind] = _call(check(problem), part.lengths)
+            call = part.calls[layer.kind] = _call(check(problem), part.lengths)
             problem = dataclasses.replace(problem, plan=call.plan)
         else:
             problem = dataclasses.replace(
@@ -308,7 +258,6 @@ class FlashAttentionBackend(AttentionBackend):
                 v=kv_cache[1],
                 scores=Scores(layer.softmax_scale, layer.softcap, layer.sinks),
                 descales=_descales(layer, part.batch.batch_size),
-                append=new,
                 out=out,
                 plan=call.plan,
             )
@@ -520,16 +469,8 @@ def _rotary(rotary: TokenRotary, batch: ForwardBatch) -> Rotary:
     return Rotary(rotary.cos, rotary.sin, rotary.interleaved, batch.cu_seqlens_q[:-1])
 
 
-def _kind_of(new: Append | None) -> Hashable:
-    """Equal for new tokens that differ in nothing but their tensors."""
-    if new is None or new.rotary is None:
-        return new is None
-    return new.rotary.interleaved, new.rotary.cos.shape[1]
-
-
-def _call(problem: Problem, lengths: Tensor, provider: Provider | None = None) -> _Call:
-    """``provider``: where it has been chosen."""
-    provider = dispatch.choose(problem) if provider is None else provider
+def _call(problem: Problem, lengths: Tensor) -> _Call:
+    provider = dispatch.choose(problem)
     plan = None
     if problem.is_decode and type(provider).plan is not Provider.plan:
         plan = _planned(provider, problem, lengths)
