@@ -36,6 +36,7 @@ class DecodeTile:
     per_multiprocessor: int = 2  # workers that share one multiprocessor
     k_width: int = 0  # columns of one shared-memory piece of K; 0: all of head_dim
     merge_parts: int = 16  # parts of a cut unit that are read at once
+    whole_keys: int = 0  # of a unit, at most, that workers of one multiprocessor do not share
     unit_cost: int = 1  # what a unit costs besides its blocks, in blocks
     gather: bool = False  # rows one by one, also where boxes would do
     combine: bool = False  # units that were cut are merged by a kernel of its own
@@ -83,6 +84,9 @@ SHORT_BOX_TILES: dict[tuple[int, int, int], tuple[int, int]] = {
     (128, 128, 2): (64, 2),
 }
 LONG_BOX = 64
+#: Keys of a unit, at most, that two workers of one multiprocessor do not share, of 16 bits:
+#: float8 blocks keep two of them busy.
+WHOLE_KEYS = 1152
 #: Of those, the ones that come faster row by row.
 ROWS_FASTER = {(128, 128, 1)}
 #: Warps that share the boxes of a block where there are at least as many.
@@ -465,6 +469,7 @@ def tile_for(
         k_width=64 if width == 192 else 0,
         merge_parts=min(2048 // v_width, 16),
         gather=short and kind in ROWS_FASTER,
+        whole_keys=WHOLE_KEYS if itemsize == 2 and workers == 2 else 0,
     )
 
 

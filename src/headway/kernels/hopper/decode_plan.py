@@ -129,6 +129,8 @@ class PlanConfig:
     has_left: bool
     has_right: bool
     has_chunk: bool
+    per_multiprocessor: int = 1  # workers that share one
+    whole: int = 0  # places of a unit, at most, that those do not share
 
 
 @gluon.jit
@@ -182,13 +184,23 @@ def _add(a, b):
 
 
 @gluon.jit
-def _even_share(share, length):
+def _even_share(share, length, units, workers, cfg: gl.constexpr):
     """A share that units of one length end with, or whole shares end with units, unless it is much more
-    than ``share``: no worker then begins a second unit or leaves two parts."""
+    than ``share``: no worker then begins a second unit or leaves two parts.
+
+    Short units that workers of one multiprocessor would share are left whole: half of the workers then
+    read all, one on each multiprocessor, and nothing is merged.
+    """
     whole = gl.cdiv(share, length) * length
     part = gl.cdiv(length, gl.maximum(length // share, 1))
     even = gl.where(share >= length, whole, part)
-    return gl.where(even - share <= share // ROUNDING, even, share)
+    even = gl.where(even - share <= share // ROUNDING, even, share)
+    if cfg.whole > 0:
+        most = cfg.per_multiprocessor * share
+        alone = (length <= cfg.whole) & (length - most <= most // ROUNDING)
+        alone &= (even < length) & (units <= workers // cfg.per_multiprocessor)
+        even = gl.where(alone, length, even)
+    return even
 
 
 @gluon.jit
@@ -208,7 +220,7 @@ def _plan_sequences(
     limits,
     cfg: gl.constexpr,
 ):
-    """Write the records of sequences ``b``; returns their numbers of blocks."""
+    """Write the records of sequences ``b``; returns their numbers of blocks, and where these end."""
     pad = _load_or(leftpad_k, b, inside, 0)
     keys = _load_or(seqlens_k, b, inside, capacity) - pad + new_tokens
     if cu_seqlens_new is not None:
@@ -243,7 +255,16 @@ def _plan_sequences(
     gl.store(record + CACHE_ROW, cache_row, mask=inside)
     gl.store(record + Q_FIRST, q_first, mask=inside)
     gl.store(record + Q_ROWS, q_rows, mask=inside)
-    return blocks
+    return blocks, first_block + blocks
+
+
+@gluon.jit
+def _begin_earlier(record, blocks, inside):
+    """Have sequences take ``blocks`` blocks that end where theirs end."""
+    first = gl.load(record + FIRST_BLOCK, mask=inside, other=0)
+    own = gl.load(record + BLOCKS, mask=inside, other=0)
+    gl.store(record + FIRST_BLOCK, first - (blocks - own), mask=inside)
+    gl.store(record + BLOCKS, blocks, mask=inside)
 
 
 @gluon.jit(
@@ -292,10 +313,11 @@ def plan_kernel(
     total = 0
     shortest = MOST_PLACES
     longest = 0
+    nearest_end = MOST_PLACES
     for base in range(0, batch_size, cfg.at_once):
         b = base + gl.arange(0, cfg.at_once, layout=layout)
         inside = b < batch_size
-        blocks = _plan_sequences(
+        blocks, end = _plan_sequences(
             spans,
             b,
             inside,
@@ -313,6 +335,7 @@ def plan_kernel(
         )
         length = blocks + cost_of(blocks, cfg)
         shortest = gl.minimum(shortest, gl.min(gl.where(inside, length, MOST_PLACES), 0))
+        nearest_end = gl.minimum(nearest_end, gl.min(gl.where(inside, end, MOST_PLACES), 0))
         longest = gl.maximum(longest, gl.max(gl.where(inside, length, 0), 0))
         places = gl.where(inside, length * units, 0)
         ends = gl.associative_scan(places, 0, _add)
@@ -325,8 +348,24 @@ def plan_kernel(
         # A few keys more are read sooner than parts are in another turn.
         few = FEW_KEYS // cfg.block_n
         share = gl.maximum(share, gl.minimum(gl.cdiv(longest, cfg.merge_parts), few))
+    if cfg.has_left:
+        # Windows that begin within a block see one block more than others. Those take one more too, of
+        # which they see nothing: then all are alike.
+        even_total = batch_size * units * longest
+        blocks = gl.where(longest < LONG, longest - cfg.unit_cost, longest)
+        alike = (longest < LONG) | (shortest >= LONG)  # units cost the same besides their blocks
+        alike &= (even_total - total <= total // ROUNDING) & (nearest_end >= blocks)
+        if (longest - shortest == 1) & alike:
+            for base in range(0, batch_size, cfg.at_once):
+                b = base + gl.arange(0, cfg.at_once, layout=layout)
+                _begin_earlier(spans + b * WIDTH, blocks, b < batch_size)
+                gl.store(starts + b, b * units * longest, mask=b < batch_size)
+            cta_barrier()
+            total = even_total
+            shortest = longest
+            share = gl.maximum(gl.cdiv(total, workers), share)
     if shortest == longest:
-        share = _even_share(share, longest)
+        share = _even_share(share, longest, batch_size * units, workers, cfg)
     gl.store(share_ptr, share)
     by_worker: gl.constexpr = gl.BlockedLayout(
         [cfg.workers // (32 * num_warps)], [32], [num_warps], [0]
@@ -561,6 +600,8 @@ def plan_decode(
         plan.ints.device.index,
         plan.tile.block_n,
         plan.tile.unit_cost,
+        plan.tile.per_multiprocessor,
+        plan.tile.whole_keys // plan.tile.block_n,
         0 if plan.tile.combine else plan.tile.merge_parts,
         plan.batch_size,
         plan.workers,
@@ -609,6 +650,8 @@ def _launches_for(
     device_index: int,
     block_n: int,
     unit_cost: int,
+    per_multiprocessor: int,
+    whole: int,
     merge_parts: int,
     batch_size: int,
     workers: int,
@@ -621,6 +664,8 @@ def _launches_for(
         PlanConfig(
             block_n=block_n,
             unit_cost=unit_cost,
+            per_multiprocessor=per_multiprocessor,
+            whole=whole,
             at_once=min(max(next_power_of_2(batch_size), 256), AT_ONCE),
             workers=max(next_power_of_2(workers), 256),
             merge_parts=merge_parts,
