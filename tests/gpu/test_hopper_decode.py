@@ -119,6 +119,7 @@ def float8_latent(
         (16, 1, 64),
         (4, 4, None),
         (16, 2, 16),
+        (20, 1, 8),
         (64, 1, None),
         (71, 3, 64),
         (128, 2, 1),
@@ -126,6 +127,12 @@ def float8_latent(
 )
 def test_float8_latents(heads: int, sq: int, page_size: int | None, whole: bool) -> None:
     must_run(float8_latent(heads, sq, page_size, whole))
+
+
+@pytest.mark.parametrize(("heads", "sq"), [(16, 1), (128, 2)])
+def test_functions_over_float8_latents(heads: int, sq: int) -> None:
+    aux = aux_of(heads, sq)
+    must_run(float8_latent(heads, sq, 64, True, mask_mod=tree, score_mod=bias, aux_tensors=aux))
 
 
 @pytest.mark.parametrize("heads", [8, 64])
