@@ -8,14 +8,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
-import triton
-from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from headway.kernels._triton import gl
@@ -23,14 +18,14 @@ from headway.kernels.hopper.decode import MANY_PARTS, ROWS_OF_PARTS, decode_kern
 from headway.kernels.hopper.decode_combine import CombineConfig, combine_kernel
 from headway.kernels.hopper.decode_config import AppendForm, DecodeConfig, tile_for
 from headway.kernels.hopper.decode_plan import PlanConfig, plan_kernel
+from tests.kernels.assembler import Assembled, compile_for_hopper
 
-TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 NAMES = {gl.bfloat16: "bf16", gl.float16: "fp16", gl.float8e4nv: "fp8e4nv"}
 
 
-def compile_for_hopper(
+def compiled(
     fn: Any, types: dict[str, Any], constants: dict[str, Any], **options: Any
-) -> Any:
+) -> Assembled:
     signature = {name: types.get(name, "constexpr") for name in fn.arg_names}
     attrs = {
         (fn.arg_names.index(name),): [["tt.divisibility", 16]]
@@ -39,7 +34,7 @@ def compile_for_hopper(
     }
     constants = {name: None for name in fn.arg_names if name not in types} | constants
     source = GluonASTSource(fn, signature, constexprs=constants, attrs=attrs)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    return compile_for_hopper(source, **options)
 
 
 def descriptor(cfg: DecodeConfig, width: int) -> str:
@@ -48,7 +43,7 @@ def descriptor(cfg: DecodeConfig, width: int) -> str:
     return f"tensordesc<{NAMES[cfg.kv_dtype]}{box},{layout!r}>"
 
 
-def compile_decode(cfg: DecodeConfig, *, lse: bool = True, sinks: bool = False) -> Any:
+def compile_decode(cfg: DecodeConfig, *, lse: bool = True, sinks: bool = False) -> Assembled:
     types: dict[str, Any] = {"q_ptr": f"*{NAMES[cfg.q_dtype]}", "out_ptr": "*bf16"}
     if cfg.latent:
         types["qv_ptr"] = types["q_ptr"]
@@ -78,7 +73,7 @@ def compile_decode(cfg: DecodeConfig, *, lse: bool = True, sinks: bool = False) 
         types["new"], absent = appended(cfg)
         at = decode_kernel.arg_names.index("new")
         constants |= {(at, *path): None for path in absent}
-    return compile_for_hopper(decode_kernel, types, constants, num_warps=4, maxnreg=cfg.maxnreg)
+    return compiled(decode_kernel, types, constants, num_warps=4, maxnreg=cfg.maxnreg)
 
 
 def appended(cfg: DecodeConfig) -> tuple[Any, list[tuple[int, int]]]:
@@ -97,24 +92,14 @@ def appended(cfg: DecodeConfig) -> tuple[Any, list[tuple[int, int]]]:
     return (sources, angles), absent
 
 
-def run_tool(name: str, *arguments: str | Path) -> str:
-    run = subprocess.run([TOOLS / name, *arguments], check=True, capture_output=True, text=True)
-    return run.stdout + run.stderr
-
-
-def measure(kernel: Any, workers: int) -> dict[str, Any]:
+def measure(kernel: Assembled, workers: int) -> dict[str, Any]:
     """What the assembler makes of a kernel, ``workers`` of which share a multiprocessor."""
-    with tempfile.TemporaryDirectory() as folder:
-        source, binary = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
-        source.write_text(kernel.asm["ptx"])
-        log = run_tool("ptxas", "-v", "--gpu-name=sm_90a", source, "-o", binary)
-        binary.write_bytes(kernel.asm["cubin"])
-        loop = innermost_matrix_loop(run_tool("cuobjdump", "--dump-sass", binary))
+    loop = innermost_matrix_loop(kernel.sass())
     return {
-        "shared_bytes": kernel.metadata.shared,
-        "spilled_bytes": sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", log)),
+        "shared_bytes": kernel.shared_bytes,
+        "spilled_bytes": kernel.spilled_bytes,
         "spills_per_block": sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in loop),
-        "warnings": sorted(set(re.findall(r"C75\d\d", log))),
+        "warnings": kernel.serialised,
         "workers": workers,
     }
 
@@ -244,7 +229,7 @@ CONFIGS = {
 }
 
 
-def compile_plan(every_tensor: bool) -> Any:
+def compile_plan(every_tensor: bool) -> Assembled:
     tensors = ["seqlens_k", "spans", "works", "share_ptr", "starts"]
     if every_tensor:
         tensors += ["leftpad_k", "cache_batch_idx", "cu_seqlens_q", "seqused_q", "cu_seqlens_new"]
@@ -253,10 +238,10 @@ def compile_plan(every_tensor: bool) -> Any:
     types = dict.fromkeys(tensors, "*i32") | dict.fromkeys(numbers, "i32")
     masks = dict.fromkeys(["has_left", "has_right", "has_chunk"], every_tensor)
     cfg = PlanConfig(block_n=64, unit_cost=1, at_once=1024, workers=512, merge_parts=16, **masks)
-    return compile_for_hopper(plan_kernel, types, {"cfg": cfg, "num_warps": 8}, num_warps=8)
+    return compiled(plan_kernel, types, {"cfg": cfg, "num_warps": 8}, num_warps=8)
 
 
-def compile_combine(head_dim_v: int, rows: int, merge_parts: int, merge_rows: int) -> Any:
+def compile_combine(head_dim_v: int, rows: int, merge_parts: int, merge_rows: int) -> Assembled:
     numbers = [n for n in combine_kernel.arg_names if n.startswith("stride_")]
     types = dict.fromkeys(["units", "num_rows", *numbers], "i32")
     types |= dict.fromkeys(["spans", "share_ptr", "starts"], "*i32") | {"out_ptr": "*bf16"}
@@ -264,7 +249,7 @@ def compile_combine(head_dim_v: int, rows: int, merge_parts: int, merge_rows: in
     cfg = CombineConfig(
         head_dim_v, rows, 1, rows, unit_cost=1, merge_parts=merge_parts, merge_rows=merge_rows
     )
-    return compile_for_hopper(combine_kernel, types, {"cfg": cfg, "num_warps": 4}, num_warps=4)
+    return compiled(combine_kernel, types, {"cfg": cfg, "num_warps": 4}, num_warps=4)
 
 
 #: Columns, rows, and parts and rows that a program reads at once.

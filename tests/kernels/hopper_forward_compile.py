@@ -8,23 +8,17 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from headway.kernels._triton import gl
 from headway.kernels.hopper.config import ForwardConfig
 from headway.kernels.hopper.forward import forward_kernel
 from headway.kernels.hopper.tiles import forward_tile
+from tests.kernels.assembler import Assembled, compile_for_hopper
 
-TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 POINTERS = {
     "cu_seqlens_q": "*i32",
     "cu_seqlens_k": "*i32",
@@ -74,7 +68,7 @@ CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
 }
 
 
-def compile_forward(head_dim: int, head_dim_v: int, features: dict[str, Any]) -> Any:
+def compile_forward(head_dim: int, head_dim_v: int, features: dict[str, Any]) -> Assembled:
     features = dict(features)
     max_seqlen_q = features.pop("max_seqlen_q", 1 << 20)
     causal, paged = features.get("has_right", False), features.get("page_size", 0) > 0
@@ -103,7 +97,7 @@ def compile_forward(head_dim: int, head_dim_v: int, features: dict[str, Any]) ->
     signature = {name: kind(name) for name in forward_kernel.arg_names}
     values = {name: constants.get(name) for name, k in signature.items() if k == "constexpr"}
     source = GluonASTSource(forward_kernel, signature, constexprs=values, attrs={})
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    return compile_for_hopper(source, num_warps=4)
 
 
 def inner_loops(sass: str, product: str = "HGMMA", least: int = 12) -> list[list[str]]:
@@ -124,22 +118,9 @@ def inner_loops(sass: str, product: str = "HGMMA", least: int = 12) -> list[list
     ]
 
 
-def machine_code(kernel: Any) -> tuple[list[str], str]:
-    """(the compiler's warnings that wgmma is serialised, SASS) of a kernel."""
-    with tempfile.TemporaryDirectory() as folder:
-        ptx, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
-        ptx.write_text(kernel.asm["ptx"])
-        command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", ptx, "-o", cubin]
-        log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-        command = [TOOLS / "cuobjdump", "--dump-sass", cubin]
-        sass = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return sorted(set(re.findall(r"C75\d\d", log))), sass
-
-
-def measure(kernel: Any) -> dict[str, Any]:
-    serialised, sass = machine_code(kernel)
+def measure(kernel: Assembled) -> dict[str, Any]:
     loops = []
-    for body in inner_loops(sass):
+    for body in inner_loops(kernel.sass()):
         waits = [i for i, t in enumerate(body) if "WARPGROUP.DEPBAR" in t]
         exponentials = [i for i, t in enumerate(body) if "MUFU.EX2" in t]
         loops.append(
@@ -153,8 +134,8 @@ def measure(kernel: Any) -> dict[str, Any]:
             }
         )
     return {
-        "serialised": serialised,
-        "shared_bytes": kernel.metadata.shared,
+        "serialised": kernel.serialised,
+        "shared_bytes": kernel.shared_bytes,
         "loops": sorted(loops, key=lambda loop: loop["instructions"]),
     }
 

@@ -13,16 +13,16 @@ import torch
 
 from headway.kernels.compile import stand_in
 from headway.kernels.portable.cases import quantised_prefill
-from tests.kernels.hopper_forward_compile import inner_loops, machine_code
+from tests.kernels.assembler import Assembled, assembled
+from tests.kernels.hopper_forward_compile import inner_loops
 
 #: wgmma of an iteration: 192 / 32 for QK, 128 / 32 for PV.
 PRODUCTS = 10
 
 
-def measure(kernel: Any) -> dict[str, Any]:
-    log, sass = machine_code(kernel)
+def measure(kernel: Assembled) -> dict[str, Any]:
     loops = []
-    for body in inner_loops(sass, "QGMMA", PRODUCTS):
+    for body in inner_loops(kernel.sass(), "QGMMA", PRODUCTS):
         waits = [i for i, line in enumerate(body) if "WARPGROUP.DEPBAR" in line]
         exponentials = [i for i, line in enumerate(body) if "MUFU.EX2" in line]
         names = Counter(
@@ -38,7 +38,11 @@ def measure(kernel: Any) -> dict[str, Any]:
                 and all(waits[0] < i < waits[1] for i in exponentials),
             }
         )
-    return {"serialised": log, "shared_bytes": kernel.metadata.shared, "loops": loops}
+    return {
+        "serialised": kernel.serialised,
+        "shared_bytes": kernel.shared_bytes,
+        "loops": loops,
+    }
 
 
 def stored() -> None:
@@ -59,7 +63,8 @@ def measure_all() -> dict[str, Any]:
     for name, launch in (("cast here", lambda: quantised_prefill("hopper")), ("stored", stored)):
         with stand_in("sm90") as launches:
             launch()
-        found[name] = measure(next(x for x in launches if x.name == "mla_prefill_kernel").kernel)
+        kernel = next(x for x in launches if x.name == "mla_prefill_kernel").kernel
+        found[name] = measure(assembled(kernel))
     return found
 
 

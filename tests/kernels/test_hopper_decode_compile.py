@@ -6,14 +6,13 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("triton")
 
-PROGRAM = Path(__file__).with_name("hopper_decode_compile.py")
+PROGRAM = "tests.kernels.hopper_decode_compile"
 
 #: Shared memory of one worker where it is alone on a multiprocessor, and where two share it.
 SHARED_LIMIT = {1: 227 * 1024, 2: 228 * 1024 // 2 - 1024}
@@ -73,7 +72,7 @@ GATHERED = {
 def compile_all(names: list[str]) -> dict[str, dict[str, Any]]:
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     run = subprocess.run(
-        [sys.executable, PROGRAM, *names],
+        [sys.executable, "-m", PROGRAM, *names],
         env=environment,
         capture_output=True,
         text=True,

@@ -6,14 +6,13 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("triton")
 
-PROGRAM = Path(__file__).with_name("hopper_forward_compile.py")
+PROGRAM = "tests.kernels.hopper_forward_compile"
 #: One for each shape of the inner loop: three warpgroups, and softmax beside PV.
 FEW = ("d64 causal", "d128 paged causal")
 #: Rows that are not fenced by their producer cost the gathering kernel its overlap.
@@ -34,7 +33,7 @@ OVERLAPPED = (
 def measured(*names: str) -> dict[str, dict[str, Any]]:
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     run = subprocess.run(
-        [sys.executable, PROGRAM, *names],
+        [sys.executable, "-m", PROGRAM, *names],
         env=environment,
         capture_output=True,
         text=True,
