@@ -25,11 +25,18 @@ ensure_environment() {
   [ -x .venv/bin/python ] || "$python" -m venv .venv
   if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "Installing headway[$extra] into .venv (a few minutes the first time) ..."
+    # pip compiles to bytecode on one processor, and so not at all here: torch is compiled while the rest
+    # is fetched, the rest on all processors.
+    local pip=(.venv/bin/python -m pip install --quiet --no-compile)
+    local compile=(.venv/bin/python -m compileall -qq -j 0)
     # torch first and by its pin. Builds for GPUs bring the one triton they work with, others none.
-    .venv/bin/python -m pip install --quiet --constraint constraints.txt torch numpy
+    "${pip[@]}" --constraint constraints.txt torch numpy
     .venv/bin/python -c 'import triton' 2>/dev/null ||
-      .venv/bin/python -m pip install --quiet --constraint constraints-triton.txt 'triton; platform_system == "Linux"'
-    .venv/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[$extra]"
+      "${pip[@]}" --constraint constraints-triton.txt 'triton; platform_system == "Linux"'
+    "${compile[@]}" .venv/lib/python*/site-packages/torch &
+    "${pip[@]}" --constraint constraints.txt --editable ".[$extra]"
+    wait $! || true
+    "${compile[@]}" .venv/lib || true  # what cannot be compiled is of no use to any Python here
     echo "$wanted" > "$stamp"
   fi
 }

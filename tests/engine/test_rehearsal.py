@@ -125,6 +125,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
     return dict(zip(SERVED, lines, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", SERVED)
 def test_what_the_engine_launches_is_compiled(

@@ -56,6 +56,7 @@ def chat(smol: ModelServer, **kwargs: object):
     return smol.client.chat.completions.create(**(asked | kwargs))
 
 
+@pytest.mark.slow
 def test_it_knows_the_capital_of_france(smol: ModelServer) -> None:
     answer = chat(smol)
     assert "Paris" in answer.choices[0].message.content
