@@ -212,7 +212,7 @@ class DecodeConfig:
     latent_pair_layout: Any = field(init=False)
     key_pairs: Any = field(init=False)
     value_pairs: Any = field(init=False)
-    p_rows: Any = field(init=False)
+    row_sums: Any = field(init=False)
     flag: Any = field(init=False)
     by_warp: Any = field(init=False)
     k_rows: Any = field(init=False)
@@ -336,9 +336,7 @@ class DecodeConfig:
         set_("latent_pair_layout", _k_pair_layout(tile.block_n, v_width // widen_pieces // 2))
         set_("key_pairs", _k_pair_layout(tile.block_n, KEY_COLUMNS // 2))
         set_("value_pairs", _v_pair_layout(VALUE_KEYS, 32))
-        # Probabilities of a row, 64 keys, in two or four neighbouring threads.
-        lanes = 128 // columns
-        set_("p_rows", gl.BlockedLayout([1, 64 // lanes], [32 // lanes, lanes], [4, 1], [1, 0]))
+        set_("row_sums", gl.BlockedLayout([4, 1], [1, 32], [1, 4], [0, 1]))
         set_("flag", gl.BlockedLayout([1], [32], [4], [0]))
         set_("by_warp", gl.BlockedLayout([4], [32], [4], [0]))
         set_("k_rows", _rows_layout(k_width, itemsize))

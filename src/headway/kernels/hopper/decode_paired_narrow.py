@@ -213,7 +213,8 @@ def _add_values(acc, step, start, half: gl.constexpr, buffers, span, cfg: gl.con
     is widened while products with the one before run."""
     gl.static_assert(cfg.out_width == 256)
     gl.static_assert(cfg.block_n == 2 * VALUE_KEYS)
-    cut = (start < span.lo) | (start + cfg.block_n > span.hi)
+    # A gathering producer has cleared rows that may hold anything.
+    cut = (start < span.lo) | (start + cfg.block_n > span.hi) if not cfg.gathered else False
     place = step % cfg.stages, start, cut, opaque(0, step), span
     first, second, third, fourth = acc
     first, a = _add_piece(first, 0, None, place, half, buffers, cfg)
@@ -323,6 +324,9 @@ def _hand_block(
     fence_async_shared()
     mbarrier.arrive(buffers.handed.index(half), count=1)
     cta_barrier()
+    # A thread keeps the sum of one row: what it has of all of its rows would take more registers.
+    by_warp = gl.sum(p.reshape([4, 16, cfg.columns]), 1)
+    row_sum += gl.sum(gl.convert_layout(by_warp, cfg.row_sums), 0)
     return acc, row_sum
 
 
@@ -340,8 +344,6 @@ def _own_block(
         scores, scale_log2, acc, row_sum, their_turn, FIRST, half, buffers, cfg
     )
     acc = _add_values(acc, step, start, half, buffers, place[0], cfg)
-    # From shared memory, where a thread has one row of them: partial sums would take registers.
-    row_sum += gl.sum(buffers.p.index(0).load(cfg.p_rows).to(gl.float32), 1)
     mbarrier.arrive(buffers.added.index(half), count=1)
     return acc, row_sum
 
@@ -356,7 +358,7 @@ def _attend(
     span = place[0]
     zeros = gl.full([64, cfg.columns], 0.0, gl.float32, cfg.product)
     acc = zeros, zeros, zeros, zeros
-    row_sum = gl.full([cfg.columns], 0.0, gl.float32, gl.SliceLayout(1, cfg.p_rows))
+    row_sum = gl.full([cfg.columns], 0.0, gl.float32, gl.SliceLayout(0, cfg.row_sums))
     if half == 0:
         if count > 0:
             scores = _scores(step, buffers, ratio, cfg)
