@@ -271,6 +271,46 @@ def test_windows_that_begin_within_blocks(options: dict[str, Any]) -> None:
     must_run(Call("kvcache", kwargs | options, "windows"))
 
 
+@pytest.mark.parametrize("page_size", [5, 16, 64])
+@pytest.mark.parametrize(("heads", "sq"), [((64, 8), 1), ((16, 2), 1), ((8, 8), 2), ((6, 2), 1)])
+@pytest.mark.parametrize("options", ["", "window", "softcap", "sinks", "float8 queries"])
+def test_short_float8_rows_of_two_heads_are_read_as_one(
+    page_size: int, heads: tuple[int, int], sq: int, options: str
+) -> None:
+    """Descales of every head's own; NaN in all rows that no sequence owns."""
+    lengths = torch.tensor([1000, 1, 0, 2300, 64], dtype=torch.int32)
+    per = -(-2300 // page_size)
+    table = torch.randperm(5 * per, generator=torch.Generator().manual_seed(3)).view(5, per)
+    kwargs: dict[str, Any] = {
+        "q": normal(5, sq, heads[0], 64),
+        "page_table": table.to(torch.int32),
+        "cache_seqlens": lengths,
+        "causal": True,
+    }
+    rows = torch.arange(per * page_size).view(1, per, page_size) < lengths[:, None, None]
+    for seed, name in enumerate(("k", "v"), 1):
+        cache = normal(5 * per, page_size, heads[1], 64, seed=seed).to(FLOAT8)
+        owned = torch.zeros(5 * per, page_size, dtype=torch.bool)
+        owned[table] = rows
+        cache.view(torch.uint8)[~owned] = 0x7F
+        kwargs |= {f"{name}_cache": cache, f"{name}_descale": torch.rand(5, heads[1]) + 0.5}
+    if options == "window":
+        kwargs["window_size"] = (200, 0)
+    elif options == "softcap":
+        kwargs["softcap"] = 5.0
+    elif options == "sinks":
+        kwargs["sinks"] = torch.linspace(-3, 3, heads[0])
+    elif options == "float8 queries":
+        kwargs |= {"q": kwargs["q"].to(FLOAT8), "q_descale": torch.rand(5, heads[1]) + 0.5}
+    call = Call("kvcache", kwargs, f"two heads as one {page_size} {heads}")
+    assert hopper._Lengths(call.copy(DEVICE).problem()).abreast
+    must_run(call, with_lse=options == "")
+    if options == "":  # heads before rows: each is read alone
+        for name in ("k_cache", "v_cache"):
+            kwargs[name] = kwargs[name].transpose(1, 2).contiguous().transpose(1, 2)
+        must_run(Call("kvcache", kwargs, "heads before rows"), with_lse=True)
+
+
 #: Lengths before the step: none, ends of pages and blocks, one key before and after them.
 OLD = (0, 1, 15, 16, 17, 63, 64, 127, 128, 300, 1000, 2047)
 

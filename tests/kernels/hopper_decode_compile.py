@@ -153,6 +153,12 @@ def latent(heads: int, **fields: Any) -> DecodeConfig:
     return config(64, 512, **fields)
 
 
+def abreast(**fields: Any) -> DecodeConfig:
+    """Two KV heads of eight query heads each."""
+    cfg = config(128, group=16, rows=16, kv_dtype=gl.float8e4nv, **fields)
+    return dataclasses.replace(cfg, tile=dataclasses.replace(cfg.tile, abreast=2))
+
+
 def paired(**fields: Any) -> DecodeConfig:
     """Absorbed MLA of 128 heads, as its tiles are paired."""
     tile = tile_for(64, 512, 2, rows=128, page_size=fields["page_size"])
@@ -195,6 +201,8 @@ CONFIGS = {
     "float8, page 1, gathered": config(kv_dtype=gl.float8e4nv, page_size=1),
     "float8, four tokens": config(kv_dtype=gl.float8e4nv, rows=16, page_size=16),
     "float8, head_dim 64": config(64, kv_dtype=gl.float8e4nv, page_size=64),
+    "float8, two heads of 64 as one": abreast(page_size=16),
+    "float8, two heads of 64 as one, page 64": abreast(page_size=64),
     "float8, head_dim 192/128": config(192, 128, kv_dtype=gl.float8e4nv),
     "float8, head_dim 256": config(256, kv_dtype=gl.float8e4nv),
     "64 rows": config(group=64, rows=64, page_size=64),

@@ -31,6 +31,8 @@ REST = [
     "float8, page 1, gathered",
     "float8, four tokens",
     "float8, head_dim 64",
+    "float8, two heads of 64 as one",
+    "float8, two heads of 64 as one, page 64",
     "float8, head_dim 192/128",
     "float8, head_dim 256",
     "MLA, 16 heads",

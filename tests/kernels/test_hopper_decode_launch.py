@@ -102,6 +102,36 @@ def test_alignment_of_small_tensors_is_looked_at_in_every_call(
     assert compiled == [True, False]
 
 
+def test_short_rows_of_two_heads_are_handed_over_as_one(
+    monkeypatch: pytest.MonkeyPatch, started: list[tuple[Any, ...]]
+) -> None:
+    monkeypatch.setattr(module, "_multiprocessors", lambda _: 132)
+    q = torch.zeros(3, 1, 16, 64, dtype=torch.bfloat16)
+    k, v = (torch.zeros(20, 64, 4, 64, dtype=torch.float8_e4m3fn) for _ in range(2))
+    table, out = torch.zeros(3, 4, dtype=torch.int32), torch.empty_like(q)
+    geometry: dict[str, Any] = {
+        "batch_size": 3,
+        "max_seqlen_q": 1,
+        "head_dim": 64,
+        "head_dim_v": 64,
+        "itemsize": 1,
+        "page_size": 64,
+        "device": torch.device("cpu"),
+    }
+    for abreast in (True, False):
+        plan = module.make_plan(num_kv_heads=4, group=4, abreast=abreast, **geometry)
+        module.decode(q, k, v, out, plan, softmax_scale=0.1, page_table=table)
+    as_one, alone = ([*args[1:9]] for _, _, *args in started)
+    assert as_one == [20, 2, 64, 128, 64 * 4 * 64, 128, 4 * 64, 1]
+    assert alone == [20, 4, 64, 64, 64 * 4 * 64, 64, 4 * 64, 1]
+    assert module.lie_abreast(k)
+    assert not module.lie_abreast(k.transpose(1, 2).contiguous().transpose(1, 2))
+    # An odd number of heads, or more rows than one small tile has, is read head by head.
+    for heads, group in ((3, 4), (4, 16)):
+        plan = module.make_plan(num_kv_heads=heads, group=group, abreast=True, **geometry)
+        assert (plan.units, plan.tile.abreast) == (heads, 1)
+
+
 def new_tokens(number: int, *, pad: int = 0, odd_lengths: bool = False) -> Append:
     k, v = (torch.zeros(3, number, 2, 128 + pad, dtype=torch.bfloat16)[..., :128] for _ in "kv")
     cos, sin = torch.zeros(2, 100, 64, dtype=torch.bfloat16)

@@ -225,6 +225,10 @@ def decode(
     if whole_rows:
         assert qv is not None
         made_of_rows = torch.cat((qv, q), -1), torch.cat((v, k), -1)
+    if plan.made_for["abreast"]:  # the kernel reads two heads as one where rows are short
+        assert lie_abreast(k)
+        assert lie_abreast(v)
+        assert append is None
     filled = plan.filled
     rows = max_seqlen_q if q.dim() == 3 else q.shape[1]
     made_for = {
@@ -271,6 +275,15 @@ def _before(append: Append, ends: Tensor, longest_new: int) -> Tensor:
     new = torch.full_like(ends, append.k.shape[1]) if cu is None else cu.diff()
     assert new.numel() == 0 or new.max() <= longest_new <= MOST_APPENDED
     return ends - new
+
+
+def are_narrow(head_dim: int, head_dim_v: int, itemsize: int, page_size: int) -> bool:
+    """More are than the kernel takes for narrow: whatever it would ask for is looked at."""
+    return itemsize == 1
+
+
+def lie_abreast(t: Tensor) -> bool:
+    return t.stride(2) == t.shape[3]
 
 
 def prepare_decode(
@@ -330,6 +343,8 @@ def installed() -> Iterator[None]:
         make_plan=make_plan,
         plan_decode=plan_decode,
         prepare_decode=prepare_decode,
+        are_narrow=are_narrow,
+        lie_abreast=lie_abreast,
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hopper.HopperProvider, "unavailable", lambda self, device: None)

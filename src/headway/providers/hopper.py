@@ -169,7 +169,9 @@ class HopperProvider(Provider):
             )
         made = Plan(dataclasses.replace(key, sm_margin=sm_margin), torch.zeros_like(seqlens_k))
         if any(kv == kv_dtype for _, kv in _DECODE.dtypes):
-            _step_of(made, key.max_seqlen_q, kv_dtype.itemsize, sm_margin)
+            size = kv_dtype.itemsize
+            abreast = _are_narrow(key.head_dim, key.head_dim_v, size, key.page_size)
+            _step_of(made, key.max_seqlen_q, size, sm_margin, abreast)
         return made
 
     def prepare(self, problem: Problem) -> None:
@@ -293,6 +295,8 @@ def _kernels() -> SimpleNamespace:
         make_plan=decode.make_plan,
         plan_decode=decode_plan.plan_decode,
         prepare_decode=decode.prepare,
+        are_narrow=decode.are_narrow,
+        lie_abreast=decode.lie_abreast,
     )
 
 
@@ -468,6 +472,11 @@ class _Lengths:
         self.capacity = _capacity(p)
         self.rows_q = p.max_seqlen_q if p.ragged_q else p.q.shape[1]
         self.itemsize = p.k.element_size()
+        self.abreast = (
+            p.append is None
+            and _are_narrow(p.head_dim, p.head_dim_v, self.itemsize, p.page_size)
+            and all(map(_kernels().lie_abreast, (p.k, p.v)))
+        )
         names = ["seqlens_k", "leftpad_k", "cache_batch_idx", "cu_seqlens_q", "seqused_q"]
         self.new_tokens = 0
         if p.append is not None:
@@ -486,18 +495,25 @@ class _Lengths:
         margin, of_plan = p.hints.sm_margin, plan.key.sm_margin
         if margin < of_plan:
             margin = of_plan
-        found: _Step | None = plan.found("hopper", (self.rows_q, self.itemsize, margin))
-        return found or _step_of(plan, self.rows_q, self.itemsize, margin)
+        kind = self.rows_q, self.itemsize, margin, self.abreast
+        found: _Step | None = plan.found("hopper", kind)
+        return found or _step_of(plan, *kind)
 
 
-def _step_of(plan: Plan, rows_q: int, itemsize: int, sm_margin: int) -> _Step:
+def _are_narrow(d: int, dv: int, itemsize: int, page_size: int | None) -> bool:
+    """Whether the kernel would read two heads as one, where they lie so that it can."""
+    narrow: bool = _kernels().are_narrow(d, dv, itemsize, page_size or 0)
+    return narrow
+
+
+def _step_of(plan: Plan, rows_q: int, itemsize: int, sm_margin: int, abreast: bool) -> _Step:
     """The plan's part for calls of this kind, made when it is first asked for."""
     key = plan.key
-    kind = (rows_q, itemsize, max(sm_margin, key.sm_margin))
+    kind = (rows_q, itemsize, max(sm_margin, key.sm_margin), abreast)
     return plan.part("hopper", kind, functools.partial(_make_step, key, *kind))
 
 
-def _make_step(key: PlanKey, rows_q: int, itemsize: int, sm_margin: int) -> _Step:
+def _make_step(key: PlanKey, rows_q: int, itemsize: int, sm_margin: int, abreast: bool) -> _Step:
     return _Step(
         _buffers(
             key.batch_size,
@@ -508,6 +524,7 @@ def _make_step(key: PlanKey, rows_q: int, itemsize: int, sm_margin: int) -> _Ste
             key.page_size,
             sm_margin,
             key.device,
+            abreast,
         )
     )
 
@@ -521,6 +538,7 @@ def _buffers(
     page_size: int | None,
     sm_margin: int,
     device: torch.device,
+    abreast: bool,
 ) -> DecodePlan:
     d, dv = dims
     if dv > 256 and d > dv:  # rows of a whole latent cache: rope behind the latent part
@@ -536,6 +554,7 @@ def _buffers(
         itemsize=itemsize,
         page_size=page_size or 0,
         sm_margin=sm_margin,
+        abreast=abreast,
     )
     return made
 
@@ -573,6 +592,7 @@ def _plan_for(p: Problem, lengths: _Lengths) -> DecodePlan:
         p.page_size,
         p.hints.sm_margin,
         p.device,
+        lengths.abreast,
     )
     _fill(made, p, lengths)
     return made

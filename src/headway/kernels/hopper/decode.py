@@ -30,6 +30,7 @@ from headway.kernels._triton import (
 from headway.kernels.hopper.decode_combine import CombineConfig, combine_kernel
 from headway.kernels.hopper.decode_config import (
     APPENDED_AT_LEAST,
+    FEW_ROWS,
     MOST_APPENDED,
     AppendForm,
     DecodeConfig,
@@ -337,6 +338,7 @@ def make_plan(
     itemsize: int = 2,
     page_size: int = 0,
     sm_margin: int = 0,
+    abreast: bool = False,
     tile: DecodeTile | None = None,
 ) -> DecodePlan:
     """Buffers for decode steps of this geometry; :func:`plan_decode` fills them, once per step.
@@ -346,8 +348,15 @@ def make_plan(
         itemsize: bytes per element of keys and values.
         page_size: rows of a page, 0 where keys are not paged.
         sm_margin: multiprocessors to leave to others.
+        abreast: steps' keys and values :func:`lie_abreast`: short rows of two heads may be read as one.
         tile: how workers are built; default: the measured one for these head dims.
     """
+    if abreast and tile is None and are_narrow(head_dim, head_dim_v, itemsize, page_size):
+        rows = 2 * group * max_seqlen_q
+        if rows <= FEW_ROWS and num_kv_heads % 2 == 0:
+            num_kv_heads, group, head_dim_v = num_kv_heads // 2, 2 * group, 2 * head_dim_v
+            tile = tile_for(2 * head_dim, head_dim_v, itemsize, rows, page_size)
+            tile = dataclasses.replace(tile, abreast=2)
     rows = max_seqlen_q * group
     m_tiles = cdiv(rows, 64)
     tile = tile or tile_for(head_dim, head_dim_v, itemsize, rows, page_size)
@@ -365,6 +374,22 @@ def make_plan(
         workers=workers,
         device=device,
     )
+
+
+def are_narrow(head_dim: int, head_dim_v: int, itemsize: int, page_size: int) -> bool:
+    """Whether rows of one head, 64 bytes in boxes of few rows, come slower than rows of two."""
+    return itemsize == 1 and head_dim == head_dim_v == 64 and page_size % 128 > 0
+
+
+def lie_abreast(t: Tensor) -> bool:
+    """Whether the heads of a row of keys or values lie behind one another."""
+    return t.stride(2) == t.shape[3]
+
+
+def _two_as_one(t: Tensor) -> Tensor:
+    """(.., H, D), of which heads lie behind one another, as (.., H / 2, 2 · D)."""
+    (pages, rows, heads, width), (page, row, head, _) = t.shape, t.stride()
+    return t.as_strided((pages, rows, heads // 2, 2 * width), (page, row, 2 * head, 1))
 
 
 def room_for(rows: int) -> int:
@@ -462,6 +487,9 @@ def prepare(
     for name, t in named.items():
         if not _is_aligned(t):
             raise misaligned(name, t.data_ptr(), t.stride(), t.element_size())
+    head_dim = q.shape[-1]
+    if plan.tile.abreast > 1:
+        k, v, head_dim = _two_as_one(k), _two_as_one(v), 2 * head_dim
     group = q.shape[-2] // k.shape[2]
     q_turns = window_left is not None or window_right is not None or chunk > 0
     page_size = 0 if page_table is None else k.shape[1]
@@ -478,7 +506,7 @@ def prepare(
         k.dtype,
         out.dtype,
         plan.tile,
-        q.shape[-1],
+        head_dim,
         v.shape[-1],
         group,
         rows,
@@ -579,6 +607,8 @@ class Prepared:
             small |= together
         launch, boxes = self._aligned, self._boxes
         if launch is None or small & 15:
+            if self._kernel.cfg.abreast > 1:
+                k, v = _two_as_one(k), _two_as_one(v)
             pointers = (q, qv, k, v, out, lse, sinks, q_descale, k_descale, v_descale, page_table)
             tensors = None if append is None else _appended(append)
             launch = self._kernel.compiled(pointers, plan.buffers, self._numbers, tensors)
@@ -635,6 +665,7 @@ class _Combine:
             cfg.unit_cost,
             merge_parts=at_once,
             merge_rows=max(ROWS_OF_PARTS // at_once, 1),
+            abreast=cfg.abreast,
         )
         tiles = plan.batch_size * plan.units * plan.m_tiles
         # Programs for rows, as many as keep a large device busy: few tiles have one for every row.

@@ -16,7 +16,7 @@ from headway.kernels.hopper.decode_consumer import (
 )
 from headway.kernels.hopper.decode_merge import merge_parts
 from headway.kernels.hopper.decode_plan import WIDTH, cost_of, load_span
-from headway.kernels.hopper.decode_rows import load_descale, load_sinks, store_lse, store_out
+from headway.kernels.hopper.decode_rows import load_sinks, row_descales, store_lse, store_out
 
 #: Columns of a program, at most.
 COLUMNS = 128
@@ -33,6 +33,7 @@ class CombineConfig:
     unit_cost: int
     merge_parts: int  # that a program reads at once
     merge_rows: int = 1  # of each
+    abreast: int = 1  # KV heads that are read as one
     # ------------------------------------------------------------------------------------------------
     out_width: int = field(init=False)
     pieces: int = field(init=False)
@@ -140,13 +141,14 @@ def combine_kernel(
             load_sinks(sinks, unit, rows, call, cfg),
             cfg,
         )
-        v_scale = load_descale(
-            (v_descale, stride_v_descale_batch, stride_v_descale_head), batch, unit
-        )
         columns = gl.arange(0, cfg.out_width, layout=gl.SliceLayout(0, out_layout))
         out_rows = gl.arange(0, cfg.merge_rows, layout=gl.SliceLayout(1, out_layout))
         out_rows += tile_row + row
         columns += first_column
+        descale = v_descale, stride_v_descale_batch, stride_v_descale_head
+        v_scale = row_descales(descale, batch, unit, out_rows, cfg)
+        if cfg.abreast > 1:
+            v_scale = gl.expand_dims(v_scale, 1)
         store_out(out_ptr, out * v_scale, out_rows, columns, span, batch, unit, call, cfg)
         if first_column == 0:
             store_lse(lse_ptr, lse, rows, span, batch, unit, call, cfg)

@@ -44,6 +44,7 @@ class DecodeTile:
     gather: bool = False  # rows one by one, also where boxes would do
     combine: bool = False  # units that were cut are merged by a kernel of its own
     paired: bool = False  # halves of a block by two warpgroups in turns, for many rows of latents
+    abreast: int = 1  # KV heads whose rows lie side by side and are read as one
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ class DecodeConfig:
     tile: DecodeTile
     head_dim: int
     head_dim_v: int
-    group: int  # query heads that share a KV head
+    group: int  # query heads that share a KV head, or KV heads that are read as one
     m_tiles: int = 1  # tiles of 64 packed query rows per KV head, each a program's
     rows: int = 64  # packed rows of a tile that parts have room for
     page_size: int = 0  # 0: keys are not paged
@@ -154,6 +155,7 @@ class DecodeConfig:
     widen_pieces: int = field(init=False)  # column pieces in which values are widened in registers
     widen_width: int = field(init=False)
     maxnreg: int = field(init=False)
+    abreast: int = field(init=False)
     block_n: int = field(init=False)
     stage_keys: int = field(init=False)  # keys of a stage: a block's, or half of them
     stages: int = field(init=False)
@@ -260,6 +262,7 @@ class DecodeConfig:
         set_("widen_pieces", widen_pieces)
         set_("widen_width", v_width // widen_pieces)
         set_("maxnreg", _LAUNCH_REGISTERS[tile.per_multiprocessor, consumers])
+        set_("abreast", tile.abreast)
         set_("block_n", tile.block_n)
         set_("stage_keys", stage_keys)
         set_("stages", tile.stages)

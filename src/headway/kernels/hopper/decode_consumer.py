@@ -34,7 +34,7 @@ from headway.kernels.hopper.decode_plan import (
     load_span,
     take_of,
 )
-from headway.kernels.hopper.decode_rows import load_descale
+from headway.kernels.hopper.decode_rows import load_descale, own_columns, row_descales
 from headway.kernels.hopper.masks import row_limits
 from headway.kernels.hopper.softmax import LAG, LOG2E, soft_cap
 
@@ -134,9 +134,13 @@ def fetch_queries(
     offsets += batch.to(gl.int64) * stride_batch
     offsets += (head * cfg.group + rows % cfg.group) * stride_head
     columns = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, layout)) + column
+    mask = gl.expand_dims(inside, 1) & gl.expand_dims(columns < HEAD_DIM, 0)
+    if cfg.abreast > 1:
+        # Zeros in the columns of other heads, whose keys then add nothing to scores.
+        offsets, own = own_columns(offsets, rows, columns, HEAD_DIM, cfg)
+        mask = mask & own
     pointers = ptr + gl.expand_dims(offsets, 1) + gl.expand_dims(columns, 0)
     pointers = gl.multiple_of(pointers, [16, 16])
-    mask = gl.expand_dims(inside, 1) & gl.expand_dims(columns < HEAD_DIM, 0)
     queries = gl.load(pointers, mask=mask, other=0.0)
     if TURNS:
         positions = turn[0] + (token if cfg.q_turns else token * 0)
@@ -303,6 +307,15 @@ def load_scales(descales, batch, head, cfg: gl.constexpr):
         return 1.0, of_keys, of_values, of_values
     else:
         return of_keys, 1.0, 1.0, of_values
+
+
+@gluon.jit
+def load_row_scales(descales, batch, unit, rows, cfg: gl.constexpr):
+    """The same for each packed row, where KV heads are read as one: (scores, output)."""
+    q_descale, k_descale, v_descale = descales
+    of_scores = row_descales(q_descale, batch, unit, rows, cfg)
+    of_scores *= row_descales(k_descale, batch, unit, rows, cfg)
+    return of_scores, row_descales(v_descale, batch, unit, rows, cfg)
 
 
 #: Two pairs of float8 numbers, neighbours in a thread, as float16: the first pair, the second pair.
@@ -609,6 +622,9 @@ def _attend_block(
         scores = scores * part_scales[0] + latent_scores
     if cfg.latent and not cfg.narrow:
         values = _values(stage, start, buffers, span, cfg)
+    if cfg.abreast > 1:  # rows have scales of their own
+        scores *= gl.expand_dims(scale, 0)
+        scale = 1.0
     scale_log2 = scale * LOG2E
     if cfg.has_soft_cap:
         scores = soft_cap(scores, scale, call.softcap)
@@ -699,9 +715,13 @@ def consume(
         unscale = begin_unit(
             tensors, buffers, new, span, batch, unit, first, count, first_row, half, call, cfg
         )
-        of_scores, of_keys, of_latents, v_scale = load_scales(descales, batch, unit, cfg)
-        scale = call.scale * unscale * of_scores
         rows = first_row + gl.arange(0, cfg.columns, layout=cfg.row)
+        if cfg.abreast > 1:
+            of_scores, v_scale = load_row_scales(descales, batch, unit, rows, cfg)
+            of_keys, of_latents = 1.0, 1.0
+        else:
+            of_scores, of_keys, of_latents, v_scale = load_scales(descales, batch, unit, cfg)
+        scale = call.scale * unscale * of_scores
         heads = unit * cfg.group + rows % cfg.group
         positions = span.position + rows // cfg.group
         lo, hi = row_limits(positions, span.keys, call, cfg)

@@ -7,7 +7,7 @@ Parts are added in the order of their keys, whoever merges: results do not depen
 from headway.kernels._triton import aggregate, cta_barrier, gl, gluon
 from headway.kernels.hopper.decode_config import TILE_ROWS as _TILE_ROWS
 from headway.kernels.hopper.decode_plan import cost_of
-from headway.kernels.hopper.decode_rows import load_sinks, store_lse, store_out
+from headway.kernels.hopper.decode_rows import load_sinks, row_descales, store_lse, store_out
 from headway.kernels.hopper.softmax import finish
 
 TILE_ROWS: gl.constexpr = gl.constexpr(_TILE_ROWS)
@@ -138,6 +138,7 @@ def merge_unit(
     begin,
     end,
     first_column,
+    v_scale,
     v_descale,
     call,
     cfg: gl.constexpr,
@@ -162,7 +163,11 @@ def merge_unit(
         )
         out_rows = gl.arange(0, cfg.merge_rows, layout=gl.SliceLayout(1, out_layout))
         out_rows += tile_row + row
-        store_out(out_ptr, out * v_descale, out_rows, columns, span, batch, head, call, cfg)
+        if cfg.abreast > 1:
+            out *= gl.expand_dims(row_descales(v_descale, batch, head, out_rows, cfg), 1)
+        else:
+            out *= v_scale
+        store_out(out_ptr, out, out_rows, columns, span, batch, head, call, cfg)
         store_lse(lse_ptr, lse, rows, span, batch, head, call, cfg)
 
 
@@ -203,8 +208,8 @@ def end_unit(
     if count == span.blocks:
         row_sinks = load_sinks(sinks, unit, rows, call, cfg)
         factor, lse = finish(row_max, row_sum, row_sinks)
-        factor = gl.convert_layout(factor, by_row, assert_trivial=True)
-        out = acc * gl.expand_dims(factor * v_scale, 1)
+        factor = gl.convert_layout(factor * v_scale, by_row, assert_trivial=True)
+        out = acc * gl.expand_dims(factor, 1)
         store_out(out_ptr, out, out_rows, columns, span, batch, unit, call, cfg)
         store_lse(lse_ptr, lse, rows, span, batch, unit, call, cfg)
     elif count > 0:
@@ -243,6 +248,7 @@ def end_unit(
                     TILE_ROWS if cfg.wide else (half + 1) * cfg.columns,
                     half * cfg.out_width if cfg.wide else 0,
                     v_scale,
+                    tensors[5][2],
                     call,
                     cfg,
                 )
