@@ -335,7 +335,8 @@ def plan_kernel(
         )
         length = blocks + cost_of(blocks, cfg)
         shortest = gl.minimum(shortest, gl.min(gl.where(inside, length, MOST_PLACES), 0))
-        nearest_end = gl.minimum(nearest_end, gl.min(gl.where(inside, end, MOST_PLACES), 0))
+        if cfg.has_left:
+            nearest_end = gl.minimum(nearest_end, gl.min(gl.where(inside, end, MOST_PLACES), 0))
         longest = gl.maximum(longest, gl.max(gl.where(inside, length, 0), 0))
         places = gl.where(inside, length * units, 0)
         ends = gl.associative_scan(places, 0, _add)
