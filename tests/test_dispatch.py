@@ -387,6 +387,59 @@ def test_explain_tells_what_choose_does(kind: str, name: str) -> None:
         assert sum(line.startswith("->") for line in lines) == (chosen is not None)
 
 
+def _decides(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+    return score if h > 0 else -score
+
+
+def _sums(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+    return score + score.sum(-1, keepdim=True)
+
+
+def _special(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+    return torch.special.erfinv(torch.tanh(score))
+
+
+def _doubled(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+    return 2 * score
+
+
+def _one_side(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+    return kv_idx <= q_idx and q_idx >= 0
+
+
+@pytest.mark.parametrize(
+    "mods",
+    [{"score_mod": mod} for mod in (_decides, _sums, _special, _doubled)]
+    + [{"mask_mod": _one_side}],
+    ids=lambda mods: next(iter(mods.values())).__name__,
+)
+@pytest.mark.parametrize("backend", [None, "cpu", "portable"])
+def test_explain_knows_the_mods_that_a_call_refuses(
+    mods: dict[str, Any], backend: str | None, own_kernels: None
+) -> None:
+    x = torch.randn(1, 2, 2, 8, dtype=torch.bfloat16)
+    explanation = headway.explain(headway.flash_attn_func, x, x, x, backend=backend, **mods)
+    rows = {row.provider: row.reasons for row in explanation.rows}
+    kernels = [rows["cpu"], rows["portable"]]
+    assert rows["reference"] == ()  # it may be named
+    if mods.get("score_mod") is _doubled:
+        assert kernels == [(), ()]
+        assert explanation.chosen is not None
+        headway.flash_attn_func(x, x, x, backend=backend, **mods)
+        return
+    assert all("cannot be part of a kernel" in said for (said,) in kernels)
+    assert explanation.chosen is None
+    with pytest.raises(UnsupportedError, match="cannot be part of a kernel") as caught:
+        headway.flash_attn_func(x, x, x, backend=backend, **mods)
+    assert "reference" in caught.value.alternatives
+
+
+def test_explain_refuses_a_mod_that_returns_nothing_as_the_call_does() -> None:
+    x = torch.randn(1, 2, 2, 8)
+    with pytest.raises(InvalidInputError, match="score_mod: got a callable that returns"):
+        headway.explain(headway.flash_attn_func, x, x, x, score_mod=lambda *_: None)
+
+
 def test_explain_says_what_was_pinned_and_by_what(monkeypatch: pytest.MonkeyPatch) -> None:
     assert dispatch.explain(problem(backend="cpu")).why == "pinned by backend=cpu"
     monkeypatch.setenv("HEADWAY_BACKEND", "fa3")

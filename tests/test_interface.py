@@ -169,14 +169,14 @@ def test_import_is_cheap_and_lazy() -> None:
         "heavy = [m for m in ('triton', 'transformers', 'fastapi', 'uvicorn', 'numba') "
         "if m in sys.modules]; print(seconds, heavy)"
     )
-    best = min(
-        subprocess.run(
+    for _ in range(3):  # as quick as that once, whatever else the machine does
+        run = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        ).stdout
-        for _ in range(3)
-    )
-    seconds, heavy = best.split(maxsplit=1)
-    assert heavy.strip() == "[]"
+        )
+        seconds, heavy = run.stdout.split(maxsplit=1)
+        assert heavy.strip() == "[]"
+        if float(seconds) < 0.3:
+            break
     assert float(seconds) < 0.3
 
 

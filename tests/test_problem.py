@@ -58,6 +58,18 @@ WRONG: list[tuple[str, dict[str, Any], str, str]] = [
     ("dense", {"q": normal(2, 3, 4, 16)}, "q", "head_dim"),
     ("dense", {"q": normal(3, 3, 4, 8)}, "k", "batch size"),
     ("dense", {"v": normal(2, 6, 2, 8)}, "v", "shape of k"),
+    (
+        "dense",
+        {"sinks": torch.tensor([0.0, 1.0, float("inf"), 2.0])},
+        "sinks",
+        "finite numbers, or -inf",
+    ),
+    (
+        "paged",
+        {"sinks": torch.tensor([0.0, float("nan"), 1.0, 2.0])},
+        "sinks",
+        "finite numbers, or -inf",
+    ),
     ("dense", {"v": normal(2, 5, 2, 8, dtype=torch.float16)}, "v", "dtype of k"),
     ("dense", {"q": normal(2, 3, 4, 8, dtype=torch.bfloat16)}, "q", "dtype of k"),
     ("dense", {"q": torch.ones(2, 3, 4, 8, dtype=torch.int32)}, "q", "floating-point"),
@@ -221,6 +233,16 @@ def test_a_wrong_argument_is_named(
 @pytest.mark.parametrize("call", CALLS)
 def test_the_unchanged_calls_run(call: str) -> None:
     assert torch.isfinite(CALLS[call]()).all()
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_sink_of_minus_infinity_is_none(backend: str) -> None:
+    tensors = {name: normal(2, 3, heads, 8) for name, heads in (("q", 4), ("k", 2), ("v", 2))}
+    sinks = torch.full((4,), -torch.inf)
+    out, lse = dense(**tensors, backend=backend, sinks=sinks, return_lse=True)
+    plain_out, plain_lse = dense(**tensors, backend=backend, return_lse=True)
+    torch.testing.assert_close(out, plain_out)
+    torch.testing.assert_close(lse, plain_lse)
 
 
 def test_tables_that_just_suffice_are_taken() -> None:

@@ -93,7 +93,8 @@ def flash_attn_func(
         qv: (B, Sq, Hq, Dv); adds qv·vᵀ to the scores (absorbed MLA). With ``only_qv``, replaces q·kᵀ.
         softmax_scale: default 1/√D, with ``qv`` 1/√(D + Dv), with ``only_qv`` 1/√Dv.
         q_descale, k_descale, v_descale: float32 (B, Hkv), only beside float8 tensors.
-        sinks (or ``learnable_sink``): (Hq,); adds exp(sink) to each row's denominator and to its LSE.
+        sinks (or ``learnable_sink``): (Hq,), finite, or -inf for a head without one; adds exp(sink) to each
+            row's denominator and to its LSE.
         score_mod: ``f(score, b, h, q_idx, kv_idx[, aux])`` on scaled, soft-capped scores.
         mask_mod: ``f(b, h, q_idx, kv_idx[, aux])``; true keeps. Joins causal and window by "and".
             In both, q_idx and kv_idx are absolute positions (the last query sits at Sk - 1) and ``aux``

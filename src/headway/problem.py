@@ -661,6 +661,10 @@ def _check_values(p: Problem, names: Names) -> None:
     if longest > p.max_seqlen_q:
         raise InvalidInputError("max_seqlen_q", p.max_seqlen_q, f"at least {longest}")
     _check_key_values(p, names)
+    sinks = p.scores.sinks
+    if sinks is not None and not bool(sinks.max() < math.inf):
+        wanted = "finite numbers, or -inf for a head without one"
+        raise InvalidInputError("sinks", sinks.tolist(), wanted)
     if p.append is not None and p.append.rotary is not None:
         _check_rotary_positions(p, p.append.rotary)
 

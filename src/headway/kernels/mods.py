@@ -31,14 +31,21 @@ import torch
 from torch import Tensor
 
 from headway.kernels import tracing
-from headway.kernels.tracing import BOOL, FLOAT32, HEAD, SCORE, Node, Operand, Trace
+from headway.kernels.tracing import (
+    BOOL,
+    FLOAT32,
+    HEAD,
+    MASK_INPUTS,
+    SCORE,
+    SCORE_INPUTS,
+    Node,
+    Operand,
+    Trace,
+)
 
 Language: TypeAlias = Literal["triton", "gluon"]
 #: (tensor, sizes, strides) of each tensor that a function looks into
 Arguments: TypeAlias = "tuple[tuple[Tensor, tuple[int, ...], tuple[int, ...]], ...]"
-
-_SCORE_INPUTS = ("score", "b", "h", "q_idx", "kv_idx")
-_MASK_INPUTS = _SCORE_INPUTS[1:]
 
 
 @dataclass(frozen=True)
@@ -115,7 +122,7 @@ def trace_score_mod(
         InvalidInputError: it uses a tensor on another device, an index that is out of bounds, or
             returns something that is no score.
     """
-    return _trace("score_mod", score_mod, _SCORE_INPUTS, tuple(aux_tensors), device)
+    return _trace("score_mod", score_mod, SCORE_INPUTS, tuple(aux_tensors), device)
 
 
 def trace_mask_mod(
@@ -124,7 +131,7 @@ def trace_mask_mod(
     device: torch.device | None = None,
 ) -> TracedMod:
     """:func:`trace_score_mod` for ``mask_mod(b, h, q_idx, kv_idx[, aux])``; non-zero means visible."""
-    return _trace("mask_mod", mask_mod, _MASK_INPUTS, tuple(aux_tensors), device)
+    return _trace("mask_mod", mask_mod, MASK_INPUTS, tuple(aux_tensors), device)
 
 
 def _trace(

@@ -55,6 +55,10 @@ _CASTS: dict[torch.dtype, tuple[str, str | None]] = {
     torch.bfloat16: (FLOAT32, "bfloat16"),
 }
 
+#: What the callables are called with, before ``aux``.
+SCORE_INPUTS = ("score", "b", "h", "q_idx", "kv_idx")
+MASK_INPUTS = SCORE_INPUTS[1:]
+
 Number: TypeAlias = "bool | int | float"
 Operand: TypeAlias = "Node | Number"
 
@@ -177,6 +181,24 @@ class Trace:
         raise UnsupportedError(
             f"{self.argument}: {what} cannot be part of a kernel; use {instead}.{_user_line()}"
         )
+
+
+def check_mods(
+    score_mod: Callable[..., Any] | None,
+    mask_mod: Callable[..., Any] | None,
+    aux_tensors: Sequence[Tensor],
+    device: torch.device,
+) -> None:
+    """Raise what keeps the callables of a call (None: there is none) out of a kernel.
+
+    Raises:
+        UnsupportedError: a callable does what no kernel can.
+        InvalidInputError: it uses a tensor on another device, or returns what is no score.
+    """
+    if score_mod is not None:
+        Trace("score_mod", aux_tensors, device).run(score_mod, SCORE_INPUTS)
+    if mask_mod is not None:
+        Trace("mask_mod", aux_tensors, device).run(mask_mod, MASK_INPUTS)
 
 
 def is_wide(tensor: Tensor) -> bool:

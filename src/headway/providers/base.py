@@ -18,6 +18,8 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from headway.errors import UnsupportedError
+from headway.kernels.tracing import check_mods
 from headway.plan import Plan, PlanKey
 from headway.problem import FLOAT8_DTYPES, Append, Descales, KVLayout, Problem
 
@@ -241,6 +243,8 @@ class Capabilities:
     sink_dtypes: frozenset[torch.dtype] | None = None  # None: any
     rotary_dim_multiple_of: int = 2
     rotary_in_dtype_of_q: bool = False
+    #: score_mod and mask_mod become part of a kernel; without, they may be any callables
+    traces_mods: bool = True
     #: strides and addresses of k and v must be multiples of this
     kv_alignment_bytes: int = 1
     #: rows behind a sequence's last key are multiplied by zero: they must be finite numbers
@@ -276,7 +280,16 @@ def reasons_against(capabilities: Capabilities, problem: Problem) -> list[str]:
             reasons.append(f"{feature.value}: {why}" if why else feature.value)
     dims = problem.head_dim, problem.head_dim_v
     found = (e.reason_against(present, dims) for e in capabilities.exclusions)
-    return reasons + [reason for reason in found if reason is not None]
+    reasons += [reason for reason in found if reason is not None]
+    return reasons or (_mod_reasons(problem) if capabilities.traces_mods else [])
+
+
+def _mod_reasons(p: Problem) -> list[str]:
+    try:
+        check_mods(p.scores.score_mod, p.mask.mask_mod, p.aux_tensors, p.device)
+    except UnsupportedError as error:
+        return [str(error)]
+    return []
 
 
 def _dtype_reasons(can: Capabilities, p: Problem) -> list[str]:

@@ -25,6 +25,7 @@ class ReferenceProvider(Provider):
             dtypes=frozenset(itertools.product(dtypes, dtypes)),
             features=ALL_FEATURES,
             head_dims=HeadDims(maximum=1 << 20, multiple_of=1),
+            traces_mods=False,
         )
 
     def run(self, problem: Problem) -> tuple[Tensor, Tensor | None]:

@@ -6,19 +6,13 @@ for one block of rows only, over the keys that block can see at all.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from headway import reference
-from headway.kernels.tracing import Trace
+from headway.kernels.tracing import check_mods
 from headway.problem import Mask, Problem
 from headway.reference import Sequence1
-
-#: What both mods are called with, behind the score.
-INDICES = ("b", "h", "q_idx", "kv_idx")
 
 #: Scores held at once, in elements: 64 MiB of float32.
 SCORES_BUDGET = 1 << 24
@@ -31,7 +25,10 @@ def attention(problem: Problem, q: Tensor) -> tuple[Tensor, Tensor | None]:
         ``out`` and the LSE (None unless asked for), as :func:`headway.reference.attention` does, but
         computed in float32 (float64 for float64 inputs).
     """
-    _check_mods(problem)
+    # What cannot be part of a kernel is refused here too: scores come in blocks, never as whole rows, and
+    # a mod that sums over them would give another result for every size of the blocks.
+    mods = problem.scores.score_mod, problem.mask.mask_mod
+    check_mods(*mods, problem.aux_tensors, problem.device)
     dtype = torch.float64 if problem.q.dtype is torch.float64 else torch.float32
     out = problem.empty_out()
     lse = problem.empty_lse() if problem.return_lse else None
@@ -48,20 +45,6 @@ def attention(problem: Problem, q: Tensor) -> tuple[Tensor, Tensor | None]:
                 if lse is not None:
                     lse[sequence.index, :, rows] = row_lse
     return out, lse
-
-
-def _check_mods(problem: Problem) -> None:
-    """What cannot be part of a kernel is refused here too: scores come in blocks, never as whole rows.
-
-    A mod that sums over them would give another result for every size of the blocks.
-    """
-    mods: list[tuple[str, Callable[..., Any] | None, tuple[str, ...]]] = [
-        ("score_mod", problem.scores.score_mod, ("score", *INDICES)),
-        ("mask_mod", problem.mask.mask_mod, INDICES),
-    ]
-    for name, mod, inputs in mods:
-        if mod is not None:
-            Trace(name, problem.aux_tensors, problem.device).run(mod, inputs)
 
 
 def _row_blocks(problem: Problem, s: Sequence1) -> list[slice]:
