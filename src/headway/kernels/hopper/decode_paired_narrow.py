@@ -116,8 +116,8 @@ def _add_scores(scores, turn: gl.constexpr, step, buffers, cfg: gl.constexpr):
     LATENTS: gl.constexpr = cfg.v_width // KEY_COLUMNS
     stage = step % cfg.stages
     zero = opaque(0, step)
+    column: gl.constexpr = (turn if turn < LATENTS else turn - LATENTS) * KEY_COLUMNS
     if turn < LATENTS:
-        column: gl.constexpr = turn * KEY_COLUMNS
         if column % cfg.v_box_width == 0:
             full = buffers.full.index(stage * cfg.v_pieces + column // cfg.v_box_width)
             mbarrier.wait(full, (step // cfg.stages) & 1)
@@ -126,7 +126,6 @@ def _add_scores(scores, turn: gl.constexpr, step, buffers, cfg: gl.constexpr):
         )
         queries = buffers.latent.index(zero)
     else:
-        column: gl.constexpr = (turn - LATENTS) * KEY_COLUMNS
         tile = buffers.k.index(stage)._reinterpret(
             gl.int16, [cfg.block_n, cfg.k_width // 2], cfg.k_pairs
         )
