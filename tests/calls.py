@@ -145,6 +145,20 @@ def assert_caches_equal(got: Tensor, want: Tensor, call: Call) -> None:
     torch.testing.assert_close(a, b, atol=step, rtol=2 * step, equal_nan=True)
 
 
+#: Caps below the scores of :func:`capped`, about them, and so far above that they change nothing.
+CAPS = (1.0, 50.0, 1e4, 1e6, 1e30)
+
+
+def capped(softcap: float) -> Call:
+    """A small call whose scores are some tens."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        name: 4 * torch.randn(1, n, 2, 64, generator=generator)
+        for name, n in (("q", 5), ("k", 40), ("v", 40))
+    }
+    return Call("dense", {n: x.half() for n, x in tensors.items()} | {"softcap": softcap})
+
+
 # --- generation -----------------------------------------------------------------------------------------
 
 

@@ -509,8 +509,8 @@ def _check_scores(p: Problem) -> None:
     s = p.scores
     if not math.isfinite(s.softmax_scale):
         raise InvalidInputError("softmax_scale", s.softmax_scale, "a finite number")
-    if not (math.isfinite(s.softcap) and s.softcap >= 0):
-        raise InvalidInputError("softcap", s.softcap, "0 (off) or a positive number")
+    if not 0 <= s.softcap <= torch.finfo(torch.float32).max:
+        raise InvalidInputError("softcap", s.softcap, "0 (off) or a positive float32 number")
     if s.score_mod is not None and not callable(s.score_mod):
         raise InvalidInputError("score_mod", type(s.score_mod).__name__, "a callable or None")
     if s.sinks is not None:

@@ -39,6 +39,11 @@ def test_features_in_pairs(share: int) -> None:
         check(call)
 
 
+@pytest.mark.parametrize("softcap", calls.CAPS)
+def test_a_cap_of_any_size(softcap: float) -> None:
+    check(calls.capped(softcap))
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_any_call_matches_the_reference(seed: int) -> None:
     """Features drawn together, in shares that can run side by side."""

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 
 from headway import UnsupportedError
 from headway.providers import cpu
-from tests.calls import Call, assert_matches, calls
+from tests.calls import CAPS, Call, assert_matches, calls, capped
 from tests.providers import feature_calls
 
 
@@ -52,3 +52,9 @@ def test_a_mod_that_no_kernel_could_have_is_refused_here_too() -> None:
     call.kwargs |= {"score_mod": lambda score, *rest: score - score.sum()}
     with pytest.raises(UnsupportedError, match="a mod sees single scores"):
         call.run("cpu")
+
+
+@pytest.mark.parametrize("softcap", CAPS)
+def test_a_cap_of_any_size(softcap: float) -> None:
+    call = capped(softcap)
+    assert_matches(call.run("cpu"), call.run("reference"), call)

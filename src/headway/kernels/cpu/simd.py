@@ -454,16 +454,26 @@ def row_softcap(typingctx, row, count, cap):  # type: ignore[no-untyped-def]
         caps = _broadcast(builder, cap)
         with cgutils.for_range_slice(builder, _INT64(0), count, _INT64(LANES)) as (at, _):
             x = _load_floats(builder, row, at)
-            negative = builder.fcmp_ordered("<", x, _constant(0.0))
-            size = builder.select(negative, builder.fneg(x), x)
-            power = _exp2(builder, builder.fmul(size, _constant(-2.8853900817779268)))
-            one = _constant(1.0)
-            tanh = builder.fdiv(builder.fsub(one, power), builder.fadd(one, power))
-            signed = builder.select(negative, builder.fneg(tanh), tanh)
-            _store_floats(builder, row, at, builder.fmul(signed, caps))
+            _store_floats(builder, row, at, builder.fmul(_tanh(builder, x), caps))
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.float32), codegen
+
+
+def _tanh(builder: Any, x: Any) -> Any:
+    """tanh by one exponential, and by a polynomial where that loses a small argument's last digits."""
+    negative = builder.fcmp_ordered("<", x, _constant(0.0))
+    size = builder.select(negative, builder.fneg(x), x)
+    power = _exp2(builder, builder.fmul(size, _constant(-2.8853900817779268)))
+    one = _constant(1.0)
+    large = builder.fdiv(builder.fsub(one, power), builder.fadd(one, power))
+    square = builder.fmul(x, x)
+    small = _constant(-17 / 315)
+    for factor in (2 / 15, -1 / 3, 1.0):
+        small = _multiply_add(builder, small, square, _constant(factor))
+    is_small = builder.fcmp_ordered("<", square, _constant(0.0625))
+    signed = builder.select(negative, builder.fneg(large), large)
+    return builder.select(is_small, builder.fmul(small, x), signed)
 
 
 def _make_load(numba_type: Any, element: Any) -> Any:
