@@ -119,7 +119,6 @@ def float8_latent(
         (16, 1, 64),
         (4, 4, None),
         (16, 2, 16),
-        (20, 1, 8),
         (64, 1, None),
         (71, 3, 64),
         (128, 2, 1),
@@ -129,10 +128,9 @@ def test_float8_latents(heads: int, sq: int, page_size: int | None, whole: bool)
     must_run(float8_latent(heads, sq, page_size, whole))
 
 
-@pytest.mark.parametrize(("heads", "sq"), [(16, 1), (128, 2)])
-def test_functions_over_float8_latents(heads: int, sq: int) -> None:
-    aux = aux_of(heads, sq)
-    must_run(float8_latent(heads, sq, 64, True, mask_mod=tree, score_mod=bias, aux_tensors=aux))
+def test_functions_over_float8_latents() -> None:
+    aux = aux_of(16, 1)
+    must_run(float8_latent(16, 1, 64, True, mask_mod=tree, score_mod=bias, aux_tensors=aux))
 
 
 @pytest.mark.parametrize("heads", [8, 64])

@@ -42,9 +42,9 @@ from headway.kernels.hopper.decode_consumer import Call, consume
 from headway.kernels.hopper.decode_load import allocate, produce_boxes, produce_gathered
 from headway.kernels.hopper.decode_merge import Parts
 from headway.kernels.hopper.decode_paired import allocate_paired, consume_paired, produce_paired
-from headway.kernels.hopper.decode_paired_narrow import consume_paired_narrow
 from headway.kernels.hopper.decode_plan import DecodePlan, empty_plan
 from headway.kernels.hopper.decode_wide import consume_wide, score_wide
+from headway.kernels.hopper.decode_widen import produce_widened
 from headway.kernels.hopper.direct import Boxes, DirectLaunch, misaligned
 from headway.kernels.mods import kind_of
 from headway.problem import Append
@@ -198,7 +198,7 @@ def decode_kernel(
             cfg.worker_warps,
             cfg.worker_registers,
         )
-    elif cfg.wide and not cfg.narrow:
+    elif cfg.wide:
         gl.warp_specialize(
             [
                 (_score_wide, (given, score_mod, mask_mod, cfg)),
@@ -265,10 +265,7 @@ def _consume(
 ):
     """A consumer's partition."""
     tensors, buffers, parts, call, aux, new = given
-    if cfg.paired_narrow:
-        consume_paired_narrow(tensors, buffers, parts, call, score_mod, mask_mod, aux, half, cfg)
-    else:
-        consume(tensors, buffers, parts, call, score_mod, mask_mod, aux, new, half, cfg)
+    consume(tensors, buffers, parts, call, score_mod, mask_mod, aux, new, half, cfg)
 
 
 @gluon.jit
@@ -298,7 +295,9 @@ def _consume_paired(
 @gluon.jit
 def _produce(boxes, rows, work, PRODUCER: gl.constexpr, cfg: gl.constexpr):
     """A producer's partition."""
-    if cfg.gathered:
+    if cfg.widened:
+        produce_widened(boxes, rows, work, cfg)
+    elif cfg.gathered:
         k_ptr, v_ptr, k_strides, v_strides = rows
         produce_gathered(k_ptr, v_ptr, k_strides, v_strides, work, cfg)
     else:

@@ -25,9 +25,6 @@ PAIRED_PIECES = 4
 PAIRED_ROWS = 64
 #: Column pieces in which float8 latents are widened in registers, two of them at work at a time.
 WIDEN_PIECES = 4
-#: The same beyond WIDE_ROWS: columns of keys, and keys of 64 columns of values.
-KEY_COLUMNS = 64
-VALUE_KEYS = 32
 
 
 @dataclass(frozen=True)
@@ -142,11 +139,12 @@ class DecodeConfig:
     gathered: bool = field(init=False)  # rows come one by one instead of in boxes
     by_pointer: bool = field(init=False)  # addresses of rows are needed
     narrow: bool = field(init=False)  # float8 keys and values, widened between stages and products
+    widened: bool = field(init=False)  # float8 latents, widened on their way to stages
     dtype: Any = field(init=False)  # of everything that is multiplied
+    stage_dtype: Any = field(init=False)  # of keys and values in stages
     scaled: bool = field(init=False)  # queries are brought into float16's range
     consumers: int = field(init=False)  # warpgroups that share the rows of a tile
     twin: bool = field(init=False)  # consumers take turns at blocks, of the same rows
-    paired_narrow: bool = field(init=False)  # consumers take turns at scores of float8 latents
     wide: bool = field(init=False)  # consumers share the columns of values instead of the rows
     columns: int = field(init=False)  # a consumer's packed rows, as columns of scores and output
     out_width: int = field(init=False)  # a consumer's columns of values
@@ -212,11 +210,8 @@ class DecodeConfig:
     latent_smem: Any = field(init=False)
     latent_rows: Any = field(init=False)
     latent_pair_layout: Any = field(init=False)
-    key_pairs: Any = field(init=False)
-    value_pairs: Any = field(init=False)
-    row_sums: Any = field(init=False)
-    flag: Any = field(init=False)
-    by_warp: Any = field(init=False)
+    latent_fours: Any = field(init=False)
+    rope_fours: Any = field(init=False)
     k_rows: Any = field(init=False)
     v_rows: Any = field(init=False)
     new_k_rows: Any = field(init=False)
@@ -231,24 +226,24 @@ class DecodeConfig:
         rows = box_rows(self.page_size, stage_keys)
         itemsize = self.kv_dtype.primitive_bitwidth // 8
         wide = self.latent and self.rows > WIDE_ROWS
-        narrow = itemsize == 1
-        paired_narrow = wide and narrow
+        widened = wide and itemsize == 1
+        narrow = itemsize == 1 and not wide
         dtype = gl.float16 if itemsize == 1 else self.kv_dtype
+        stage_dtype = dtype if widened else self.kv_dtype
         consumers, columns = (2, TILE_ROWS) if wide else consumers_of(self.rows)
-        if paired_narrow and self.rows <= CONSUMER_ROWS:
-            columns = CONSUMER_ROWS
         out_width = v_width // 2 if wide else v_width
         v_pieces = LATENT_PIECES if self.latent else 1
         if tile.paired:
             v_pieces = PAIRED_PIECES
         by_rows = self.page_size % 8 != 0 or (tile.gather and self.page_size > 0)
         set_("gathered", by_rows)
-        set_("by_pointer", by_rows or self.append is not None)
+        set_("by_pointer", by_rows or widened or self.append is not None)
         set_("narrow", narrow)
-        set_("paired_narrow", paired_narrow)
+        set_("widened", widened)
         set_("dtype", dtype)
-        set_("scaled", narrow and self.q_dtype == gl.bfloat16)
-        twin = self.latent and narrow and not wide
+        set_("stage_dtype", stage_dtype)
+        set_("scaled", (narrow or widened) and self.q_dtype == gl.bfloat16)
+        twin = self.latent and narrow
         if twin:
             consumers = 2
         set_("twin", twin)
@@ -276,20 +271,18 @@ class DecodeConfig:
         many_boxes = not self.gathered and not self.latent and tile.block_n // rows >= PRODUCERS
         producers = PRODUCERS if many_boxes else 1
         set_("producers", producers)
-        set_("full_count", 128 if self.gathered else producers)
+        set_("full_count", 128 if self.gathered and not widened else producers)
         # A page number per box, of this block and of the next; a gathering producer holds many addresses.
         registers = 80 if self.gathered else 32 if tile.block_n // rows <= 2 else 64
         producer_warps = 4 if self.gathered else 1
         if tile.paired:
             set_("worker_warps", (4, 1))
             set_("worker_registers", (232, 40))
-        elif paired_narrow:
-            set_("worker_warps", (4, producer_warps))
-            set_("worker_registers", (240, 24))
         elif wide:
             set_("maxnreg", 128)
-            set_("worker_warps", (4, 4, producer_warps))
-            set_("worker_registers", (160, 160, 80) if self.gathered else (168, 168, 40))
+            set_("worker_warps", (4, 4, 4 if widened else producer_warps))
+            many = self.gathered or widened
+            set_("worker_registers", (160, 160, 80) if many else (168, 168, 40))
         elif consumers == 2:
             producer_registers = 80 if self.gathered else 40
             set_("worker_warps", (4, *[producer_warps] * producers))
@@ -302,10 +295,10 @@ class DecodeConfig:
         smem = gl.NVMMASharedLayout.get_default_for
         set_("q_smem", smem([columns, k_width], dtype))
         set_("p_smem", smem([columns, stage_keys], dtype))
-        set_("k_stage", smem([stage_keys, k_width], self.kv_dtype))
-        set_("v_stage", smem([stage_keys, v_width], self.kv_dtype))
-        set_("k_smem", smem([1, 1, stage_keys, k_width], self.kv_dtype))
-        set_("v_smem", smem([1, 1, stage_keys, v_width], self.kv_dtype))
+        set_("k_stage", smem([stage_keys, k_width], stage_dtype))
+        set_("v_stage", smem([stage_keys, v_width], stage_dtype))
+        set_("k_smem", smem([1, 1, stage_keys, k_width], stage_dtype))
+        set_("v_smem", smem([1, 1, stage_keys, v_width], stage_dtype))
         set_("k_boxes", smem([1, 1, stage_keys, k_width], self.kv_dtype))
         set_("v_boxes", smem([1, 1, stage_keys, v_width], self.kv_dtype))
         set_("k_narrow", smem([stage_keys, k_width], self.kv_dtype))
@@ -337,15 +330,10 @@ class DecodeConfig:
         set_("latent_smem", smem([columns, v_width], dtype))
         set_("latent_rows", _rows_layout(v_width // v_pieces, 2))
         set_("latent_pair_layout", _k_pair_layout(tile.block_n, v_width // widen_pieces // 2))
-        set_("key_pairs", _k_pair_layout(tile.block_n, KEY_COLUMNS // 2))
-        set_("value_pairs", _v_pair_layout(VALUE_KEYS, 32))
-        set_("row_sums", gl.BlockedLayout([4, 1], [1, 32], [1, 4], [0, 1]))
-        set_("flag", gl.BlockedLayout([1], [32], [4], [0]))
-        set_("by_warp", gl.BlockedLayout([4], [32], [4], [0]))
+        set_("latent_fours", _fours_layout(tile.block_n, v_width // 4 // 4))
+        set_("rope_fours", _fours_layout(tile.block_n, k_width // 4))
         set_("k_rows", _rows_layout(k_width, itemsize))
-        # Where registers are few, a thread has the few rows that it has of keys.
-        row_width = k_width if paired_narrow else v_width // v_pieces
-        set_("v_rows", _rows_layout(row_width, itemsize))
+        set_("v_rows", _rows_layout(v_width // v_pieces, itemsize))
         append = self.append or AppendForm(0)
         set_("new_tokens", append.tokens)
         set_("rotates", append.rotary_half > 0)
@@ -412,6 +400,20 @@ def _v_pair_layout(keys: int, pairs: int) -> Any:
         warp_bases=[[0, 8], [0, 16]],
         block_bases=[],
         shape=[keys, pairs],
+    )
+
+
+def _fours_layout(keys: int, fours: int) -> Any:
+    """Four float8 columns in a number, four numbers at once, of 128-byte rows and, widened, for such rows.
+    Rows 5 apart share a quarter of a warp: swizzled, they have no bank in common in either."""
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2]]
+        + [[0, n] for n in _bits(16, fours)]
+        + [[n, 0] for n in _bits(32, keys)],
+        lane_bases=[[0, 4], [0, 8], [5, 0], [2, 0], [4, 0]],
+        warp_bases=[[8, 0], [16, 0]],
+        block_bases=[],
+        shape=[keys, fours],
     )
 
 
@@ -483,12 +485,11 @@ def _stages(block_n: int, width: int, v_width: int, itemsize: int, rows: int, wo
     """Stages of keys and values that a worker has room for beside queries and probabilities."""
     consumers, columns = consumers_of(rows)
     if v_width == 512 and rows > WIDE_ROWS:
-        consumers = 1
-        columns = CONSUMER_ROWS if itemsize == 1 and rows <= CONSUMER_ROWS else TILE_ROWS
+        consumers, columns = 1, TILE_ROWS
+        itemsize = 2  # narrower ones are widened on their way
     q_width = width + (v_width if v_width == 512 else 0)
     room = SHARED_BYTES // workers - 1024 - OTHER_SHARED_BYTES
-    if v_width == 512 and itemsize == 1 and rows <= WIDE_ROWS:
-        # Two sets of queries, and where one hands its output over.
+    if v_width == 512 and itemsize == 1:  # two sets of queries, and where one hands its output over
         consumers = 2
         room -= columns * v_width * 4
     room -= consumers * columns * (q_width + block_n) * 2

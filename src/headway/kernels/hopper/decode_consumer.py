@@ -192,7 +192,7 @@ def _fetch_latent(qv_ptr, span, batch, head, first_row, piece, call, cfg: gl.con
 
 
 @gluon.jit
-def as_multiplied(queries, factor, WIDTH: gl.constexpr, cfg: gl.constexpr):
+def _as_multiplied(queries, factor, WIDTH: gl.constexpr, cfg: gl.constexpr):
     """Queries (columns, WIDTH) times ``factor`` where they are scaled, in the dtype and order of keys."""
     if cfg.scaled:
         queries = queries.to(gl.float32) * factor
@@ -203,7 +203,7 @@ def as_multiplied(queries, factor, WIDTH: gl.constexpr, cfg: gl.constexpr):
 
 
 @gluon.jit
-def largest_magnitude(queries):
+def _largest(queries):
     """The largest magnitude of a tile."""
     wide = queries.to(gl.float32)
     return gl.max(gl.max(gl.maximum(wide, -wide), 1), 0)
@@ -222,21 +222,21 @@ def load_queries(
         largest = 0.0
         for piece in gl.static_range(gl.constexpr(cfg.pieces)):
             queries = fetch_piece(q_ptr, span, batch, head, first_row, piece, call, cfg, turn)
-            largest = gl.maximum(largest, largest_magnitude(queries))
+            largest = gl.maximum(largest, _largest(queries))
         if cfg.latent:
             for piece in gl.static_range(gl.constexpr(cfg.v_pieces)):
                 queries = _fetch_latent(qv_ptr, span, batch, head, first_row, piece, call, cfg)
-                largest = gl.maximum(largest, largest_magnitude(queries))
+                largest = gl.maximum(largest, _largest(queries))
         # A power of two: float16 then holds all eight bits of a bfloat16 down to 2^-29 of the largest.
         factor = gl.where(largest > 0.0, gl.exp2(14.0 - gl.floor(gl.log2(largest))), 1.0)
     for piece in gl.static_range(gl.constexpr(cfg.pieces)):
         queries = fetch_piece(q_ptr, span, batch, head, first_row, piece, call, cfg, turn)
-        queries = as_multiplied(queries, factor, gl.constexpr(cfg.k_width), cfg)
+        queries = _as_multiplied(queries, factor, gl.constexpr(cfg.k_width), cfg)
         buffers.q.index(half * cfg.pieces + piece).store(queries)
     if cfg.latent:
         for piece in gl.static_range(gl.constexpr(cfg.v_pieces)):
             queries = _fetch_latent(qv_ptr, span, batch, head, first_row, piece, call, cfg)
-            queries = as_multiplied(queries, factor, gl.constexpr(cfg.v_box_width), cfg)
+            queries = _as_multiplied(queries, factor, gl.constexpr(cfg.v_box_width), cfg)
             tile = buffers.latent.index(half)
             tile.slice(piece * cfg.v_box_width, cfg.v_box_width, dim=1).store(queries)
     fence_async_shared()
@@ -319,18 +319,18 @@ def load_row_scales(descales, batch, unit, rows, cfg: gl.constexpr):
 
 
 #: Two pairs of float8 numbers, neighbours in a thread, as float16: the first pair, the second pair.
-WIDEN: gl.constexpr = gl.constexpr(
+_WIDEN: gl.constexpr = gl.constexpr(
     "{ .reg .b16 a, b; mov.b32 {a, b}, $2; cvt.rn.f16x2.e4m3x2 $0, a; cvt.rn.f16x2.e4m3x2 $1, b; }"
 )
 #: The same, transposed: the first of each pair, the second of each.
-WIDEN_ACROSS: gl.constexpr = gl.constexpr(
+_WIDEN_ACROSS: gl.constexpr = gl.constexpr(
     "{ .reg .b32 x; .reg .b16 a, b; prmt.b32 x, $2, 0, 0x3120; mov.b32 {a, b}, x; "
     "cvt.rn.f16x2.e4m3x2 $0, a; cvt.rn.f16x2.e4m3x2 $1, b; }"
 )
 
 
 @gluon.jit
-def widen(pairs, ASM: gl.constexpr):
+def _widen(pairs, ASM: gl.constexpr):
     """Pairs of float8 numbers, (m, n) int16, as (m, n, 2) float16."""
     first, second = gl.inline_asm_elementwise(
         ASM, "=r,=r,r", [pairs], dtype=(gl.float16, gl.float16), is_pure=True, pack=2
@@ -345,7 +345,7 @@ def _keys(stage, piece, buffers, cfg: gl.constexpr):
     tile = k_tile(buffers, stage, piece, cfg)
     if cfg.narrow:
         pairs = tile._reinterpret(gl.int16, [cfg.block_n, cfg.k_width // 2], cfg.k_pairs)
-        keys = widen(pairs.load(cfg.k_pair_layout), WIDEN)
+        keys = _widen(pairs.load(cfg.k_pair_layout), _WIDEN)
         keys = keys.reshape([cfg.block_n, cfg.k_width // 16, 8, 2]).permute((0, 1, 3, 2))
         keys = keys.reshape([cfg.block_n, cfg.k_width])
         return gl.convert_layout(keys, cfg.operand, assert_trivial=True)
@@ -357,7 +357,7 @@ def _keys(stage, piece, buffers, cfg: gl.constexpr):
 def _values(stage, start, buffers, span, cfg: gl.constexpr):
     """A stage's values, transposed, as wgmma's first operand; rows that may hold anything are zeros.
 
-    Widened ones have rows of each 16 in another order; see :func:`packed_rows`.
+    Widened ones have rows of each 16 in another order; see :func:`_packed_rows`.
     """
     tile = v_tile(buffers, stage, cfg)
     # A gathering producer has cleared them.
@@ -389,7 +389,7 @@ def _widened_values(stage, piece: gl.constexpr, start, cut, buffers, span, cfg: 
         rows = gl.arange(0, cfg.block_n, layout=gl.SliceLayout(1, layout)) + start
         inside = gl.expand_dims((rows >= span.lo) & (rows < span.hi), 1)
         pairs = gl.where(inside, pairs, gl.zeros_like(pairs))
-    values = widen(pairs, WIDEN_ACROSS)
+    values = _widen(pairs, _WIDEN_ACROSS)
     values = values.reshape([cfg.block_n, cfg.widen_width // 16, 8, 2]).permute((1, 3, 2, 0))
     values = values.reshape([cfg.widen_width, cfg.block_n])
     return gl.convert_layout(values, cfg.operand, assert_trivial=True)
@@ -402,7 +402,7 @@ def _widened_latents(stage, piece: gl.constexpr, step, buffers, cfg: gl.constexp
     if piece % WAITS == 0:
         wait_full(stage, piece // WAITS, step, buffers, cfg)
     pairs = _latent_pairs(stage, piece, buffers, gl.constexpr(cfg.latent_pair_layout), cfg)
-    keys = widen(pairs, WIDEN)
+    keys = _widen(pairs, _WIDEN)
     keys = keys.reshape([cfg.block_n, cfg.widen_width // 16, 8, 2]).permute((0, 1, 3, 2))
     keys = keys.reshape([cfg.block_n, cfg.widen_width])
     return gl.convert_layout(keys, cfg.operand, assert_trivial=True)
@@ -460,17 +460,17 @@ def _add_piece(acc, values, p, cfg: gl.constexpr):
 
 
 @gluon.jit
-def packed_rows(acc, cfg: gl.constexpr):
-    """An accumulator, (out_width, columns), as (columns, out_width), columns in their own order."""
+def _packed_rows(acc, cfg: gl.constexpr):
+    """An accumulator, (v_width, columns), as (columns, v_width), columns of values in their own order."""
     if cfg.narrow:
-        acc = acc.reshape([cfg.out_width // 16, 2, 8, cfg.columns])
-        return acc.permute((3, 0, 2, 1)).reshape([cfg.columns, cfg.out_width])
+        acc = acc.reshape([cfg.v_width // 16, 2, 8, cfg.columns])
+        return acc.permute((3, 0, 2, 1)).reshape([cfg.columns, cfg.v_width])
     else:
         return acc.permute((1, 0))
 
 
 @gluon.jit
-def mask_columns(scores, lo, hi, start, cfg: gl.constexpr):
+def _mask(scores, lo, hi, start, cfg: gl.constexpr):
     """``scores``, with -inf where the key is outside the row's [lo, hi)."""
     keys = gl.arange(0, cfg.block_n, layout=gl.SliceLayout(1, cfg.product)) + start
     keys = gl.expand_dims(keys, 1)
@@ -489,7 +489,7 @@ def _partial_sums(probabilities, cfg: gl.constexpr):
 
 
 @gluon.jit
-def column_max(scores, cfg: gl.constexpr):
+def _column_max(scores, cfg: gl.constexpr):
     """Largest score of every packed row. Warps hand theirs to one another once, through one barrier: a
     reduction over the keys at once would take two."""
     by_warp = scores.reshape([cfg.block_n // 64, 4, 2, 8, cfg.columns])
@@ -504,7 +504,7 @@ def _softmax_block(scores, row_max, row_sum, scale_log2, cfg: gl.constexpr):
 
     ``row_max`` is in units of log2 and may lag the true one by LAG; -inf: the row has seen nothing.
     """
-    block_max = gl.maximum(row_max, column_max(scores, cfg) * scale_log2)
+    block_max = gl.maximum(row_max, _column_max(scores, cfg) * scale_log2)
     row_max_new = gl.where(block_max - row_max > LAG, block_max, row_max)
     shift = gl.where(row_max_new == float("-inf"), 0.0, row_max_new)
     factor = gl.exp2(row_max - shift)
@@ -519,7 +519,7 @@ def _softmax_block(scores, row_max, row_sum, scale_log2, cfg: gl.constexpr):
 def wait_full(stage, piece, step, buffers, cfg: gl.constexpr):
     """Wait for a piece of a stage; the first comes with the keys."""
     mbarrier.wait(buffers.full.index(stage * cfg.v_pieces + piece), (step // cfg.stages) & 1)
-    if cfg.gathered:
+    if cfg.gathered and not cfg.widened:
         fence_async_shared()
 
 
@@ -538,7 +538,7 @@ def latent_piece(stage, piece, step, buffers, cfg: gl.constexpr):
 
 
 @gluon.jit
-def modify_columns(
+def _modify(
     scores,
     start,
     batch,
@@ -633,11 +633,11 @@ def _attend_block(
         scores *= scale
         scale_log2 = LOG2E
     if score_mod is not None or mask_mod is not None:
-        scores = modify_columns(
+        scores = _modify(
             scores, start, batch, heads, positions, span, score_mod, mask_mod, aux, cfg
         )
     if (start < span.full_lo) | (start + cfg.block_n > span.full_hi):
-        scores = mask_columns(scores, lo, hi, start, cfg)
+        scores = _mask(scores, lo, hi, start, cfg)
     p, row_max, row_sum, factor = _softmax_block(scores, row_max, row_sum, scale_log2, cfg)
     acc *= gl.expand_dims(factor, 0)
     p_smem = buffers.p.index(half)
@@ -766,7 +766,7 @@ def consume(
             _hand_twin(acc, row_max, row_sum, turn, buffers)
         turn += 1
         if not cfg.twin or half == 0:
-            out = packed_rows(acc, cfg)
+            out = _packed_rows(acc, cfg)
             columns = gl.arange(0, cfg.v_width, layout=gl.SliceLayout(0, out.type.layout))
             end_unit(
                 tensors,

@@ -32,19 +32,16 @@ class Buffers:
     full: gl.shared_memory_descriptor  # (stages * v_pieces, 1)
     empty: gl.shared_memory_descriptor  # (stages, 1)
     row_numbers: gl.shared_memory_descriptor  # (2, 64) float32, of a block
-    handed: gl.shared_memory_descriptor  # (1,), pairs (3, 1): probabilities, row numbers are there
+    handed: gl.shared_memory_descriptor  # (1,): probabilities and row numbers are there
     taken: gl.shared_memory_descriptor  # (1,): they may be overwritten
     written: gl.shared_memory_descriptor  # (1,): new rows of a unit are in the cache
-    added: gl.shared_memory_descriptor  # (2, 1): a warpgroup multiplied its own probabilities
-    raised: gl.shared_memory_descriptor  # (1,) int32: whether a maximum rose in a block
-    met: gl.shared_memory_descriptor  # (1,): both warpgroups came by
+    loaded: gl.shared_memory_descriptor  # (2, 1): halves of what is to be widened are there
     exchange: gl.shared_memory_descriptor  # (v_width, columns) float32, a twin's output
 
     @gluon.constexpr_function
     def __init__(
-        self, q, latent, p, k, v, full, empty, row_numbers, handed, taken, added, raised, met,
-        exchange, written
-    ):  # fmt: skip
+        self, q, latent, p, k, v, full, empty, row_numbers, handed, taken, loaded, exchange, written
+    ):
         self.q = q
         self.latent = latent
         self.p = p
@@ -56,9 +53,7 @@ class Buffers:
         self.handed = handed
         self.taken = taken
         self.written = written
-        self.added = added
-        self.raised = raised
-        self.met = met
+        self.loaded = loaded
         self.exchange = exchange
 
 
@@ -75,9 +70,9 @@ def allocate(cfg: gl.constexpr):
     p_shape: gl.constexpr = [row_sets, cfg.columns, cfg.block_n]
     p = gl.allocate_shared_memory(cfg.dtype, p_shape, cfg.p_smem)
     k_shape: gl.constexpr = [cfg.stages * cfg.pieces, 1, 1, cfg.block_n, cfg.k_width]
-    k = gl.allocate_shared_memory(cfg.kv_dtype, k_shape, cfg.k_smem)
+    k = gl.allocate_shared_memory(cfg.stage_dtype, k_shape, cfg.k_smem)
     v_shape: gl.constexpr = [cfg.stages, 1, 1, cfg.block_n, cfg.v_width]
-    v = gl.allocate_shared_memory(cfg.kv_dtype, v_shape, cfg.v_smem)
+    v = gl.allocate_shared_memory(cfg.stage_dtype, v_shape, cfg.v_smem)
     fulls: gl.constexpr = cfg.stages * cfg.v_pieces
     full = gl.allocate_shared_memory(gl.int64, [fulls, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [cfg.stages, 1], mbarrier.MBarrierLayout())
@@ -88,30 +83,22 @@ def allocate(cfg: gl.constexpr):
     row_numbers = full
     handed = full
     taken = full
-    added = full
-    raised = full
-    met = full
+    loaded = full
     exchange = full
     if cfg.twin:
         shape: gl.constexpr = [cfg.v_width, cfg.columns]
         exchange = gl.allocate_shared_memory(gl.float32, shape, cfg.exchange)
-    if (cfg.wide and not cfg.narrow) or cfg.twin:
+    if cfg.wide or cfg.twin:
         row_numbers = gl.allocate_shared_memory(gl.float32, [2, cfg.columns], cfg.row_numbers)
         barriers = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
         handed = barriers.index(0)
         taken = barriers.index(1)
         mbarrier.init(handed, count=1)
         mbarrier.init(taken, count=1 if cfg.twin else 2)
-    if cfg.paired_narrow:
-        row_numbers = gl.allocate_shared_memory(gl.float32, [2, cfg.columns], cfg.row_numbers)
-        raised = gl.allocate_shared_memory(gl.int32, [1], cfg.row_numbers)
-        handed = gl.allocate_shared_memory(gl.int64, [3, 1], mbarrier.MBarrierLayout())
-        added = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-        met = handed.index(2)
-        for half in gl.static_range(2):
-            mbarrier.init(handed.index(half), count=1)
-            mbarrier.init(added.index(half), count=1)
-        mbarrier.init(met, count=2)
+    if cfg.widened:
+        loaded = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        mbarrier.init(loaded.index(0), count=1)
+        mbarrier.init(loaded.index(1), count=1)
     written = full
     if cfg.new_tokens > 0:
         barrier = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
@@ -119,23 +106,22 @@ def allocate(cfg: gl.constexpr):
         mbarrier.init(written, count=1)
     fence_async_shared()
     return Buffers(
-        q, latent, p, k, v, full, empty, row_numbers, handed, taken, added, raised, met, exchange,
-        written,
-    )  # fmt: skip
+        q, latent, p, k, v, full, empty, row_numbers, handed, taken, loaded, exchange, written
+    )
 
 
 @gluon.jit
 def k_tile(buffers, stage, piece, cfg: gl.constexpr):
     """One stage's (block_n, k_width) piece of keys."""
     tile = buffers.k.index(stage * cfg.pieces + piece)
-    return tile._reinterpret(cfg.kv_dtype, [cfg.block_n, cfg.k_width], cfg.k_stage)
+    return tile._reinterpret(cfg.stage_dtype, [cfg.block_n, cfg.k_width], cfg.k_stage)
 
 
 @gluon.jit
 def v_tile(buffers, stage, cfg: gl.constexpr):
     """One stage's (block_n, v_width) values."""
     return buffers.v.index(stage)._reinterpret(
-        cfg.kv_dtype, [cfg.block_n, cfg.v_width], cfg.v_stage
+        cfg.stage_dtype, [cfg.block_n, cfg.v_width], cfg.v_stage
     )
 
 

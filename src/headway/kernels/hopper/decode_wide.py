@@ -20,6 +20,7 @@ from headway.kernels.hopper.decode_consumer import (
     clear_outside,
     latent_piece,
     load_queries,
+    load_scales,
     opaque,
 )
 from headway.kernels.hopper.decode_load import k_tile, next_unit, v_tile
@@ -33,6 +34,7 @@ from headway.kernels.hopper.decode_plan import (
     load_span,
     take_of,
 )
+from headway.kernels.hopper.decode_rows import load_descale
 from headway.kernels.hopper.masks import mask_scores, row_limits
 from headway.kernels.hopper.softmax import (
     LOG2E,
@@ -76,8 +78,8 @@ def _modify(
 
 
 @gluon.jit
-def _scores(step, buffers, cfg: gl.constexpr):
-    """Scores of a block, by pieces of latents as they come."""
+def _scores(step, buffers, part_scales, cfg: gl.constexpr):
+    """Scores of a block, by pieces of latents as they come; ``part_scales``: of keys, of latents."""
     stage = step % cfg.stages
     scores = gl.full([cfg.columns, cfg.block_n], 0.0, gl.float32, cfg.wide_scores)
     zero = opaque(0, step)
@@ -86,8 +88,15 @@ def _scores(step, buffers, cfg: gl.constexpr):
         q = buffers.latent.index(zero).slice(piece * cfg.v_box_width, cfg.v_box_width, dim=1)
         scores = warpgroup_mma(q, keys, scores, use_acc=piece > 0, is_async=True)
     rope = k_tile(buffers, stage, 0, cfg).permute((1, 0))
-    scores = warpgroup_mma(buffers.q.index(zero), rope, scores, is_async=True)
-    return warpgroup_mma_wait(0, deps=(scores,))
+    if cfg.parted:
+        of_keys, of_latents = part_scales
+        latent_scores = warpgroup_mma_wait(0, deps=(scores,)) * of_latents
+        none = gl.full([cfg.columns, cfg.block_n], 0.0, gl.float32, cfg.wide_scores)
+        scores = warpgroup_mma(buffers.q.index(zero), rope, none, is_async=True)
+        return warpgroup_mma_wait(0, deps=(scores,)) * of_keys + latent_scores
+    else:
+        scores = warpgroup_mma(buffers.q.index(zero), rope, scores, is_async=True)
+        return warpgroup_mma_wait(0, deps=(scores,))
 
 
 @gluon.jit
@@ -111,7 +120,7 @@ def _hand_block(
 ):
     """Hand over one block's probabilities, and what was accumulated before is to be multiplied by."""
     lo, hi, heads, positions = block_rows
-    if not cfg.gathered:
+    if not (cfg.gathered or cfg.widened):
         if (start < span.lo) | (start + cfg.block_n > span.hi):
             values = v_tile(buffers, step % cfg.stages, cfg)
             clear_outside(values, start, span.lo, span.hi, cfg)
@@ -181,7 +190,7 @@ def score_wide(
     cfg: gl.constexpr,
 ):
     """One warpgroup: scores and probabilities, unit after unit."""
-    q_ptr, qv_ptr, _out, _lse, _sinks, _descales, spans, works, _share = tensors
+    q_ptr, qv_ptr, _out, _lse, _sinks, descales, spans, works, _share = tensors
     tile = gl.program_id(0) % cfg.m_tiles
     record = works + gl.program_id(0) // cfg.m_tiles * WIDTH
     span = load_span(record)
@@ -201,6 +210,8 @@ def score_wide(
         scale = call.scale * load_queries(
             q_ptr, qv_ptr, buffers, span, batch, unit, tile * TILE_ROWS, 0, call, cfg
         )
+        of_scores, of_keys, of_latents, _ = load_scales(descales, batch, unit, cfg)
+        scale *= of_scores
         heads = unit * cfg.group + rows % cfg.group
         positions = span.position + rows // cfg.group
         lo, hi = row_limits(positions, span.keys, call, cfg)
@@ -208,7 +219,7 @@ def score_wide(
         hi += span.pad
         block_rows = lo, hi, heads, positions
         for _ in range(count):
-            scores = _scores(step, buffers, cfg)
+            scores = _scores(step, buffers, (of_keys, of_latents), cfg)
             row_max, row_sum = _hand_block(
                 scores, row_max, row_sum, block_rows, scale, start, step, turn, buffers, span,
                 batch, call, score_mod, mask_mod, aux, cfg,
@@ -227,7 +238,8 @@ def score_wide(
 @gluon.jit
 def consume_wide(tensors, buffers, parts, call, half: gl.constexpr, cfg: gl.constexpr):
     """One warpgroup: half of the columns of the output, unit after unit."""
-    spans, works, share_ptr = tensors[6:]
+    descales, spans, works, share_ptr = tensors[5:]
+    _q_descale, _k_descale, v_descale = descales
     columns = gl.arange(0, cfg.out_width, layout=gl.SliceLayout(0, cfg.wide_output))
     columns += half * cfg.out_width
     worker = gl.program_id(0) // cfg.m_tiles
@@ -260,7 +272,7 @@ def consume_wide(tensors, buffers, parts, call, half: gl.constexpr, cfg: gl.cons
             row_sum,
             rows,
             columns,
-            1.0,
+            load_descale(v_descale, batch, unit),
             span,
             batch,
             unit,
