@@ -116,11 +116,7 @@ def launched(config: EngineConfig, target: str) -> dict[str, str]:
     replace(EngineConfig, "resolved", lambda self, kind: resolved(self, "cuda"))
     replace(llm, "CudaRecorder", lambda device: record)
     # As large as servers have it: AMD's compiler looks at that.
-    replace(
-        llm,
-        "KVCache",
-        lambda shapes, pages, *rest, **layout: KVCache(shapes, rehearsal.PAGES, *rest, **layout),
-    )
+    replace(llm, "KVCache", lambda shapes, pages, *rest: KVCache(shapes, rehearsal.PAGES, *rest))
     replace(
         Download, "wait", lambda self: [torch.ones(t.shape, dtype=t.dtype) for t in self._tensors]
     )

@@ -6,7 +6,6 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ import transformers
 
 from headway.engine import loader, sampler
 from headway.engine.config import EngineConfig
-from headway.engine.kv_cache import KVCache
 from headway.engine.llm import LLM
 from headway.engine.request import FinishReason, RequestOutput, SamplingParams
 from headway.errors import InvalidInputError, UnsupportedError
@@ -212,22 +210,6 @@ def test_cache_size_in_bytes(llama: TinyModel) -> None:
 
 
 # --- failures stay with their request ----------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["llama", "deepseek_v3"])
-def test_a_cache_that_is_laid_out_by_heads(
-    name: str, tiny: Callable[[str], TinyModel], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def by_heads(*given: Any, heads_first: bool) -> KVCache:
-        assert not heads_first  # as a CPU wants it
-        return KVCache(*given, heads_first=True)
-
-    monkeypatch.setattr("headway.engine.llm.KVCache", by_heads)
-    llm, prompts = engine(tiny(name), chunked_prefill_size=16), [[1, 2, 3], [9] * 40]
-    for keys, _ in llm._kv.layers:
-        assert keys.transpose(1, 2).is_contiguous()  # one head's too, as it was
-    answers = [list(one.token_ids) for one in llm.generate(prompts, GREEDY)]
-    assert answers == [tiny(name).greedy(prompt, 8) for prompt in prompts]
 
 
 def test_a_failing_sampler_ends_one_request(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

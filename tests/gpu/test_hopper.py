@@ -256,32 +256,6 @@ def test_a_captured_prefill_replays_with_other_lengths() -> None:
         torch.testing.assert_close(out[: ends[-1]], want[: ends[-1]], atol=2e-2, rtol=2e-2)
 
 
-@pytest.mark.parametrize("sq", [1, 300])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
-@pytest.mark.parametrize("backend", ["hopper", "portable"])
-def test_pages_may_be_laid_out_by_heads(backend: str, dtype: torch.dtype, sq: int) -> None:
-    """As the engine's are on a GPU: the same bits as from pages laid out by tokens."""
-    if backend == "hopper" and sq > 1 and dtype is not torch.bfloat16:
-        pytest.skip("Hopper's prefill takes 16-bit keys")
-    d, generator = 128, torch.Generator().manual_seed(sq)
-    keys, values = (
-        torch.randn(3 * 40, 16, 4, d, generator=generator).to(DEVICE, dtype) for _ in "kv"
-    )
-    q = torch.randn(3, sq, 8, d, generator=generator).bfloat16().to(DEVICE)
-    table = torch.randperm(120, generator=generator).to(DEVICE, torch.int32).view(3, 40)
-    lengths = torch.tensor([301, 640, 417], dtype=torch.int32, device=DEVICE)
-    by_heads = tuple(t.transpose(1, 2).contiguous().transpose(1, 2) for t in (keys, values))
-    assert by_heads[0].stride(1) == d
-    found = [
-        headway.flash_attn_with_kvcache(
-            q, *kv, cache_seqlens=lengths, page_table=table, causal=True, backend=backend
-        )
-        for kv in ((keys, values), by_heads)
-    ]
-    assert torch.equal(found[0], found[1])
-    assert not found[0].isnan().any()
-
-
 def test_the_same_call_gives_the_same_bits() -> None:
     for call in (long_decode((1500, 7, 0, 640), 16), long_decode((1500, 7, 0, 640), 16, 40)):
         first, second = call.run("hopper", DEVICE), call.run("hopper", DEVICE)

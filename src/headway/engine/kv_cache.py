@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from headway.engine.config import EngineConfig
 from headway.errors import HeadwayError, InvalidInputError
 
 
@@ -42,10 +41,6 @@ class KVCache:
     """The tensors: per layer k (num_pages, page_size, Hkv, D) and v (num_pages, page_size, Hkv, Dv).
 
     Pages start with undefined content: on a CPU, memory is taken only as pages are written.
-
-    Args:
-        heads_first: lay a page's rows of one head side by side. Kernels that read a sequence head by head
-            then read whole kilobytes; a token's own rows lie apart.
     """
 
     def __init__(
@@ -55,17 +50,12 @@ class KVCache:
         page_size: int,
         dtype: torch.dtype,
         device: torch.device,
-        *,
-        heads_first: bool = False,
     ) -> None:
         self.num_pages = num_pages
         self.page_size = page_size
 
         def pages(heads: int, dim: int) -> Tensor:
-            turned = heads_first and heads > 1
-            sizes = (heads, page_size) if turned else (page_size, heads)
-            held = torch.empty(num_pages, *sizes, dim, dtype=dtype, device=device)
-            return held.transpose(1, 2) if turned else held
+            return torch.empty(num_pages, page_size, heads, dim, dtype=dtype, device=device)
 
         def pair(shape: KVShape) -> tuple[Tensor, Tensor]:
             keys = pages(shape.num_kv_heads, shape.head_dim)
@@ -74,12 +64,6 @@ class KVCache:
             return keys, pages(shape.num_kv_heads, shape.head_dim_v)
 
         self.layers: tuple[tuple[Tensor, Tensor], ...] = tuple(pair(shape) for shape in shapes)
-
-
-def reads_by_head(config: EngineConfig) -> bool:
-    """Whether what attends on a GPU reads a sequence head by head, and takes pages whatever their strides:
-    Headway's own kernels. Other packages are given the layout that they know best."""
-    return config.attention_backend in ("auto", "hopper", "portable")
 
 
 def bytes_per_token(shapes: Sequence[KVShape], dtype: torch.dtype) -> int:

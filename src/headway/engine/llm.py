@@ -163,12 +163,7 @@ class LLM:
         num_pages, self.max_model_len = self._cache_size(probe.shapes(), loaded.max_model_len)
         # One page more than are given out: what rows of padding write goes there.
         self._kv = KVCache(
-            probe.shapes(),
-            num_pages + 1,
-            config.page_size,
-            self.kv_dtype,
-            self.device,
-            heads_first=self.device.type != "cpu" and kv_cache.reads_by_head(config),
+            probe.shapes(), num_pages + 1, config.page_size, self.kv_dtype, self.device
         )
         self._prefix_cache = PrefixCache(
             PagePool(num_pages), enabled=not config.disable_prefix_cache

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from headway.engine.attention import PagedAttention
 from headway.engine.config import EngineConfig
 from headway.engine.graphs import DecodeGraphs, batch_sizes
-from headway.engine.kv_cache import KVCache, KVShape, pages_for, reads_by_head
+from headway.engine.kv_cache import KVCache, KVShape, pages_for
 from headway.engine.llm import backend_for
 from headway.engine.runner import ModelRunner
 from headway.engine.scheduler import Chunk
@@ -243,9 +243,7 @@ class _Stage:
         is_latent = isinstance(layer, MLALayer)
         shape = KVShape(layer.num_kv_heads, layer.head_dim, layer.head_dim_v, is_latent)
         dtype = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8_e4m3" else rehearsal.dtype
-        self.cache = KVCache(
-            [shape], PAGES, config.page_size, dtype, META, heads_first=reads_by_head(config)
-        )
+        self.cache = KVCache([shape], PAGES, config.page_size, dtype, META)
         self._model = _Layer(rehearsal)
         backend = backend_for([layer], config)
         self._runner = ModelRunner(
