@@ -61,9 +61,10 @@ def _attention(reading: Reading, rate: str, form: str, only: Sequence[str] = ())
     }
     for row in rows:
         row["share"] = first.get(row["case"])
-    columns = [Column(name, name, form) for name in names]
-    share = Column("share", f"{names[0]}, of the best peer", ".2f")
-    table = markdown(rows, [Column("case", "case"), *columns, share])
+    columns = [Column("case", "case"), *(Column(name, name, form) for name in names)]
+    if not any(first.values()):
+        return markdown(rows, columns)
+    table = markdown(rows, [*columns, Column("share", f"{names[0]}, of the best peer", ".2f")])
     return table if only else f"{table}\n\n{summary(reading.results, names[0])}."
 
 
@@ -159,6 +160,15 @@ TABLES: dict[str, tuple[str, Callable[[Reading], str]]] = {
     ),
     "decode": ("h200/hopper-decode.json", lambda r: _attention(r, "tbps", ".2f")),
     "decode-float8": ("h200/hopper-decode-float8.json", lambda r: _attention(r, "tbps", ".2f")),
+    "decode-fa3": ("h200/hopper-decode-fa3.json", lambda r: _attention(r, "tbps", ".2f")),
+    "decode-float8-portable": (
+        "h200/hopper-decode-float8-portable.json",
+        lambda r: _attention(r, "tbps", ".2f"),
+    ),
+    "prefill-portable": (
+        "h200/portable-prefill.json",
+        lambda r: _attention(r, "tflops", ".0f"),
+    ),
     "pages": ("h200/hopper-pages.json", _by_page_size),
     "overhead": ("h200/hopper-overhead.json", _overhead),
     "first-call": ("h200/first-call.json", _first_call),
