@@ -248,25 +248,22 @@ def test_equal_lengths_are_cut_evenly(batch_size: int, heads: int, keys: int, sh
     assert plan.share.item() == share
 
 
+@pytest.mark.parametrize("apart", [0, 13])
 @pytest.mark.parametrize("options", [{}, {"softcap": 5.0}, {"cache_leftpad": True}], ids=str)
-def test_windows_that_begin_within_blocks(options: dict[str, Any]) -> None:
-    """Of 16 blocks or 17: all get 17, and each unit is one worker's. NaN before the windows."""
-    lengths = torch.tensor([1408 - 13 * i for i in range(16)], dtype=torch.int32)
+def test_windows_of_many_sequences(apart: int, options: dict[str, Any]) -> None:
+    """16 blocks each, one worker's whole; or 16 and 17, cut wherever a share ends."""
+    lengths = torch.tensor([1408 - apart * i for i in range(16)], dtype=torch.int32)
     if "cache_leftpad" in options:
         options = {"cache_leftpad": torch.arange(16, dtype=torch.int32)}
-    table = torch.arange(16 * 88, dtype=torch.int32).view(16, 88).flip(1)
     kwargs: dict[str, Any] = {
         "q": normal(16, 1, 32, 128),
         "k_cache": normal(16 * 88, 16, 8, 128, seed=1),
         "v_cache": normal(16 * 88, 16, 8, 128, seed=2),
-        "page_table": table,
+        "page_table": torch.arange(16 * 88, dtype=torch.int32).view(16, 88).flip(1),
         "cache_seqlens": lengths,
         "window_size": (1023, 0),
     }
-    for b, length in enumerate(lengths.tolist()):
-        for name in ("k_cache", "v_cache"):
-            kwargs[name][table[b, : (length - 1024) // 16].long()] = float("nan")
-    must_run(Call("kvcache", kwargs | options, "windows"))
+    must_run(Call("kvcache", kwargs | options, f"windows {apart}"))
 
 
 @pytest.mark.parametrize("page_size", [5, 16, 64])

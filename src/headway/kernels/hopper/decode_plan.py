@@ -220,7 +220,7 @@ def _plan_sequences(
     limits,
     cfg: gl.constexpr,
 ):
-    """Write the records of sequences ``b``; returns their numbers of blocks, and where these end."""
+    """Write the records of sequences ``b``; returns their numbers of blocks."""
     pad = _load_or(leftpad_k, b, inside, 0)
     keys = _load_or(seqlens_k, b, inside, capacity) - pad + new_tokens
     if cu_seqlens_new is not None:
@@ -255,16 +255,7 @@ def _plan_sequences(
     gl.store(record + CACHE_ROW, cache_row, mask=inside)
     gl.store(record + Q_FIRST, q_first, mask=inside)
     gl.store(record + Q_ROWS, q_rows, mask=inside)
-    return blocks, first_block + blocks
-
-
-@gluon.jit
-def _begin_earlier(record, blocks, inside):
-    """Have sequences take ``blocks`` blocks that end where theirs end."""
-    first = gl.load(record + FIRST_BLOCK, mask=inside, other=0)
-    own = gl.load(record + BLOCKS, mask=inside, other=0)
-    gl.store(record + FIRST_BLOCK, first - (blocks - own), mask=inside)
-    gl.store(record + BLOCKS, blocks, mask=inside)
+    return blocks
 
 
 @gluon.jit(
@@ -313,11 +304,10 @@ def plan_kernel(
     total = 0
     shortest = MOST_PLACES
     longest = 0
-    nearest_end = MOST_PLACES
     for base in range(0, batch_size, cfg.at_once):
         b = base + gl.arange(0, cfg.at_once, layout=layout)
         inside = b < batch_size
-        blocks, end = _plan_sequences(
+        blocks = _plan_sequences(
             spans,
             b,
             inside,
@@ -335,8 +325,6 @@ def plan_kernel(
         )
         length = blocks + cost_of(blocks, cfg)
         shortest = gl.minimum(shortest, gl.min(gl.where(inside, length, MOST_PLACES), 0))
-        if cfg.has_left:
-            nearest_end = gl.minimum(nearest_end, gl.min(gl.where(inside, end, MOST_PLACES), 0))
         longest = gl.maximum(longest, gl.max(gl.where(inside, length, 0), 0))
         places = gl.where(inside, length * units, 0)
         ends = gl.associative_scan(places, 0, _add)
@@ -349,22 +337,6 @@ def plan_kernel(
         # A few keys more are read sooner than parts are in another turn.
         few = FEW_KEYS // cfg.block_n
         share = gl.maximum(share, gl.minimum(gl.cdiv(longest, cfg.merge_parts), few))
-    if cfg.has_left:
-        # Windows that begin within a block see one block more than others. Those take one more too, of
-        # which they see nothing: then all are alike.
-        even_total = batch_size * units * longest
-        blocks = gl.where(longest < LONG, longest - cfg.unit_cost, longest)
-        alike = (longest < LONG) | (shortest >= LONG)  # units cost the same besides their blocks
-        alike &= (even_total - total <= total // ROUNDING) & (nearest_end >= blocks)
-        if (longest - shortest == 1) & alike:
-            for base in range(0, batch_size, cfg.at_once):
-                b = base + gl.arange(0, cfg.at_once, layout=layout)
-                _begin_earlier(spans + b * WIDTH, blocks, b < batch_size)
-                gl.store(starts + b, b * units * longest, mask=b < batch_size)
-            cta_barrier()
-            total = even_total
-            shortest = longest
-            share = gl.maximum(gl.cdiv(total, workers), share)
     if shortest == longest:
         share = _even_share(share, longest, batch_size * units, workers, cfg)
     gl.store(share_ptr, share)
