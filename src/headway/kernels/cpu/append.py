@@ -195,7 +195,7 @@ class AppendCall:
     It runs once, or for many layers of a model. The call keeps alive what its arguments point to, and
     serves one thread of the program at a time.
 
-    Arguments are taken as checked: this function looks at no values and raises nothing about them.
+    Arguments are taken as checked: nothing here looks at values or raises anything about them.
 
     Args:
         k_new: (B, Snew, Hkv, D), or (total_new, Hkv, D) with ``cu_seqlens_new``; float32, bfloat16

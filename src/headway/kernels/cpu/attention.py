@@ -1,11 +1,11 @@
 """Flash attention on a CPU: one compiled kernel for prefill, decode and any mix of them.
 
 A call is cut into tiles: some queries of one sequence, with all the query heads that share one
-    key/value head. A tile walks over the keys it can see in blocks of :data:`BLOCK_KEYS` with an
-    online softmax. All blocks of all tiles form one line, which is cut into equal chunks for the
-    threads; a tile that lies across a cut is finished from its partial results. So sixteen short
-    sequences and one long one keep every core equally busy, as split-KV (flash decoding) does, with
-    no more than two partial results per chunk.
+key/value head. A tile walks over the keys it can see in blocks of :data:`BLOCK_KEYS` with an
+online softmax. All blocks of all tiles form one line, which is cut into equal chunks for the
+threads; a tile that lies across a cut is finished from its partial results. So sixteen short
+sequences and one long one keep every core equally busy, as split-KV (flash decoding) does, with
+no more than two partial results per chunk.
 
 Keys and values are read where they lie, through the page table. Invisible keys are not read at all,
 so unused pages and tails of caches may hold anything. Scores, softmax and sums are float32.
@@ -632,7 +632,7 @@ class AttentionCall:
     A run fills ``out`` and ``lse``. The call keeps alive what its arguments point to, and serves one
     thread of the program at a time.
 
-    Arguments are taken as checked: this function looks at no values and raises nothing about them.
+    Arguments are taken as checked: nothing here looks at values or raises anything about them.
 
     Args:
         q: (B, Sq, Hq, D), or (total_q, Hq, D) with ``cu_seqlens_q``; float32, bfloat16, float16 or

@@ -45,9 +45,9 @@ def _callable(function: int) -> Any:
 def run_on_threads(function: int, data: int, num_threads: int) -> None:
     """Call ``function(data)`` once on each of ``num_threads`` threads and wait for all.
 
-    ``function`` is the address of a C function taking one pointer, ``data`` the pointer. The
-    function shares out its
-    work by itself and must be correct on one thread: fewer threads than asked for may run it.
+    ``function`` is the address of a C function taking one pointer, ``data`` the pointer. The function
+    shares out its work by itself and must be correct on one thread: fewer threads than asked for may
+    run it.
     """
     if num_threads == 1:
         _callable(function)(data)

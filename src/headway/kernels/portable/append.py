@@ -13,6 +13,7 @@ from torch import Tensor
 from headway.kernels._triton import cdiv, jit, tl
 from headway.kernels.portable.numeric import cast, to_e4m3_bits, widen
 from headway.kernels.portable.operands import bits, block_width, lengths, strides
+from headway.kernels.portable.rotation import turned, turning_columns
 from headway.kernels.portable.spans import query_span
 from headway.problem import Append, KVLayout, Problem
 
@@ -44,21 +45,12 @@ def rotated_rows(
     if HALF == 0:
         return x
     else:
-        if INTERLEAVED:
-            partner = cols ^ 1
-            angle = cols // 2
-            first = cols % 2 == 0
-        else:
-            partner = tl.where(cols < HALF, cols + HALF, cols - HALF)
-            angle = cols % HALF
-            first = cols < HALF
+        partner, angle, first = turning_columns(HALF, INTERLEAVED, BLOCK_D)
         turns = inside[:, None] & (cols < 2 * HALF)[None, :]
         other = tl.load(ptr + offsets[:, None] + partner[None, :], mask=turns, other=0)
         other = widen(other, tl.float16).to(tl.float32)
         at = positions.to(tl.int64)[:, None]
-        c = tl.load(cos + at * stride_cos + angle[None, :], mask=turns, other=1.0).to(tl.float32)
-        s = tl.load(sin + at * stride_sin + angle[None, :], mask=turns, other=0.0).to(tl.float32)
-        return x * c + tl.where(first, -1.0, 1.0)[None, :] * other * s
+        return turned(x, other, at, angle, first, turns, cos, sin, stride_cos, stride_sin)
 
 
 @jit

@@ -15,6 +15,7 @@ from headway.kernels.portable.append import stored
 from headway.kernels.portable.norm import NormStyle
 from headway.kernels.portable.numeric import cast
 from headway.kernels.portable.operands import bits, block_width, dependent_launch
+from headway.kernels.portable.rotation import turned, turning_columns
 
 #: Tokens per program: few tokens are spread, many are put together.
 FEW, MANY = 4, 16
@@ -113,14 +114,7 @@ def encoded_rows(
         w = tl.load(weight + cols, mask=cols < D, other=0.0).to(tl.float32)
         x = scaled(x, rstd, w, STYLE, dtype)
     if HALF > 0:
-        if INTERLEAVED:
-            partner = cols ^ 1
-            angle = cols // 2
-            first = cols % 2 == 0
-        else:
-            partner = tl.where(cols < HALF, cols + HALF, cols - HALF)
-            angle = cols % HALF
-            first = cols < HALF
+        partner, angle, first = turning_columns(HALF, INTERLEAVED, BLOCK_D)
         turns = inside[:, None] & (cols < 2 * HALF)[None, :]
         other = tl.load(ptr + offsets[:, None] + partner[None, :], mask=turns, other=0.0)
         other = other.to(tl.float32)
@@ -128,9 +122,7 @@ def encoded_rows(
             w = tl.load(weight + partner, mask=cols < 2 * HALF, other=0.0).to(tl.float32)
             other = scaled(other, rstd, w, STYLE, dtype)
         at = tokens[:, None]
-        c = tl.load(cos + at * stride_cos + angle[None, :], mask=turns, other=1.0).to(tl.float32)
-        s = tl.load(sin + at * stride_sin + angle[None, :], mask=turns, other=0.0).to(tl.float32)
-        x = x * c + tl.where(first, -1.0, 1.0)[None, :] * other * s
+        x = turned(x, other, at, angle, first, turns, cos, sin, stride_cos, stride_sin)
     return x
 
 
