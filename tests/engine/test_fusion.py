@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers import Olmo2Config
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RotaryEmbedding
 
 from headway.engine import angles, fused_layer, fusion
 from headway.engine.attention import ROTARY_MARK
@@ -139,6 +141,22 @@ def test_angles_of_any_position_are_in_the_table(llama: TinyModel) -> None:
     assert all(torch.equal(a, b) for a, b in zip(module(x, positions), wanted, strict=True))
     found = module(x.half(), position_ids=positions)  # the table is in the model's dtype
     assert all(torch.equal(a, b) for a, b in zip(found, narrow, strict=True))
+
+
+def test_angles_that_a_model_keeps_in_float32_are_looked_up_too() -> None:
+    """OLMo's, whatever the dtype of its weights."""
+    rope = Olmo2RotaryEmbedding(Olmo2Config(hidden_size=64, num_attention_heads=4))
+    x, positions = torch.zeros(1, 1, 1, dtype=torch.bfloat16), torch.tensor([[0, 511, 3]])
+    wanted = rope(x, positions)
+    table = angles.table_for(rope, 512, x)
+    assert table is not None
+    rope.inv_freq.zero_()  # what computes angles now computes others
+    found = table(x, positions)
+    assert all(a.dtype == torch.float32 for a in found)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    most = angles.MOST_BYTES // (4 * rope.inv_freq.numel() * 4)
+    assert angles.table_for(rope, most, x) is not None
+    assert angles.table_for(rope, most + 1, x) is None
 
 
 def test_angles_that_depend_on_the_length_are_computed(llama: TinyModel) -> None:

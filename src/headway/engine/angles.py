@@ -26,16 +26,19 @@ class AngleTable:
     """Stands for the ``forward`` of a model's rotary module.
 
     Args:
+        dtype: of the hidden states that the table is for. Angles may have another: some models keep
+            them in float32.
         cos, sin: (1, positions, width) of all positions, as ``forward`` computes them.
     """
 
-    def __init__(self, forward: Forward, cos: Tensor, sin: Tensor) -> None:
+    def __init__(self, forward: Forward, dtype: torch.dtype, cos: Tensor, sin: Tensor) -> None:
         self._forward = forward
+        self._dtype = dtype
         self._table = torch.cat((cos[0], sin[0]), dim=-1)
         self._width = cos.shape[-1]
 
     def __call__(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        if x.dtype != self._table.dtype:
+        if x.dtype != self._dtype:
             return self._forward(x, position_ids)
         rows = self._table[position_ids]
         return rows[..., : self._width], rows[..., self._width :]
@@ -50,10 +53,10 @@ def table_for(module: nn.Module, count: int, like: Tensor) -> AngleTable | None:
     if getattr(module, "rope_type", None) not in STATIC or not isinstance(frequencies, Tensor):
         return None
     count = max(count, AT_LEAST)
-    if count * 4 * frequencies.numel() * like.element_size() > MOST_BYTES:
+    positions, x = torch.arange(count, device=like.device)[None], like.new_empty(1, 1, 1)
+    first = forward(x, positions[:, :1])
+    if not isinstance(first, tuple):  # complex numbers, say
         return None
-    positions = torch.arange(count, device=like.device)[None]
-    found = forward(like.new_empty(1, 1, 1), positions)
-    if not isinstance(found, tuple):  # complex numbers, say
+    if count * sum(t.nbytes for t in first) > MOST_BYTES:
         return None
-    return AngleTable(forward, *found)
+    return AngleTable(forward, like.dtype, *forward(x, positions))
