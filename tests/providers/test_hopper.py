@@ -108,6 +108,19 @@ def _run_as_problem(call: Call) -> Result:
     return Result(out, lse, caches, call.run("reference").used)
 
 
+@pytest.mark.parametrize("call", [dense(), cached()], ids=["prefill", "decode"])
+def test_caps_that_would_lose_scores_digits_are_refused(kernels: None, call: Call) -> None:
+    """Before and after one that is taken: what was chosen for that one does not count."""
+    for softcap in (1e6, 50.0, 1000.0, 1e6, 1e30):
+        call.kwargs["softcap"] = softcap
+        problem = dataclasses.replace(call.copy().problem(), backend="hopper")
+        if softcap <= 1000:
+            assert dispatch.choose(problem) is hopper.PROVIDER
+            continue
+        with pytest.raises(UnsupportedError, match="softcap above 1000"):
+            dispatch.choose(problem)
+
+
 @pytest.mark.parametrize(
     ("tokens", "float8", "d", "fused"),
     [(1, False, 64, True), (16, True, 64, True), (17, False, 64, False), (1, False, 56, False)],

@@ -84,6 +84,10 @@ def features_of(problem: Problem) -> frozenset[Feature]:
     return frozenset(feature for feature, uses in _USES.items() if uses(problem))
 
 
+#: Caps beyond are large: tanh(score / cap) is small and, from one exponential, has lost its last digits.
+LARGE_SOFTCAP = 1000
+
+
 class Trait(enum.Enum):
     """Circumstances of a call that only matter together with others. Values read as reasons do."""
 
@@ -96,6 +100,7 @@ class Trait(enum.Enum):
     WINDOW_ZERO = "a bound of 0 in window_size"
     DESCALES_VARY = "descales that differ between sequences or heads"
     SEPARATE_VALUES = "values apart from the keys"
+    LARGE_SOFTCAP = f"softcap above {LARGE_SOFTCAP}"
 
 
 _TRAITS: dict[Trait, Callable[[Problem], bool]] = {
@@ -112,6 +117,7 @@ _TRAITS: dict[Trait, Callable[[Problem], bool]] = {
     ),
     Trait.DESCALES_VARY: lambda p: descales_vary(p.descales),
     Trait.SEPARATE_VALUES: lambda p: p.k.data_ptr() != p.v.data_ptr(),
+    Trait.LARGE_SOFTCAP: lambda p: p.scores.softcap > LARGE_SOFTCAP,
 }
 
 
@@ -401,6 +407,7 @@ def kind_of(problem: Problem) -> Hashable | None:
         right if right is None or right == 0 else 1,
         mask.attention_chunk > 0,
         scores.softcap > 0,
+        scores.softcap > LARGE_SOFTCAP,
         None if sinks is None else sinks.dtype,
         mods,
         p.cu_seqlens_q is None,

@@ -103,6 +103,7 @@ _PART_OF = {
     Trait.APPEND_QUANTISED: Feature.APPEND,
     Trait.ROTARY_SEQLENS: Feature.ROTARY,
     Trait.DESCALES_VARY: Feature.DESCALE,
+    Trait.LARGE_SOFTCAP: Feature.SOFTCAP,
 }
 
 
