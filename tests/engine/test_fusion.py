@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import Olmo2Config
+from transformers import Olmo2Config, Qwen3_5TextConfig
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RotaryEmbedding
+from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5TextRotaryEmbedding
 
 from headway.engine import angles, fused_layer, fusion
 from headway.engine.attention import ROTARY_MARK
@@ -157,6 +158,18 @@ def test_angles_that_a_model_keeps_in_float32_are_looked_up_too() -> None:
     most = angles.MOST_BYTES // (4 * rope.inv_freq.numel() * 4)
     assert angles.table_for(rope, most, x) is not None
     assert angles.table_for(rope, most + 1, x) is None
+
+
+def test_angles_of_positions_on_several_axes_are_computed() -> None:
+    """Qwen 3.5's: each column takes its angle from the axis of its own."""
+    rope = Qwen3_5TextRotaryEmbedding(Qwen3_5TextConfig(hidden_size=256, num_attention_heads=4))
+    x = torch.zeros(1, 1, 1)
+    positions = torch.tensor([[[0, 7, 3]], [[1, 300, 3]], [[2, 9, 3]]])
+    wanted = rope(x, positions)
+    table = angles.table_for(rope, 512, x)
+    assert table is not None
+    found = table(x, positions)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 def test_angles_that_depend_on_the_length_are_computed(llama: TinyModel) -> None:

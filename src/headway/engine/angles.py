@@ -38,7 +38,7 @@ class AngleTable:
         self._width = cos.shape[-1]
 
     def __call__(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        if x.dtype != self._dtype:
+        if x.dtype != self._dtype or position_ids.dim() != 2:  # of several axes: mixed by the model
             return self._forward(x, position_ids)
         rows = self._table[position_ids]
         return rows[..., : self._width], rows[..., self._width :]
