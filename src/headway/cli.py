@@ -319,9 +319,9 @@ def explain(
     dtype = dtype or "bf16"
     import torch
 
-    from headway.engine.loader import choose_device
+    from headway import devices
 
-    where = choose_device(device)
+    where = devices.choose(device)
     num_q_heads, num_kv_heads = _pair("heads", heads)
     dim, dim_v = _pair("head_dim", head_dim)
     q = torch.empty(

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import torch
 
+from headway.errors import InvalidInputError
+
 Vendor = Literal["nvidia", "amd", "moore-threads", "other"]
 
 
@@ -50,6 +52,29 @@ def _of(device_type: str, index: int) -> Device:
 def _namespace(device_type: str) -> Any:
     """``torch.cuda``, or what torch_musa adds beside it."""
     return getattr(torch, device_type)
+
+
+def choose(name: str) -> torch.device:
+    """The device of a name as torch writes it; ``auto`` is the first GPU, or the CPU where there is none.
+
+    Raises:
+        InvalidInputError: there is no such device, or torch cannot use it.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        wanted = f"auto, cpu or a GPU that is there: torch {torch.__version__} {_gpus()}"
+        raise InvalidInputError("device", name, wanted) from error
+    return device
+
+
+def _gpus() -> str:
+    if not torch.backends.cuda.is_built():
+        return "is built without GPUs"
+    return f"sees {torch.cuda.device_count()}"
 
 
 def use(device: torch.device) -> contextlib.AbstractContextManager[Any]:

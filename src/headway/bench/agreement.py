@@ -22,6 +22,7 @@ import torch
 import typer
 from torch import Tensor
 
+from headway import devices
 from headway.bench import report
 from headway.engine import parallel
 from headway.engine.config import EngineConfig
@@ -394,8 +395,6 @@ def command(
     """Compare the engine's greedy answers with transformers' own."""
     from rich.console import Console
 
-    from headway.engine.loader import choose_device
-
     names = [model_path.stem] if model_path is not None else models.split(",")
     asked = settings.split(",")
     if not set(asked) <= set(SETTINGS):
@@ -403,7 +402,7 @@ def command(
     if model_path is None and not set(names) <= set(MODELS):
         raise InvalidInputError("models", models, ", ".join(MODELS))
 
-    place = parallel.join(tensor_parallel_size, choose_device(device))
+    place = parallel.join(tensor_parallel_size, devices.choose(device))
 
     held = {"dtype": dtype, "max_tokens": max_tokens, "near": NEAR}
     held["tensor_parallel_size"] = tensor_parallel_size

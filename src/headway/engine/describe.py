@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from headway import dispatch
+from headway import devices, dispatch
 from headway.engine import loader
 from headway.engine.attention import LayerProbe, probe_layers
 from headway.engine.config import EngineConfig
@@ -116,7 +116,7 @@ def problem_of(
     On a CPU it appends to the cache, elsewhere the cache has been written before, and so it has for latent
     layers. Where these have several new tokens, it is the call over the new tokens, expanded.
     """
-    device = loader.choose_device(config.device)
+    device = devices.choose(config.device)
     b, new = step.batch_size, step.seqlen_q
     if isinstance(layer, MLALayer) and new > 1:
         return _expanded(config, layer, dtype, step, device)

@@ -23,6 +23,7 @@ from transformers import (
 from transformers.distributed import DistributedConfig
 from transformers.utils import logging as transformers_logging
 
+from headway import devices
 from headway.engine import parallel
 from headway.engine.attention import ATTENTION_NAME
 from headway.engine.config import EngineConfig
@@ -65,7 +66,7 @@ def load(config: EngineConfig, *, progress: bool = False) -> LoadedModel:
         UnsupportedError: a model the engine cannot run.
     """
     source = find(config)
-    device = parallel.join(config.tensor_parallel_size, choose_device(config.device))
+    device = parallel.join(config.tensor_parallel_size, devices.choose(config.device))
     config = dataclasses.replace(config, device=str(device))
     title = f"Loading {Path(config.model).name}"
     with _progress(title, show=progress), _shared_gguf_reader(source):
@@ -105,25 +106,6 @@ def check_shares(model_config: PretrainedConfig, size: int) -> None:
             f"{', '.join(sizes)}: {heads} query heads and {shared} of keys are shared out whole"
         )
         raise InvalidInputError("tensor_parallel_size", size, wanted)
-
-
-def choose_device(name: str) -> torch.device:
-    """``auto`` is the first GPU where there is one, else the CPU."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        wanted = f"auto, cpu or a GPU that is there: torch {torch.__version__} {_gpus()}"
-        raise InvalidInputError("device", name, wanted) from error
-    return device
-
-
-def _gpus() -> str:
-    if not torch.backends.cuda.is_built():
-        return "is built without GPUs"
-    return f"sees {torch.cuda.device_count()}"
 
 
 def find(config: EngineConfig) -> Source:
@@ -195,7 +177,7 @@ def _build_model(
     }
     if config.load_format == "dummy":
         # Drawn where they are wanted, unless someone (a probe without weights) has a place of their own.
-        place = choose_device(config.device) if torch.get_default_device().type == "cpu" else None
+        place = devices.choose(config.device) if torch.get_default_device().type == "cpu" else None
         with torch.random.fork_rng(), place or contextlib.nullcontext():
             torch.manual_seed(config.seed)
             model = AutoModelForCausalLM.from_config(model_config, **arguments)
