@@ -100,6 +100,17 @@ def test_heads_are_shared_out_whole() -> None:
     loader.check_shares(nine, 3)
     with pytest.raises(InvalidInputError, match="1, 3: 9 query heads and 3 of keys"):
         loader.check_shares(nine, 2)
+    gemma = transformers.Gemma4TextConfig(  # fewer in layers that see everything
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        num_global_key_value_heads=2,
+        attention_k_eq_v=True,
+        num_hidden_layers=2,
+        layer_types=["sliding_attention", "full_attention"],
+    )
+    loader.check_shares(gemma, 2)
+    with pytest.raises(InvalidInputError, match="1, 2: 16 query heads and 2 or 8 of keys"):
+        loader.check_shares(gemma, 4)
     latent = transformers.DeepseekV3Config(num_attention_heads=9, num_key_value_heads=9)
     loader.check_shares(latent, 2)  # its attention is not shared out
 

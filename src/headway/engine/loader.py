@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,12 +100,13 @@ def check_shares(model_config: PretrainedConfig, size: int) -> None:
     if size == 1 or not any(name.endswith(".k_proj") for name in plan):
         return
     heads = text_config.num_attention_heads
-    shared = getattr(text_config, "num_key_value_heads", None) or heads
-    if heads % size or shared % size:
-        sizes = [str(n) for n in range(1, shared + 1) if heads % n == 0 and shared % n == 0]
-        wanted = (
-            f"{', '.join(sizes)}: {heads} query heads and {shared} of keys are shared out whole"
-        )
+    layers = getattr(text_config, "per_layer_config", None) or [text_config]
+    shared = sorted({getattr(one, "num_key_value_heads", None) or heads for one in layers})
+    most = math.gcd(heads, *shared)
+    if most % size:
+        sizes = ", ".join(str(n) for n in range(1, most + 1) if most % n == 0)
+        of_keys = " or ".join(map(str, shared))
+        wanted = f"{sizes}: {heads} query heads and {of_keys} of keys are shared out whole"
         raise InvalidInputError("tensor_parallel_size", size, wanted)
 
 
