@@ -144,12 +144,9 @@ class TokenRotary:
     norms: HeadNorms | None = None
 
     def __post_init__(self) -> None:
-        for name in (
-            "cos",
-            "sin",
-        ):  # some models transpose angles, and their cosines stay transposed
+        for name in ("cos", "sin"):
             table: Tensor = getattr(self, name)
-            if table.stride(-1) != 1:
+            if table.stride(-1) != 1:  # some models transpose angles, and their cosines stay so
                 object.__setattr__(self, name, table.contiguous())
 
     def rows(self, rows: slice) -> TokenRotary:

@@ -20,18 +20,13 @@ from headway.kernels.hopper.decode_append import (
 )
 from headway.kernels.hopper.decode_config import TILE_ROWS as _TILE_ROWS
 from headway.kernels.hopper.decode_load import (
+    first_unit,
     k_tile,
     next_unit,
     v_tile,
 )
 from headway.kernels.hopper.decode_merge import end_unit
 from headway.kernels.hopper.decode_plan import (
-    BATCH,
-    LEFT,
-    UNIT,
-    WIDTH,
-    WITHIN,
-    load_span,
     take_of,
 )
 from headway.kernels.hopper.decode_rows import load_descale, own_columns, row_descales
@@ -696,12 +691,7 @@ def consume(
     descales, spans, works, share_ptr = tensors[5:]
     worker = gl.program_id(0) // cfg.m_tiles
     tile = gl.program_id(0) % cfg.m_tiles
-    record = works + worker * WIDTH
-    span = load_span(record)
-    batch = gl.load(record + BATCH)
-    unit = gl.load(record + UNIT)
-    within = gl.load(record + WITHIN)
-    left = gl.load(record + LEFT)
+    unit, batch, span, within, left = first_unit(works, cfg)
     share = gl.load(share_ptr)
     line = worker * share
     step = 0

@@ -126,6 +126,17 @@ def v_tile(buffers, stage, cfg: gl.constexpr):
 
 
 @gluon.jit
+def first_unit(works, cfg: gl.constexpr):
+    """Where this worker begins: the unit, its sequence and its Span, places of the unit that others have
+    before it, and places that it takes in all."""
+    record = works + gl.program_id(0) // cfg.m_tiles * WIDTH
+    span = load_span(record)
+    batch = gl.load(record + BATCH)
+    unit = gl.load(record + UNIT)
+    return unit, batch, span, gl.load(record + WITHIN), gl.load(record + LEFT)
+
+
+@gluon.jit
 def next_unit(unit, batch, span, spans, units, left):
     """The unit after this one, its sequence and its Span; sequences follow one another."""
     unit += 1
@@ -188,12 +199,7 @@ def produce_boxes(k_desc, v_desc, num_pages, work, PRODUCER: gl.constexpr, cfg: 
     k_bytes: gl.constexpr = cfg.k_bytes // SHARERS if KEYS else 0
     v_bytes: gl.constexpr = cfg.v_piece_bytes // SHARERS if VALUES else 0
     buffers, page_table, spans, works, units, stride_table = work
-    record = works + gl.program_id(0) // cfg.m_tiles * WIDTH
-    span = load_span(record)
-    batch = gl.load(record + BATCH)
-    unit = gl.load(record + UNIT)
-    within = gl.load(record + WITHIN)
-    left = gl.load(record + LEFT)
+    unit, batch, span, within, left = first_unit(works, cfg)
     step = 0
     turn = 0
     while left > 0:
@@ -263,12 +269,7 @@ def produce_gathered(k_ptr, v_ptr, k_strides, v_strides, work, cfg: gl.constexpr
     k_page, k_row, k_head = k_strides
     v_page, v_row, v_head = v_strides
     buffers, page_table, spans, works, units, stride_table = work
-    record = works + gl.program_id(0) // cfg.m_tiles * WIDTH
-    span = load_span(record)
-    batch = gl.load(record + BATCH)
-    unit = gl.load(record + UNIT)
-    within = gl.load(record + WITHIN)
-    left = gl.load(record + LEFT)
+    unit, batch, span, within, left = first_unit(works, cfg)
     step = 0
     turn = 0
     while left > 0:

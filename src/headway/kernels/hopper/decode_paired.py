@@ -24,15 +24,9 @@ from headway.kernels.hopper.decode_consumer import (
     fetch_queries,
     opaque,
 )
-from headway.kernels.hopper.decode_load import load_boxes, next_unit, pages_of_block
+from headway.kernels.hopper.decode_load import first_unit, load_boxes, next_unit, pages_of_block
 from headway.kernels.hopper.decode_merge import end_unit
 from headway.kernels.hopper.decode_plan import (
-    BATCH,
-    LEFT,
-    UNIT,
-    WIDTH,
-    WITHIN,
-    load_span,
     take_of,
 )
 from headway.kernels.hopper.masks import mask_scores, row_limits
@@ -62,7 +56,7 @@ class Paired:
     q: gl.shared_memory_descriptor  # (1, 64, v_width), queries of latents
     p: (
         gl.shared_memory_descriptor
-    )  # (2, 64, keys), probabilities; at first, queries of rope in the second
+    )  # (2, 64, keys), probabilities; the second holds rope's queries first
     k: gl.shared_memory_descriptor  # (2, 1, 1, keys, k_width)
     v: gl.shared_memory_descriptor  # (2, 1, 1, keys, v_width)
     full: gl.shared_memory_descriptor  # (2 * FULLS, 1)
@@ -116,12 +110,7 @@ def produce_paired(k_desc, v_desc, num_pages, work, cfg: gl.constexpr):
     BOXES: gl.constexpr = cfg.boxes
     KEYS: gl.constexpr = cfg.stage_keys
     buffers, page_table, spans, works, units, stride_table = work
-    record = works + gl.program_id(0) // cfg.m_tiles * WIDTH
-    span = load_span(record)
-    batch = gl.load(record + BATCH)
-    unit = gl.load(record + UNIT)
-    within = gl.load(record + WITHIN)
-    left = gl.load(record + LEFT)
+    unit, batch, span, within, left = first_unit(works, cfg)
     step = 0
     while left > 0:
         take, first, count = take_of(span, within, left, cfg)
@@ -479,12 +468,7 @@ def consume_paired(
     columns += half * cfg.out_width
     worker = gl.program_id(0) // cfg.m_tiles
     tile = gl.program_id(0) % cfg.m_tiles
-    record = works + worker * WIDTH
-    span = load_span(record)
-    batch = gl.load(record + BATCH)
-    unit = gl.load(record + UNIT)
-    within = gl.load(record + WITHIN)
-    left = gl.load(record + LEFT)
+    unit, batch, span, within, left = first_unit(works, cfg)
     share = gl.load(share_ptr)
     line = worker * share
     step = 0

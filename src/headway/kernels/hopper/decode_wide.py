@@ -23,15 +23,9 @@ from headway.kernels.hopper.decode_consumer import (
     load_scales,
     opaque,
 )
-from headway.kernels.hopper.decode_load import k_tile, next_unit, v_tile
+from headway.kernels.hopper.decode_load import first_unit, k_tile, next_unit, v_tile
 from headway.kernels.hopper.decode_merge import end_unit
 from headway.kernels.hopper.decode_plan import (
-    BATCH,
-    LEFT,
-    UNIT,
-    WIDTH,
-    WITHIN,
-    load_span,
     take_of,
 )
 from headway.kernels.hopper.decode_rows import load_descale
@@ -192,12 +186,7 @@ def score_wide(
     """One warpgroup: scores and probabilities, unit after unit."""
     q_ptr, qv_ptr, _out, _lse, _sinks, descales, spans, works, _share = tensors
     tile = gl.program_id(0) % cfg.m_tiles
-    record = works + gl.program_id(0) // cfg.m_tiles * WIDTH
-    span = load_span(record)
-    batch = gl.load(record + BATCH)
-    unit = gl.load(record + UNIT)
-    within = gl.load(record + WITHIN)
-    left = gl.load(record + LEFT)
+    unit, batch, span, within, left = first_unit(works, cfg)
     step = 0
     turn = 0  # of handing over: one per block, and one per unit
     rows = tile * TILE_ROWS + gl.arange(0, cfg.columns, layout=cfg.wide_row)
@@ -244,12 +233,7 @@ def consume_wide(tensors, buffers, parts, call, half: gl.constexpr, cfg: gl.cons
     columns += half * cfg.out_width
     worker = gl.program_id(0) // cfg.m_tiles
     tile = gl.program_id(0) % cfg.m_tiles
-    record = works + worker * WIDTH
-    span = load_span(record)
-    batch = gl.load(record + BATCH)
-    unit = gl.load(record + UNIT)
-    within = gl.load(record + WITHIN)
-    left = gl.load(record + LEFT)
+    unit, batch, span, within, left = first_unit(works, cfg)
     share = gl.load(share_ptr)
     line = worker * share
     step = 0

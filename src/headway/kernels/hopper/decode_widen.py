@@ -16,6 +16,7 @@ from headway.kernels._triton import (
     mbarrier,
 )
 from headway.kernels.hopper.decode_load import (
+    first_unit,
     gather,
     k_tile,
     load_boxes,
@@ -25,12 +26,6 @@ from headway.kernels.hopper.decode_load import (
     visible,
 )
 from headway.kernels.hopper.decode_plan import (
-    BATCH,
-    LEFT,
-    UNIT,
-    WIDTH,
-    WITHIN,
-    load_span,
     take_of,
 )
 
@@ -214,12 +209,7 @@ def produce_widened(boxes, rows, work, cfg: gl.constexpr):
     num_pages = boxes[2]
     k_ptr, v_ptr, k_strides, v_strides = rows
     buffers, page_table, spans, works, units, stride_table = work
-    record = works + gl.program_id(0) // cfg.m_tiles * WIDTH
-    span = load_span(record)
-    batch = gl.load(record + BATCH)
-    unit = gl.load(record + UNIT)
-    within = gl.load(record + WITHIN)
-    left = gl.load(record + LEFT)
+    unit, batch, span, within, left = first_unit(works, cfg)
     step = 0
     while left > 0:
         take, first, count = take_of(span, within, left, cfg)
