@@ -139,15 +139,14 @@ class Boxes:
 
     def __call__(self, launch: DirectLaunch, address: int) -> TensorMap:
         """The arguments that stand for the descriptor of the tensor that begins here."""
+        if not launch.is_direct:
+            return launch.tensor_map(address, *self._form)
         found = self.maps.get(address)
-        if found is not None:
-            return found
-        made = launch.tensor_map(address, *self._form)
-        if launch.is_direct:
+        if found is None:
             if len(self.maps) >= _MOST_MAPS:
                 self.maps.clear()
-            self.maps[address] = made
-        return made
+            found = self.maps[address] = launch.tensor_map(address, *self._form)
+        return found
 
     def described(self, t: Tensor) -> Any:
         """The descriptor of such a tensor as kernels are compiled for it."""
