@@ -160,11 +160,6 @@ TABLES: dict[str, tuple[str, Callable[[Reading], str]]] = {
     ),
     "decode": ("h200/hopper-decode.json", lambda r: _attention(r, "tbps", ".2f")),
     "decode-float8": ("h200/hopper-decode-float8.json", lambda r: _attention(r, "tbps", ".2f")),
-    "decode-fa3": ("h200/hopper-decode-fa3.json", lambda r: _attention(r, "tbps", ".2f")),
-    "decode-float8-portable": (
-        "h200/hopper-decode-float8-portable.json",
-        lambda r: _attention(r, "tbps", ".2f"),
-    ),
     "prefill-portable": (
         "h200/portable-prefill.json",
         lambda r: _attention(r, "tflops", ".0f"),
