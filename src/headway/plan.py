@@ -11,8 +11,9 @@ import itertools
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -89,6 +90,15 @@ class Schedule:
         return self.num_splits.shape[0]
 
 
+class HostLengths(NamedTuple):
+    """Lengths of a step, where the host knows them: a provider that plans there waits for no device."""
+
+    cu_seqlens_q: np.ndarray  # (B + 1,) int32
+    seqlens_k: (
+        np.ndarray
+    )  # (B,) int32: keys of each sequence, those that the step has written included
+
+
 class Part(Protocol):
     """What a provider keeps in a plan: a schedule of its own, buffers, workspaces."""
 
@@ -97,6 +107,21 @@ class Part(Protocol):
 
 
 P = TypeVar("P", bound=Part)
+S = TypeVar("S")
+
+
+class Scratch:
+    """What plans whose calls run one after another may share: memory that no call leaves anything in."""
+
+    def __init__(self) -> None:
+        self._held: dict[Hashable, Any] = {}
+
+    def held(self, owner: str, key: Hashable, make: Callable[[], S]) -> S:
+        """What belongs to this provider under a key, made when it is first asked for."""
+        found: S | None = self._held.get((owner, key))
+        if found is None:
+            found = self._held.setdefault((owner, key), make())
+        return found
 
 
 @dataclass(frozen=True)
@@ -105,13 +130,24 @@ class Plan:
 
     Providers keep what they compute once per step, and the memory for it, in the plan's parts. One plan
     serves one stream of work: whoever runs two at once (a draft model beside its target, two CUDA graphs)
-    makes a plan for each, and nothing is shared between them.
+    makes a plan for each, and nothing is shared between them but a ``scratch`` that both were given.
+
+    ``replayed``: the calls are captured in a CUDA graph. What they read stays where it is, and sequences
+    may become as long as the page table is wide.
     """
 
     key: PlanKey
     num_splits: Tensor
     schedule: Schedule | None = None  # for providers that take work off a list
+    replayed: bool = False
+    scratch: Scratch = field(default_factory=Scratch, compare=False, repr=False)
     _parts: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
+    _known: list[HostLengths] = field(default_factory=list, compare=False, repr=False)
+
+    @property
+    def host_lengths(self) -> HostLengths | None:
+        """The step's lengths, if whoever began it knew them."""
+        return self._known[0] if self._known else None
 
     def found(self, owner: str, key: Hashable) -> Any:
         """The part that belongs to this provider and these calls, None where none was made."""
@@ -127,8 +163,12 @@ class Plan:
             found = self._parts.setdefault((owner, key), make())
         return found
 
-    def new_step(self) -> None:
-        """Lengths or page tables have changed in place: parts are computed anew when next used."""
+    def new_step(self, lengths: HostLengths | None = None) -> None:
+        """Lengths or page tables have changed in place: parts are computed anew when next used.
+
+        ``lengths``: what they are now, where the host knows it.
+        """
+        self._known[:] = () if lengths is None else (lengths,)
         for part in tuple(self._parts.values()):
             part.expire()
 

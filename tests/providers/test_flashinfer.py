@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
+from torch import Tensor
 
 import headway
 from headway import UnsupportedError, providers
+from headway.plan import Plan
+from headway.providers import flashinfer
+from headway.serving.flash import FlashAttentionBackend
 from tests.calls import Call, assert_matches
+from tests.providers import replays
 from tests.providers.honoured import enough_ran, honoured_or_refused, many, plainer_calls
 from tests.stand_ins import CALLS, installed
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -93,6 +101,90 @@ def test_a_new_step_and_another_table_are_planned_anew() -> None:
     schedule.new_step()
     run()
     assert planned() == 3
+
+
+def recorded(new: int, sizes: tuple[int, ...] = (4,)) -> list[replays.Recorded]:
+    """Steps as CUDA graphs have them: recording is remembering here, replaying is doing it again."""
+    backend, limits = (
+        FlashAttentionBackend("flashinfer", fused_append=False),
+        replays.limits(new, CPU),
+    )
+    backend.init_cuda_graph_state(limits)
+
+    def record(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        function()  # what a graph is captured after
+        held = backend._batch, backend._decode
+
+        def replay() -> Tensor:
+            backend._batch, backend._decode = held
+            return function()
+
+        return replay
+
+    return [replays.Recorded(backend, record, size, limits, head_dim=64) for size in sizes]
+
+
+@pytest.mark.parametrize("new", [1, 4])
+def test_a_captured_step_is_planned_before_each_replay(
+    new: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (step,) = recorded(new)
+    made = [call for name, call in CALLS if name.endswith("Wrapper")][-2:]
+    assert all(one["graph"] and one["backend"] == "fa2" for one in made)
+
+    def from_the_device(lengths: Tensor | None) -> None:
+        assert lengths is None, "the host knows the lengths"
+
+    monkeypatch.setattr(flashinfer, "_given", from_the_device)
+    for before in replays.STEPS:
+        CALLS.clear()
+        step.assert_replays(before)
+        order = [name.rpartition(".")[-1] for name, _ in CALLS]
+        assert order == ["plan"] * 2 + ["run"] * 3, (
+            "one plan for each kind of layer, then the graph"
+        )
+
+
+def test_lengths_that_the_host_does_not_know_are_read_before_a_replay() -> None:
+    (step,) = recorded(1)
+    for before in replays.STEPS:
+        step.assert_replays(before, known=False)
+
+
+def test_captured_steps_of_all_sizes_share_their_scratch() -> None:
+    CALLS.clear()
+    steps = recorded(1, (4, 2, 1))
+    made = [call for name, call in CALLS if name.endswith("Wrapper")]
+    assert len(made) == 6, "of two kinds of layers each"
+    assert len({one["workspace"].data_ptr() for one in made}) == 1
+    steps[1].assert_replays((33, 7))
+    steps[2].assert_replays((120,))
+    steps[0].assert_replays((5, 0, 44, 16))
+    steps[1].assert_replays((9,))
+
+
+def test_a_step_without_a_graph_asks_the_device_for_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its lengths are known; its layers share one plan for each kind."""
+    monkeypatch.delattr(flashinfer, "_given")
+    backend, layers = FlashAttentionBackend("flashinfer", fused_append=False), replays.layers(64)
+    step = replays.batch((40, 17), 1, CPU, known=True)
+    backend.init_forward_metadata(step)
+    pages = 2, replays.num_pages(4), replays.PAGE_SIZE, 2, 64
+    keys, values = torch.randn(pages).bfloat16()
+    CALLS.clear()
+    for one in layers * 2:
+        q, k, v = (torch.randn(2, heads, 64).bfloat16() for heads in (4, 2, 2))
+        backend.forward(q, k, v, (keys, values), one)
+    assert planned() == 2
+
+
+def test_what_is_captured_reads_pages() -> None:
+    problem = Call("dense", {n: torch.randn(2, 8, 2, 64).bfloat16() for n in "qkv"}).problem()
+    plan = Plan(problem.plan_key, torch.ones(2, dtype=torch.int32), replayed=True)
+    with pytest.raises(UnsupportedError, match="page_table"):
+        providers.get("flashinfer").run(dataclasses.replace(problem, plan=plan))
 
 
 def test_without_a_plan_explain_says_what_that_costs() -> None:

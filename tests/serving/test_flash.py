@@ -13,7 +13,7 @@ from torch import Tensor
 import headway
 from headway.errors import HeadwayError, InvalidInputError
 from headway.problem import Mask
-from headway.serving.base import AttentionLayer, ForwardBatch, TokenRotary
+from headway.serving.base import AttentionLayer, ForwardBatch, GraphLimits, TokenRotary
 from headway.serving.flash import FlashAttentionBackend
 
 PAGE_SIZE = 4
@@ -183,3 +183,24 @@ def test_angles_may_be_transposed() -> None:
         torch.manual_seed(0)
         found.append(backend.forward(q, k, v, cache(step, one), one, rotary))
     torch.testing.assert_close(found[0], found[1])
+
+
+def test_padding_of_a_captured_step_writes_to_no_sequence() -> None:
+    """Not where its new tokens are more than a page holds either."""
+    one, new, padding = layer(), 6, 8
+    backend = FlashAttentionBackend(fused_append=False)
+    backend.init_cuda_graph_state(GraphLimits(2, 4, 16, padding, torch.device("cpu"), new))
+    backend.init_forward_metadata_capture(2)
+    kv = (torch.randn(9, PAGE_SIZE, 2, 16), torch.randn(9, PAGE_SIZE, 2, 16))
+    pages = torch.arange(8, dtype=torch.int32).view(2, 4)
+    for used in (2, 1):
+        before = torch.full((used,), 9, dtype=torch.int32)
+        ends = torch.arange(used + 1, dtype=torch.int32) * new
+        kept = [t[4:8].clone() for t in kv]
+        backend.init_forward_metadata_replay(
+            ForwardBatch(ends, before, pages[:used], new, 15, used), 2
+        )
+        backend.init_forward_metadata_in_graph()
+        rows = [torch.randn(2 * new, heads, 16) for heads in (4, 2, 2)]
+        backend.forward(*rows, kv, one)
+    assert all(torch.equal(now[4:8], was) for now, was in zip(kv, kept, strict=True))

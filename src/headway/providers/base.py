@@ -547,6 +547,8 @@ class Provider(ABC):
     #: the package's interface generation; Headway's own kernels, which are no package, answer to every one
     generation: int | None = None
     is_package: bool = False
+    #: ``prepare`` computes on the host: it comes before each replay of a graph instead of being captured
+    plans_on_host: bool = False
 
     def answers_to(self, version: int | None) -> bool:
         """Whether a call that asks for this interface generation (None: any) may run here."""
@@ -585,7 +587,8 @@ class Provider(ABC):
         """Fill this provider's part of the problem's plan now.
 
         Its first call of a step does so by itself; under a captured graph there is no such call, so
-        whoever replays one prepares first.
+        whoever replays one prepares first. Where ``plans_on_host``, that takes a plan made for replays
+        (``Plan.replayed``), and the lengths if they are known (``Plan.new_step``).
         """
 
     @abstractmethod

@@ -1,21 +1,26 @@
 """FlashInfer: wrappers that are planned on the host once per step, then run by every layer.
 
-What a wrapper planned lives in a part of the caller's plan, with its workspace; without a plan each call is
-planned for itself. Planning reads lengths and page tables on the host, which waits for the device. LSEs
-come in base 2 and are returned in base e.
+What a wrapper planned lives in a part of the caller's plan; without a plan each call is planned for itself.
+Planning needs lengths on the host: where the plan does not know them, it waits for the device. A plan that
+is made for replays has a wrapper whose buffers stay where they are: planning fills them, the kernels in
+the graph read them. LSEs come in base 2 and are returned in base e.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from headway import devices
+from headway.errors import UnsupportedError
+from headway.plan import HostLengths, Scratch
 from headway.problem import KVLayout, Problem
 from headway.providers._packages import Package, addresses, delivered, remembered
 from headway.providers.base import (
@@ -28,7 +33,8 @@ from headway.providers.base import (
     excludes,
 )
 
-PACKAGE = Package("flashinfer", "flashinfer-python", source="prefill.py")
+_NAME = "flashinfer"
+PACKAGE = Package(_NAME, "flashinfer-python", source="prefill.py")
 
 #: Scratch of a wrapper; what FlashInfer's documentation recommends.
 _WORKSPACE_BYTES = 128 << 20
@@ -58,8 +64,9 @@ _EXCLUSIONS: tuple[Exclusion, ...] = (
 
 
 class FlashInferProvider(Provider):
-    name = "flashinfer"
+    name = _NAME
     is_package = True
+    plans_on_host = True
 
     def unavailable(self, device: torch.device) -> str | None:
         what = devices.of(device)
@@ -97,15 +104,19 @@ class FlashInferProvider(Provider):
         n = planned.num_queries
         q = (p.q if p.ragged_q else p.q.flatten(0, 1))[:n]
         out = None
-        if p.out is not None and p.out.dtype == p.q.dtype and p.out.is_contiguous():
+        in_place = p.out is not None and p.out.dtype == p.q.dtype and p.out.is_contiguous()
+        if in_place:
+            assert p.out is not None
             out = (p.out if p.ragged_q else p.out.flatten(0, 1))[:n]
+        elif planned.fixed is not None:  # it would fill its own with zeros first
+            out = q.new_empty(*q.shape[:-1], p.head_dim_v)
         keys = (p.k, p.v) if planned.ragged else ((p.k, p.v),)
         if planned.ragged and p.kv_layout is KVLayout.DENSE:
             keys = (p.k.flatten(0, 1), p.v.flatten(0, 1))
         result = planned.wrapper.run(q, *keys, out=out, return_lse=p.return_lse)
         attended, lse2 = result if p.return_lse else (result, None)
         lse = None if lse2 is None else _natural(p, lse2)
-        if out is not None:
+        if in_place:
             assert p.out is not None
             return p.out, lse
         if n == p.q.shape[0] or not p.ragged_q:
@@ -144,7 +155,47 @@ def _natural(p: Problem, lse2: Tensor) -> Tensor:
     return lse
 
 
-# --- planning -----------------------------------------------------------------------------------------
+# --- wrappers -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Fixed:
+    """Where the kernels in a captured graph find what was planned."""
+
+    qo_indptr: Tensor
+    indptr: Tensor
+    indices: Tensor
+    last_page_len: Tensor
+
+    @staticmethod
+    def of(p: Problem) -> _Fixed:
+        def int32(size: int) -> Tensor:
+            return torch.zeros(size, dtype=torch.int32, device=p.device)
+
+        assert p.page_table is not None
+        b = p.batch_size
+        return _Fixed(int32(b + 1), int32(b + 1), int32(p.page_table.numel() + 1), int32(b))
+
+
+@dataclass
+class _Workspace:
+    """Scratch of wrappers that run one after another, and those that still copy from the host.
+
+    Wrappers plan into pinned memory of their own and copy it to the device. Memory of a wrapper that is
+    gone would be the next one's before it is read.
+    """
+
+    floats: Tensor
+    copying: list[tuple[Any, torch.cuda.Event]] = field(default_factory=list)
+
+    @staticmethod
+    def of(device: torch.device) -> _Workspace:
+        return _Workspace(torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=device))
+
+    def keep(self, wrapper: Any, copied: torch.cuda.Event) -> None:
+        """Hold a wrapper until its copies are done."""
+        self.copying = [one for one in self.copying if not one[1].query()]
+        self.copying.append((wrapper, copied))
 
 
 @dataclass
@@ -152,10 +203,13 @@ class _Planned:
     """A wrapper, what it was planned for, and whether that still holds."""
 
     wrapper: Any
+    workspace: _Workspace
     ragged: bool
+    fixed: _Fixed | None
     num_queries: int = 0
     tables: tuple[int, ...] = ()
     is_current: bool = False
+    copied: torch.cuda.Event | None = None
 
     def expire(self) -> None:
         self.is_current = False
@@ -163,33 +217,64 @@ class _Planned:
 
 def _planned(p: Problem) -> _Planned:
     """The wrapper for a problem: planned by the first layer of a step, then only handed over."""
-    if p.plan is None:
-        part = _wrapper(p)
-    else:
-        part = p.plan.part("flashinfer", p.plan_key, lambda: _wrapper(p))
+    part = _wrapper(p) if p.plan is None else p.plan.part(_NAME, p.plan_key, lambda: _wrapper(p))
     # Layer groups of one step may have page tables of their own.
     tables = addresses(p.page_table, p.seqlens_k, p.cu_seqlens_k, p.cu_seqlens_q, p.cache_batch_idx)
     if not part.is_current or part.tables != tables:
+        if part.copied is not None:  # what it planned before is read from the same memory
+            part.copied.synchronize()
         _plan(part, p)
+        _note_copies(part, p)
         part.tables, part.is_current = tables, True
     return part
 
 
+def _note_copies(part: _Planned, p: Problem) -> None:
+    if p.device.type != "cuda":
+        return
+    part.copied = torch.cuda.Event()
+    part.copied.record(torch.cuda.current_stream(p.device))
+    if p.plan is None:
+        part.copied.synchronize()
+    elif not p.plan.replayed:
+        part.workspace.keep(part.wrapper, part.copied)
+
+
 def _wrapper(p: Problem) -> _Planned:
-    module = PACKAGE.load()
-    workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=p.device)
+    scratch = Scratch() if p.plan is None else p.plan.scratch
+    workspace = scratch.held(_NAME, p.device, lambda: _Workspace.of(p.device))
+    replayed = p.plan is not None and p.plan.replayed
+    if replayed and p.page_table is None:
+        raise UnsupportedError("FlashInfer: captured calls read pages; give them a page_table")
     plain = p.kv_layout is KVLayout.DENSE and p.seqlens_k is None and p.cache_batch_idx is None
     ragged = p.kv_layout is KVLayout.RAGGED or (
         plain and p.k.is_contiguous() and p.v.is_contiguous()
     )
     kind = "Ragged" if ragged else "Paged"
-    make = getattr(module, f"BatchPrefillWith{kind}KVCacheWrapper")
-    return _Planned(make(workspace, "NHD"), ragged)
+    options: dict[str, Any] = {}
+    if not ragged and (replayed or p.is_decode):
+        options["backend"] = (
+            "fa2"  # packs the few queries of a group of heads; its Hopper kernels do not
+        )
+    fixed = _Fixed.of(p) if replayed else None
+    if fixed is not None:
+        options |= {
+            "use_cuda_graph": True,
+            "qo_indptr_buf": fixed.qo_indptr,
+            "paged_kv_indptr_buf": fixed.indptr,
+            "paged_kv_indices_buf": fixed.indices,
+            "paged_kv_last_page_len_buf": fixed.last_page_len,
+        }
+    make = getattr(PACKAGE.load(), f"BatchPrefillWith{kind}KVCacheWrapper")
+    return _Planned(make(workspace.floats, "NHD", **options), workspace, ragged, fixed)
+
+
+# --- planning -----------------------------------------------------------------------------------------
 
 
 def _plan(part: _Planned, p: Problem) -> None:
-    queries = _query_offsets(p)
-    part.num_queries = queries[-1]
+    known = _lengths(p)
+    part.num_queries = int(known.cu_seqlens_q[-1])
     common: dict[str, Any] = {
         "num_qo_heads": p.num_q_heads,
         "num_kv_heads": p.num_kv_heads,
@@ -202,41 +287,69 @@ def _plan(part: _Planned, p: Problem) -> None:
         "q_data_type": p.q.dtype,
         "kv_data_type": p.k.dtype,
     }
+    queries = _on_host(known.cu_seqlens_q, p)
     if part.ragged:
-        part.wrapper.plan(qo_indptr=_int32(queries), kv_indptr=_int32(_key_offsets(p)), **common)
+        keys = _on_host(_cumulated(known.seqlens_k), p)
+        part.wrapper.plan(qo_indptr=queries, kv_indptr=keys, **common)
         return
-    lengths, indptr, indices = _pages(p)
+    if part.fixed is not None and _takes(type(part.wrapper).plan, "uniform_q_len"):
+        common["uniform_q_len"] = p.max_seqlen_q
     size = p.k.shape[1]
+    counts = -(-known.seqlens_k // size)
+    ends = _cumulated(counts)
     part.wrapper.plan(
-        qo_indptr=_int32(queries),
-        paged_kv_indptr=_int32(indptr),
-        paged_kv_indices=indices,
-        paged_kv_last_page_len=_int32([(n - 1) % size + 1 if n else 0 for n in lengths]),
+        qo_indptr=queries,
+        paged_kv_indptr=_on_host(ends, p),
+        paged_kv_indices=_pages(part, p, counts, ends),
+        paged_kv_last_page_len=_on_host(known.seqlens_k - np.maximum(counts - 1, 0) * size, p),
         page_size=size,
         **common,
     )
 
 
-def _int32(values: list[int]) -> Tensor:
-    """On the host, where FlashInfer's planner reads them."""
-    return torch.tensor(values, dtype=torch.int32, device="cpu")
+@remembered
+def _takes(function: Any, parameter: str) -> bool:
+    return parameter in inspect.signature(function).parameters
 
 
-def _query_offsets(p: Problem) -> list[int]:
-    if p.cu_seqlens_q is not None:
-        return p.cu_seqlens_q.tolist()
-    return [b * p.q.shape[1] for b in range(p.batch_size + 1)]
+def _on_host(values: np.ndarray, p: Problem) -> Tensor:
+    """Where FlashInfer's planner reads them, and where a copy to the device waits for nothing."""
+    tensor = torch.from_numpy(values.astype(np.int32, copy=False))
+    return tensor.pin_memory() if p.device.type == "cuda" else tensor
 
 
-def _key_offsets(p: Problem) -> list[int]:
-    if p.cu_seqlens_k is not None:
-        return p.cu_seqlens_k.tolist()
-    return [b * p.k.shape[1] for b in range(p.batch_size + 1)]
+def _cumulated(counts: np.ndarray) -> np.ndarray:
+    return np.concatenate((np.zeros(1, np.int32), np.cumsum(counts, dtype=np.int32)))
 
 
-def _pages(p: Problem) -> tuple[list[int], list[int], Tensor]:
-    """Lengths, and the pages of each sequence as (indptr, indices). A dense row is one long page."""
-    size = p.k.shape[1]
+def _lengths(p: Problem) -> HostLengths:
+    """Of queries and keys; waits for the device unless the plan knows them."""
+    known = None if p.plan is None else p.plan.host_lengths
+    if known is not None:
+        return known
+    b = p.batch_size
+    queries = _given(p.cu_seqlens_q)
+    if queries is None:
+        queries = np.arange(b + 1, dtype=np.int32) * p.q.shape[1]
+    ends = _given(p.cu_seqlens_k)
+    if ends is not None:
+        return HostLengths(queries, np.diff(ends))
+    keys = _given(p.seqlens_k)
+    if keys is None:
+        columns = 1 if p.page_table is None else p.page_table.shape[1]
+        keys = np.full(b, columns * p.k.shape[1], np.int32)
+    return HostLengths(queries, keys)
+
+
+def _given(lengths: Tensor | None) -> np.ndarray | None:
+    return None if lengths is None else lengths.cpu().numpy()
+
+
+def _pages(part: _Planned, p: Problem, counts: np.ndarray, ends: np.ndarray) -> Tensor:
+    """The pages of each sequence, one sequence behind the other. A dense row is one long page.
+
+    The host says where each page goes, and nothing waits for the device.
+    """
     if p.page_table is not None:
         table = p.page_table
         if p.cache_batch_idx is not None:
@@ -245,12 +358,19 @@ def _pages(p: Problem) -> tuple[list[int], list[int], Tensor]:
         table = p.cache_batch_idx[:, None]
     else:
         table = torch.arange(p.batch_size, dtype=torch.int32, device=p.device)[:, None]
-    full = [table.shape[1] * size] * p.batch_size
-    lengths = full if p.seqlens_k is None else p.seqlens_k.tolist()
-    counts = torch.tensor([-(-n // size) for n in lengths], device=table.device)
-    used = torch.arange(table.shape[1], device=table.device) < counts[:, None]
-    indptr = [0, *torch.cumsum(counts, 0).tolist()]
-    return lengths, indptr, table[used]
+    total = int(ends[-1])
+    if part.fixed is not None:
+        pages = part.fixed.indices
+    else:
+        pages = torch.empty(total + 1, dtype=torch.int32, device=p.device)
+    table = table[:, : int(counts.max(initial=0))].to(torch.int32)
+    numbers = _on_host(np.stack((ends[:-1], counts)), p).to(p.device, non_blocking=True)
+    starts, used = numbers[:, :, None]
+    columns = torch.arange(table.shape[1], device=p.device)
+    last = pages.shape[0] - 1  # takes the entries of the table that are no pages
+    places = torch.where(columns < used, starts + columns, last)
+    pages.scatter_(0, places.flatten(), table.flatten())
+    return pages[:total]
 
 
 PROVIDER = FlashInferProvider()

@@ -12,12 +12,13 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from headway import dispatch, reference
 from headway.errors import HeadwayError, InvalidInputError
-from headway.plan import Plan
+from headway.plan import HostLengths, Plan, Scratch
 from headway.problem import Append, Descales, KVLayout, Problem, Rotary, Scores, check
 from headway.providers.base import Provider, Repeat
 from headway.serving.base import (
@@ -41,10 +42,10 @@ class _Call:
     plan: Plan
     lengths: Tensor  # what the plan was made from
 
-    def refresh(self) -> None:
+    def refresh(self, known: HostLengths | None = None) -> None:
         """Plan anew, in place, for lengths that have changed in place."""
         if self.plan.schedule is None:
-            self.plan.new_step()
+            self.plan.new_step(known)
         else:
             self.plan.copy_(_planned(self.provider, self.template, self.lengths))
         self.provider.prepare(dataclasses.replace(self.template, plan=self.plan))
@@ -55,17 +56,27 @@ class _Part:
     """Sequences that one call per layer attends to: the decoding ones of a step, or the others.
 
     ``lengths`` (B,) counts the new tokens too. Decoding sequences are dense, (B, new tokens, ..).
+    ``replayed``: it is captured in a CUDA graph.
     """
 
     batch: ForwardBatch
     lengths: Tensor
     dense: bool
+    replayed: bool = False
     calls: dict[tuple[Hashable, ...], _Call] = field(default_factory=dict)
 
     @staticmethod
     def of(batch: ForwardBatch, dense: bool) -> _Part:
         new = batch.cu_seqlens_q[1:] - batch.cu_seqlens_q[:-1]
         return _Part(batch, batch.seqlens_k + new, dense)
+
+    @property
+    def known(self) -> HostLengths | None:
+        """The lengths where the host knows them, without waiting for the device."""
+        if self.batch.host_lengths is None:
+            return None
+        ends, before = self.batch.host_lengths
+        return HostLengths(ends, before + np.diff(ends))
 
 
 class FlashAttentionBackend(AttentionBackend):
@@ -91,6 +102,7 @@ class FlashAttentionBackend(AttentionBackend):
         self.ver = ver
         self._fused_append = fused_append
         self._repeats: dict[tuple[Hashable, ...], Repeat] = {}
+        self._scratch = Scratch()
         self._decode: _Part | None = None
         self._extend: _Part | None = None
         self._slots: Tensor | None = None
@@ -148,8 +160,10 @@ class FlashAttentionBackend(AttentionBackend):
                 limits.tokens_per_sequence,
                 limits.max_seqlen_k,
                 batch_size,
+                (_ends(batch_size, limits), np.zeros(batch_size, np.int32)),
             )
-            part = self._captured[batch_size] = _Part(batch, self._lengths[:batch_size], True)
+            lengths = self._lengths[:batch_size]
+            part = self._captured[batch_size] = _Part(batch, lengths, True, replayed=True)
         self._batch, self._decode, self._extend = part.batch, part, None
         self._repeats = {}
 
@@ -164,8 +178,21 @@ class FlashAttentionBackend(AttentionBackend):
         self._table[:used, :columns].copy_(batch.page_table[:, :columns])
         self._seqlens_k[:used].copy_(batch.seqlens_k)
         if used < batch_size:
-            self._table[used:batch_size, 0].fill_(limits.padding_page)
+            # Every new token may need a page of its own.
+            self._table[used:batch_size, : limits.tokens_per_sequence].fill_(limits.padding_page)
             self._seqlens_k[used:batch_size].fill_(self.get_cuda_graph_seq_len_fill_value())
+        on_host = [call for call in part.calls.values() if call.provider.plans_on_host]
+        if on_host:
+            known = self._padded_lengths(batch, batch_size)
+            for call in on_host:
+                call.refresh(known)
+
+    def _padded_lengths(self, batch: ForwardBatch, batch_size: int) -> HostLengths:
+        """A replayed step's, as its layers find them; waits for the device unless the host knows them."""
+        limits = self._graph_limits()
+        before = np.full(batch_size, self.get_cuda_graph_seq_len_fill_value(), np.int32)
+        before[: batch.batch_size] = batch.lengths_on_host()[1]
+        return HostLengths(_ends(batch_size, limits), before + limits.tokens_per_sequence)
 
     def init_forward_metadata_in_graph(self) -> None:
         part, limits = self._decode, self._graph_limits()
@@ -173,7 +200,8 @@ class FlashAttentionBackend(AttentionBackend):
             raise HeadwayError("init_forward_metadata_capture was not called")
         torch.add(part.batch.seqlens_k, limits.tokens_per_sequence, out=part.lengths)
         for call in part.calls.values():
-            call.refresh()
+            if not call.provider.plans_on_host:
+                call.refresh()
         # Written by the first layer, which knows the pages' size.
         self._slots = None
 
@@ -248,7 +276,7 @@ class FlashAttentionBackend(AttentionBackend):
         call = part.calls.get(layer.kind)
         if call is None:
             problem = self._reading(part, q, kv_cache, layer, out)
-            call = part.calls[layer.kind] = _call(check(problem), part.lengths)
+            call = part.calls[layer.kind] = _call(check(problem), part, self._scratch)
             problem = dataclasses.replace(problem, plan=call.plan)
         else:
             problem = dataclasses.replace(
@@ -469,13 +497,21 @@ def _rotary(rotary: TokenRotary, batch: ForwardBatch) -> Rotary:
     return Rotary(rotary.cos, rotary.sin, rotary.interleaved, batch.cu_seqlens_q[:-1])
 
 
-def _call(problem: Problem, lengths: Tensor) -> _Call:
-    provider = dispatch.choose(problem)
+def _ends(batch_size: int, limits: GraphLimits) -> np.ndarray:
+    """cu_seqlens_q of a captured step."""
+    new = limits.tokens_per_sequence
+    return np.arange(0, (batch_size + 1) * new, new, dtype=np.int32)
+
+
+def _call(problem: Problem, part: _Part, scratch: Scratch) -> _Call:
+    provider, lengths = dispatch.choose(problem), part.lengths
     plan = None
     if problem.is_decode and type(provider).plan is not Provider.plan:
         plan = _planned(provider, problem, lengths)
     if plan is None:  # keeps what the provider itself plans
-        plan = Plan(problem.plan_key, lengths)
+        plan = Plan(problem.plan_key, lengths, replayed=part.replayed, scratch=scratch)
+        if provider.plans_on_host:
+            plan.new_step(part.known)
     return _Call(dataclasses.replace(problem, out=None), provider, plan, lengths)
 
 

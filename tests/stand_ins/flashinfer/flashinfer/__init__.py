@@ -1,6 +1,6 @@
-"""Stand-in for flashinfer-python 0.6.18."""
+"""Stand-in for flashinfer-python 0.7.2."""
 
-__version__ = "0.6.18"
+__version__ = "0.7.2"
 
 from .prefill import BatchPrefillWithPagedKVCacheWrapper, BatchPrefillWithRaggedKVCacheWrapper
 

@@ -9,11 +9,21 @@ from tests.stand_ins.compute import attend
 
 class _Wrapper:
     def __init__(
-        self, float_workspace_buffer, kv_layout="NHD", use_cuda_graph=False, backend="auto"
+        self,
+        float_workspace_buffer,
+        kv_layout="NHD",
+        use_cuda_graph=False,
+        backend="auto",
+        **buffers,
     ):
         assert kv_layout == "NHD"
         assert float_workspace_buffer.dtype == torch.uint8
         assert float_workspace_buffer.numel() >= 128 << 20
+        assert backend in ("auto", "fa2", "fa3")
+        made = {"graph": use_cuda_graph, "workspace": float_workspace_buffer, "backend": backend}
+        record(f"flashinfer.{type(self).__name__}", made)
+        self._graph = use_cuda_graph
+        self._buffers = buffers
         self._planned = None
 
     def _remember(self, **arguments):
@@ -23,7 +33,27 @@ class _Wrapper:
                 assert value.device.type == "cpu", "a device tensor would be copied back"
                 assert value.dtype == torch.int32
         assert arguments["head_dim_qk"] in (64, 128, 256, 192)
+        queries = arguments["qo_indptr"].diff()
+        if arguments["uniform_q_len"] is not None:
+            assert self._graph
+            assert (queries == arguments["uniform_q_len"]).all()
+        if self._graph:
+            self._fill(arguments)
         self._planned = arguments
+
+    def _fill(self, arguments):
+        """What a graph was captured with stays; everything else is copied to where it reads."""
+        was = self._planned or arguments
+        for name, value in arguments.items():
+            if f"{name}_buf" in self._buffers:
+                buffer = self._buffers[f"{name}_buf"]
+                exact = name != "paged_kv_indices"
+                assert len(buffer) == len(value) if exact else len(buffer) >= len(value)
+                assert buffer.dtype == value.dtype == torch.int32
+                buffer[: len(value)].copy_(value.clone())
+                arguments[name] = buffer
+            elif not isinstance(value, torch.Tensor):
+                assert was[name] == value, f"{name} is captured"
 
     def _attend(self, q, k, v, out, return_lse, **lengths):
         record(f"flashinfer.{type(self).__name__}.run", {"q": q, "k": k, "v": v, "out": out})
@@ -51,6 +81,28 @@ class _Wrapper:
 
 
 class BatchPrefillWithPagedKVCacheWrapper(_Wrapper):
+    def __init__(
+        self,
+        float_workspace_buffer,
+        kv_layout="NHD",
+        use_cuda_graph=False,
+        qo_indptr_buf=None,
+        paged_kv_indptr_buf=None,
+        paged_kv_indices_buf=None,
+        paged_kv_last_page_len_buf=None,
+        custom_mask_buf=None,
+        mask_indptr_buf=None,
+        backend="auto",
+    ):
+        buffers = {
+            "qo_indptr_buf": qo_indptr_buf,
+            "paged_kv_indptr_buf": paged_kv_indptr_buf,
+            "paged_kv_indices_buf": paged_kv_indices_buf,
+            "paged_kv_last_page_len_buf": paged_kv_last_page_len_buf,
+        }
+        assert all((b is not None) == use_cuda_graph for b in buffers.values())
+        super().__init__(float_workspace_buffer, kv_layout, use_cuda_graph, backend, **buffers)
+
     def plan(
         self,
         qo_indptr,
@@ -77,6 +129,7 @@ class BatchPrefillWithPagedKVCacheWrapper(_Wrapper):
         o_data_type=None,
         non_blocking=True,
         disable_split_kv=False,
+        uniform_q_len=None,
     ):
         arguments = dict(locals())
         del arguments["self"]
@@ -133,6 +186,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(_Wrapper):
         o_data_type=None,
         non_blocking=True,
         disable_split_kv=False,
+        uniform_q_len=None,
     ):
         arguments = dict(locals())
         del arguments["self"]
