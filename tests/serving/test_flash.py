@@ -201,6 +201,6 @@ def test_padding_of_a_captured_step_writes_to_no_sequence() -> None:
             ForwardBatch(ends, before, pages[:used], new, 15, used), 2
         )
         backend.init_forward_metadata_in_graph()
-        rows = [torch.randn(2 * new, heads, 16) for heads in (4, 2, 2)]
-        backend.forward(*rows, kv, one)
+        q, k, v = (torch.randn(2 * new, heads, 16) for heads in (4, 2, 2))
+        backend.forward(q, k, v, kv, one)
     assert all(torch.equal(now[4:8], was) for now, was in zip(kv, kept, strict=True))
