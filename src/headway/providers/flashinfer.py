@@ -292,8 +292,13 @@ def _plan(part: _Planned, p: Problem) -> None:
         keys = _on_host(_cumulated(known.seqlens_k), p)
         part.wrapper.plan(qo_indptr=queries, kv_indptr=keys, **common)
         return
-    if part.fixed is not None and _takes(type(part.wrapper).plan, "uniform_q_len"):
+    plan = type(part.wrapper).plan
+    if part.fixed is not None and _takes(plan, "uniform_q_len"):
         common["uniform_q_len"] = p.max_seqlen_q
+    if _takes(
+        plan, "seq_lens"
+    ):  # else it copies lengths of its own, from memory that is not pinned
+        common["seq_lens"] = _on_host(known.seqlens_k, p)
     size = p.k.shape[1]
     counts = -(-known.seqlens_k // size)
     ends = _cumulated(counts)

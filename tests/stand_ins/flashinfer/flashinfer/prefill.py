@@ -128,6 +128,7 @@ class BatchPrefillWithPagedKVCacheWrapper(_Wrapper):
         kv_data_type=None,
         o_data_type=None,
         non_blocking=True,
+        seq_lens=None,
         disable_split_kv=False,
         uniform_q_len=None,
     ):
@@ -156,6 +157,7 @@ class BatchPrefillWithPagedKVCacheWrapper(_Wrapper):
         size = self._planned["page_size"]
         assert k.shape[1] == v.shape[1] == size
         lengths = torch.where(counts > 0, (counts - 1) * size + last, 0).to(torch.int32)
+        assert torch.equal(lengths, self._planned["seq_lens"])
         table = torch.zeros(len(counts), max(1, int(counts.max())), dtype=torch.int32)
         for b, count in enumerate(counts.tolist()):
             table[b, :count] = self._planned["paged_kv_indices"][indptr[b] : indptr[b] + count]
