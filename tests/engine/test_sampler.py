@@ -40,6 +40,29 @@ def test_temperature(temperature: float) -> None:
     assert_close(frequencies(LOGITS, SamplingParams(temperature=temperature)), wanted)
 
 
+@pytest.mark.parametrize("narrow", [{}, {"top_k": 3}, {"top_p": 0.9}], ids=str)
+@pytest.mark.parametrize("temperature", [1e-20, 1e-40, 1e-300])
+def test_a_temperature_next_to_zero_is_greedy(temperature: float, narrow: dict[str, float]) -> None:
+    params = SamplingParams(temperature=temperature, **narrow)  # type: ignore[arg-type]
+    wanted = torch.nn.functional.one_hot(torch.tensor(0), 8).float()
+    assert torch.equal(frequencies(LOGITS, params, draws=50), wanted)
+
+
+@pytest.mark.parametrize("temperature", [1e35, 1e300, math.inf])
+def test_a_temperature_without_bounds_is_uniform_over_what_may_come(temperature: float) -> None:
+    logits = torch.tensor([2.0, -math.inf, 1.0, -5.0])
+    found = frequencies(logits, SamplingParams(temperature=temperature))
+    assert_close(found, torch.tensor([1 / 3, 0.0, 1 / 3, 1 / 3]))
+
+
+@pytest.mark.parametrize("narrow", [{}, {"top_k": 3}], ids=str)
+@pytest.mark.parametrize("top_p", [1e-10, 1e-40, 1e-300])
+def test_a_top_p_next_to_zero_leaves_the_likeliest(top_p: float, narrow: dict[str, int]) -> None:
+    wanted = torch.nn.functional.one_hot(torch.tensor(0), 8).float()
+    found = frequencies(LOGITS, SamplingParams(top_p=top_p, **narrow), draws=50)
+    assert torch.equal(found, wanted)
+
+
 @pytest.mark.parametrize("top_k", [1, 2, 5, 8, 1000])
 def test_top_k(top_k: int) -> None:
     # Tokens 1 and 7 tie; a limit between them would be arbitrary, and none of these is.

@@ -26,6 +26,10 @@ HEAD_SIZES = (64, 1024)
 #: Kinds of rows beside those with a top-k.
 WHOLE, NUCLEUS = 0, -1
 
+#: Temperatures and top_p below this, and temperatures above its inverse, are taken for it: float32 has no
+#: quotients of logits by smaller ones, and what is drawn is the same.
+SMALLEST = 1e-30
+
 #: Tokens (rows,) int64 to those that count.
 Settle = Callable[[Tensor], Tensor]
 
@@ -135,7 +139,8 @@ def uniform(seed: int, index: int) -> float:
 
 def _draw(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     """(rows,) tokens for rows that all have a temperature; nothing is read back from the device."""
-    scaled = logits / _column([row.params.temperature for row in rows], logits)
+    temperatures = [min(max(row.params.temperature, SMALLEST), 1 / SMALLEST) for row in rows]
+    scaled = logits / _column(temperatures, logits)
     uniforms = _column([uniform(row.seed, row.index) for row in rows], logits, torch.float64)
     tokens = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
     for kind, members in _by_kind(rows, logits.shape[-1]).items():
@@ -180,7 +185,7 @@ def _draw_from_head(
     """Draws for rows with a top-k of at most ``size``."""
     values, ids = scaled.topk(size, dim=-1)
     probs = _keep_top_k(torch.exp(values - values[:, :1]), params)
-    mass = _column([p.top_p for p in params], scaled) * probs.sum(dim=-1, keepdim=True)
+    mass = _column([_share(p) for p in params], scaled) * probs.sum(dim=-1, keepdim=True)
     probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= mass, 0.0)
     picked = _invert(_keep_min_p(probs, params), uniforms)
     return ids.gather(-1, picked[:, None])[:, 0]
@@ -195,9 +200,14 @@ def _draw_from_nucleus(scaled: Tensor, params: SamplingParams, uniform: Tensor) 
     probs = torch.softmax(scaled, dim=-1)
     ids = (probs >= (1 - params.top_p) / len(probs)).nonzero()[:, 0]
     values, order = probs[ids].sort(descending=True, stable=True)
-    values = values.masked_fill(values.cumsum(dim=-1) - values >= params.top_p, 0.0)[None]
+    values = values.masked_fill(values.cumsum(dim=-1) - values >= _share(params), 0.0)[None]
     picked = _invert(_keep_min_p(values, [params]), uniform[None])
     return int(ids[order[picked[0]]])
+
+
+def _share(params: SamplingParams) -> float:
+    """top_p, so that float32 tells it from 0: the likeliest token is always left."""
+    return max(params.top_p, SMALLEST)
 
 
 def _keep_top_k(probs: Tensor, params: Sequence[SamplingParams]) -> Tensor:
