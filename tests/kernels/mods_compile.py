@@ -43,7 +43,7 @@ def every_operation(s: Any, b: Any, h: Any, q: Any, kv: Any, aux: Any) -> Any:
     """Each kind of node in the text of a kernel at least once."""
     x = torch.tanh(s / 30) * 30 + aux[0][h] * (kv - q).abs() + aux[2][b % 3]
     x = torch.where(q % 7 == 3, x.clamp(-5, 5), torch.sigmoid(x))
-    x = x + torch.where(kv > q, 1.0, float("-inf")).clamp(min=-2.0) + 2**h + s**3 + b.sqrt()
+    x = x + torch.where(kv > q, 1.0, float("-inf")).clamp(min=-2.0) + 2.0**h + s**3 + b.sqrt()
     x = x.bfloat16() + torch.erf(x) + torch.floor(x) + (q // -3) + (kv << 2) + torch.minimum(x, s)
     return x + torch.sin(x) * torch.rsqrt(x) + torch.log2(torch.ones_like(s)) + aux[3] + (b > 1)
 

@@ -334,10 +334,11 @@ def _binary_method(name: str) -> Callable[[Traced, Any], Any]:
     return lambda self, other: record(self._trace, name, (self, other), {})
 
 
-for _method in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor"):
+_ARITHMETIC = ("add", "sub", "mul", "truediv", "floordiv", "mod", "and", "or", "xor")
+for _method in (*_ARITHMETIC, "pow", "lshift", "rshift"):
     setattr(Traced, f"__{_method}__", _binary_method(_method))
     setattr(Traced, f"__r{_method}__", _binary_method(f"r{_method}"))
-for _method in ("lshift", "rshift", "lt", "le", "gt", "ge", "eq", "ne", "getitem"):
+for _method in ("lt", "le", "gt", "ge", "eq", "ne", "getitem"):
     setattr(Traced, f"__{_method}__", _binary_method(_method))
 for _method in ("neg", "pos", "abs", "invert"):
     setattr(Traced, f"__{_method}__", lambda self, _n=_method: record(self._trace, _n, (self,), {}))
@@ -374,7 +375,7 @@ class Lookup:
         self._trace.operand(self)  # explains that dimensions are missing
 
 
-for _method in ("add", "sub", "mul", "truediv", "floordiv", "mod", "and", "or", "xor"):
+for _method in _ARITHMETIC:
     for _side in ("", "r"):
         setattr(Lookup, f"__{_side}{_method}__", lambda self, other: self._trace.operand(self))
 for _method in ("lt", "le", "gt", "ge", "eq", "ne"):
@@ -441,6 +442,8 @@ def _pair(trace: Trace, a: object, b: object) -> tuple[Operand, Operand, str]:
 def _arithmetic(op: str, keeps_sign: bool) -> Rule:
     def rule(trace: Trace, input: object, other: object) -> Node:
         x, y = trace.operand(input), trace.operand(other)
+        if op == "sub" and BOOL in (dtype_of(x), dtype_of(y)):
+            trace.fail("- of booleans", "~, ^ or .int()")
         if dtype_of(x) == dtype_of(y) == BOOL:
             return _of_booleans(trace, op, x, y)
         dtype = promoted(x, y)
@@ -452,8 +455,6 @@ def _arithmetic(op: str, keeps_sign: bool) -> Rule:
 
 def _of_booleans(trace: Trace, op: str, x: Operand, y: Operand) -> Node:
     """In torch the sum of booleans is "or" and their product "and"."""
-    if op == "sub":
-        trace.fail("- of two booleans", "^")
     return trace.node("or" if op == "add" else "and", (x, y), BOOL)
 
 
@@ -504,6 +505,7 @@ def _register_operators() -> None:
         RULES[f"logical_{op}"] = _logical(op)
     for op, name in (("lshift", "bitwise_left_shift"), ("rshift", "bitwise_right_shift")):
         RULES[op] = RULES[name] = _bitwise(op, name)
+        RULES[f"r{op}"] = _swapped(RULES[op])
 
 
 _register_operators()
@@ -609,6 +611,9 @@ def _remainder(trace: Trace, input: object, other: object) -> Operand:
 @_rule("pow")
 def _power(trace: Trace, input: object, exponent: object) -> Operand:
     x, y = trace.operand(input), trace.operand(exponent)
+    # In torch an integer, 0 for exponents below 0.
+    if isinstance(x, int) and dtype_of(y) != FLOAT32:
+        trace.fail("an integer ** an integer", "2.0 ** x for a fraction, 1 << x for an integer")
     if not isinstance(x, Node) and x > 0:  # a constant base
         y = cast(trace, y, FLOAT32)
         scaled = y if x == 2 else trace.node("mul", (y, math.log2(x)), FLOAT32)
