@@ -293,8 +293,10 @@ def _plan(part: _Planned, p: Problem) -> None:
         part.wrapper.plan(qo_indptr=queries, kv_indptr=keys, **common)
         return
     plan = type(part.wrapper).plan
-    if part.fixed is not None and _takes(plan, "uniform_q_len"):
-        common["uniform_q_len"] = p.max_seqlen_q
+    if part.fixed is not None:
+        common["disable_split_kv"] = _fills_device(p)
+        if _takes(plan, "uniform_q_len"):
+            common["uniform_q_len"] = p.max_seqlen_q
     if _takes(
         plan, "seq_lens"
     ):  # else it copies lengths of its own, from memory that is not pinned
@@ -310,6 +312,17 @@ def _plan(part: _Planned, p: Problem) -> None:
         page_size=size,
         **common,
     )
+
+
+def _fills_device(p: Problem) -> bool:
+    """Whether there are so many sequences that the planner cuts none: two blocks of threads a processor.
+
+    Captured kernels write parts and merge them all the same, unless they are told that there are none.
+    """
+    if p.device.type != "cuda":
+        return False
+    blocks = 2 * torch.cuda.get_device_properties(p.device).multi_processor_count
+    return p.batch_size >= blocks // p.num_kv_heads
 
 
 @remembered
