@@ -10,6 +10,7 @@ import torch
 
 from headway.engine.request import SamplingParams
 from headway.engine.sampler import BLOCK, HEAD_SIZES, Row, sample, uniform
+from headway.errors import InvalidInputError
 
 DRAWS = 4000
 LOGITS = torch.tensor([2.0, 1.5, 1.0, 0.0, -1.0, -2.0, -30.0, 1.5])
@@ -90,6 +91,11 @@ def test_top_p(top_p: float, keep: list[int]) -> None:
 def test_min_p(min_p: float, keep: list[int]) -> None:
     wanted = filtered(torch.softmax(LOGITS, dim=-1), keep)
     assert_close(frequencies(LOGITS, SamplingParams(min_p=min_p)), wanted)
+
+
+def test_one_stop_string_by_itself_is_refused_not_read_letter_by_letter() -> None:
+    with pytest.raises(InvalidInputError, match="stop: got END; want a tuple of strings"):
+        SamplingParams(stop="END")  # type: ignore[arg-type]
 
 
 def test_top_p_counts_what_top_k_left() -> None:

@@ -55,6 +55,7 @@ def test_bodies_that_are_no_json_object(live: Live, path: str, raw: bytes) -> No
         ("stop", 3, "a string or a list of strings"),
         ("stop", [1], "a string or a list of strings"),
         ("stop", [""], "at least one character"),
+        ("stop", "", "at least one character"),
         ("stream", "yes", "true or false"),
         ("stop_token_ids", ["a"], "an integer"),
     ],

@@ -47,7 +47,11 @@ class SamplingParams:
                 self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= 20,
                 "between 0 and 20",
             ),
-            ("stop", all(self.stop), "strings of at least one character"),
+            (
+                "stop",
+                not isinstance(self.stop, str) and all(self.stop),
+                "a tuple of strings of at least one character",
+            ),
         )
         for name, holds, wanted in limits:
             if not holds:

@@ -80,7 +80,7 @@ class CompletionAnswer(Answer):
                 params = body.sampling(limit, body.logprobs, choice, self._scored)
                 self.jobs.append(Job(f"{self.id}-{len(self.jobs)}", prompt, params))
         self._wants_logprobs = body.logprobs is not None
-        self._logprobs = [CompletionLogprobs(context.texts) for _ in self.jobs]
+        self._logprobs = [CompletionLogprobs(context.texts, echo) for echo in self._echoes]
 
     def envelope(self) -> dict[str, Any]:
         return {

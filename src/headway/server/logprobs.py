@@ -1,7 +1,8 @@
 """Log-probabilities in OpenAI's two shapes, and the text of single tokens.
 
 A token may be a piece of a character: its bytes are exact, its text is ``bytes:\\xf0\\x9f`` then, as OpenAI
-writes it. Offsets count characters of the text, a split character belonging to the token that ends it.
+writes it. Offsets count characters of the text, a split character belonging to the token that ends it; what
+is not in the text, as special tokens usually are not, takes no room in it.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ class TokenTexts:
 
     def text_of(self, token_id: int) -> str:
         return self._of(token_id)[1]
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id in self._special
 
     def _of(self, token_id: int) -> tuple[bytes, str]:
         if token_id not in self._known:
@@ -91,11 +95,15 @@ def chat_logprobs(entries: Sequence[TokenLogprob], texts: TokenTexts) -> dict[st
 
 
 class CompletionLogprobs:
-    """``choices[].logprobs`` of a text completion; ``add`` gives one chunk's, offsets running on."""
+    """``choices[].logprobs`` of a text completion; ``add`` gives one chunk's, offsets running on.
 
-    def __init__(self, texts: TokenTexts, offset: int = 0) -> None:
+    ``echo`` is what of the text is the prompt's.
+    """
+
+    def __init__(self, texts: TokenTexts, echo: str = "") -> None:
         self._texts = texts
-        self._offset = offset
+        self._echo = echo
+        self._offset = 0
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def add(
@@ -108,7 +116,7 @@ class CompletionLogprobs:
         offsets = []
         for token in tokens:
             offsets.append(self._offset)
-            self._offset += len(self._decoder.decode(self._texts.bytes_of(token)))
+            self._offset += self._room_of(token)
         text_of = self._texts.text_of
         tops = [
             {text_of(t): _finite(lp) for t, lp in (*e.top, (e.token_id, e.logprob))}
@@ -120,6 +128,19 @@ class CompletionLogprobs:
             "top_logprobs": [*unknown, *tops],
             "text_offset": offsets,
         }
+
+    def _room_of(self, token: int) -> int:
+        """Characters of the text that a token stands for."""
+        if self._texts.is_special(token):  # in the text where the prompt spells it out
+            piece = self._texts.text_of(token)
+            return len(piece) if self._echo.startswith(piece, self._offset) else 0
+        text = self._decoder.decode(self._texts.bytes_of(token))
+        # SentencePiece puts a space before the first word, which the prompt need not have.
+        added = text.startswith(" ") and self._echo[self._offset : self._offset + 1] not in (
+            "",
+            " ",
+        )
+        return len(text) - added
 
 
 def _finite(logprob: float) -> float:

@@ -64,7 +64,9 @@ CHAT_NEUTRAL = NEUTRAL | {
 }
 
 
-def _is_text_or_texts(value: Any) -> Any:
+def _as_stop(value: Any) -> Any:
+    if value is None:
+        return None
     if isinstance(value, str):
         return [value]
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
@@ -125,7 +127,7 @@ class GenerationRequest(BaseModel):
     top_k: int | None = Field(None, ge=-1)
     min_p: float | None = None
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
-    stop: Annotated[list[str] | None, BeforeValidator(lambda v: v and _is_text_or_texts(v))] = None
+    stop: Annotated[list[str] | None, BeforeValidator(_as_stop)] = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
