@@ -14,9 +14,10 @@ from typing import Any
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from headway.kernels._triton import gl
-from headway.kernels.hopper.decode import MANY_PARTS, ROWS_OF_PARTS, decode_kernel
+from headway.kernels.hopper.decode import MANY_PARTS, ROWS_OF_PARTS
 from headway.kernels.hopper.decode_combine import CombineConfig, combine_kernel
 from headway.kernels.hopper.decode_config import AppendForm, DecodeConfig, tile_for
+from headway.kernels.hopper.decode_kernel import decode_kernel
 from headway.kernels.hopper.decode_plan import PlanConfig, plan_kernel
 from tests.kernels.assembler import Assembled, compile_for_hopper
 
