@@ -111,12 +111,15 @@ def test_generate_gives_the_same_tokens(
     assert sum(calls.values()) == 2 * layers * NEW_TOKENS
 
 
+@pytest.mark.parametrize("family", ["gemma3", "mistral"])
 def test_a_static_cache_gives_the_same_tokens(
+    family: str,
     tiny: Tiny,
     switched: Callable[[Any], Any],
     calls: dict[str, int],
 ) -> None:
-    model = tiny("gemma3").model
+    """Where all layers are of one kind, generate() makes their mask and the model is given it as one."""
+    model = tiny(family).model
     ids, mask = padded_batch()
     options = {"cache_implementation": "static", "disable_compile": True}
     expected = generate(model, ids, mask, **options)
@@ -184,6 +187,39 @@ def test_an_encoder_ignores_padding(side: str, calls: dict[str, int]) -> None:
     torch.testing.assert_close(got[real], expected[real], rtol=1e-4, atol=1e-4)
     spans = "flash_attn_func" if side == "holes" else "flash_attn_with_kvcache"
     assert calls == {spans: config.num_hidden_layers}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_position_biases_of_padded_sequences_are_those_of_their_tokens(side: str) -> None:
+    """T5: biases depend on places in the row, also where padding comes before a sequence's first token."""
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=256, d_model=32, d_kv=16, d_ff=48, num_layers=2, num_heads=2,
+        relative_attention_num_buckets=8, relative_attention_max_distance=12,
+    )  # fmt: skip
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    model.set_attn_implementation("sdpa")
+    ids, start = torch.randint(1, 256, (2, 12)), torch.randint(1, 256, (2, 5))
+    mask, decoder_mask = torch.ones_like(ids), torch.ones_like(start)
+    mask[0, slice(0, 5) if side == "left" else slice(7, 12)] = 0
+    decoder_mask[1, :2] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": start}
+    with torch.inference_mode():
+        expected = model(**inputs, decoder_attention_mask=decoder_mask, use_cache=False).logits
+        model.set_attn_implementation(NAME)
+        got = model(**inputs, decoder_attention_mask=decoder_mask, use_cache=False).logits
+    real = decoder_mask.bool()
+    torch.testing.assert_close(got[real], expected[real], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["Bloom", "MPNet"])
+def test_models_that_ask_no_implementation_are_refused(family: str) -> None:
+    """They would take None for a mask that hides nothing, and other masks for what is added to scores."""
+    config = getattr(transformers, f"{family}Config")(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=64
+    )
+    with pytest.raises(UnsupportedError, match=f"{family}Model computes attention itself"):
+        transformers.AutoModel.from_config(config, attn_implementation=NAME)
 
 
 def test_images_see_themselves_in_both_directions(tiny: Tiny) -> None:

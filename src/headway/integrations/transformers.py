@@ -122,8 +122,8 @@ def attention_forward(
             if attention_mask is not None or position_bias is not None:
                 raise UnsupportedError("cu_seq_lens_q beside a mask or bias: give one of them")
             out = _ragged(q, k, v, call, kwargs)
-        elif attention_mask is not None and attention_mask.dim() == 2:
-            out = _spans(q, k, v, call, attention_mask, position_bias)
+        elif attention_mask is not None and _is_spans(attention_mask):
+            out = _attend_spans(q, k, v, call, attention_mask[:, 0, :, 0], position_bias)
         else:
             call.update(_mods(attention_mask, position_bias, q, k))
             attended = interface.flash_attn_func(q, k, v, **call)
@@ -176,7 +176,17 @@ def _as_int(length: Any) -> int | None:
     return None if length is None else int(length)
 
 
-def _spans(
+def _is_spans(mask: Tensor) -> bool:
+    """Whether it is :func:`attention_mask`'s own kind, int32 (B, 1, 2, 1); others have four dimensions."""
+    if mask.dim() == 4:
+        return mask.dtype is torch.int32 and mask.shape[1:] == (1, 2, 1)
+    raise UnsupportedError(
+        f"a mask of shape {tuple(mask.shape)} and {mask.dtype} reached attention: models make theirs with "
+        "transformers.masking_utils"
+    )
+
+
+def _attend_spans(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -185,13 +195,12 @@ def _spans(
     position_bias: Tensor | None,
 ) -> Tensor:
     """Sequences of different lengths in a rectangle: rows [spans[b, 0], spans[b, 1]) of its keys count."""
-    if spans.dtype != torch.int32 or spans.shape[-1] != 2:
-        raise UnsupportedError(
-            f"a mask of shape {tuple(spans.shape)} and {spans.dtype} reached attention: models make "
-            "theirs with transformers.masking_utils"
-        )
-    call = {**call, **_mods(None, position_bias, q, k)}
     first, end = spans[:, 0].contiguous(), spans[:, 1].contiguous()
+    if position_bias is not None:
+        # Positions count from a span's first key; rows and columns of the bias do not.
+        places = torch.stack([end - first - q.shape[1], -first])
+        aux = [places, _over_scores(position_bias, q, k)]
+        call = {**call, "aux_tensors": aux, "score_mod": _biased_in_spans}
     out = interface.flash_attn_with_kvcache(
         q, k, v, cache_seqlens=end, cache_leftpad=first, max_seqlen_k=k.shape[1], **call
     )
@@ -213,9 +222,13 @@ def _mods(mask: Tensor | None, bias: Tensor | None, q: Tensor, k: Tensor) -> dic
         return visible
     # Positions count from the first key; rows of the tensors from the first query.
     offset = torch.full((), k.shape[1] - q.shape[1], dtype=torch.int32, device=q.device)
-    shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
-    tensors = [offset, *(x[..., : shape[3]].expand(shape) for x in (mask, bias) if x is not None)]
+    tensors = [offset, *(_over_scores(x, q, k) for x in (mask, bias) if x is not None)]
     return {**visible, "aux_tensors": tensors, **({} if bias is None else {"score_mod": _biased})}
+
+
+def _over_scores(x: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """What says something of every score, as (B, Hq, Sq, Sk)."""
+    return x[..., : k.shape[1]].expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
 
 
 def _visible(b: Any, h: Any, q_idx: Any, kv_idx: Any, aux: tuple[Any, ...]) -> Any:
@@ -224,6 +237,12 @@ def _visible(b: Any, h: Any, q_idx: Any, kv_idx: Any, aux: tuple[Any, ...]) -> A
 
 def _biased(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any, aux: tuple[Any, ...]) -> Any:
     return score + aux[-1][b, h, q_idx - aux[0], kv_idx]
+
+
+def _biased_in_spans(
+    score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any, aux: tuple[Any, ...]
+) -> Any:
+    return score + aux[1][b, h, q_idx - aux[0][0, b], kv_idx - aux[0][1, b]]
 
 
 # --- the mask function --------------------------------------------------------------------------------
@@ -246,9 +265,10 @@ def attention_mask(
     """What a step's layers need to know of its mask beyond what each says itself.
 
     Returns:
-        None where causality and the layers' windows say everything; int32 (B, 2), the first key of each
-        sequence and the one behind its last, where there is padding around them; else the mask itself,
-        boolean (B, 1, q_length, kv_length).
+        None where causality and the layers' windows say everything; int32 (B, 1, 2, 1), the first key of
+        each sequence and the one behind its last, where there is padding around them; else the mask itself,
+        boolean (B, 1, q_length, kv_length). All have four dimensions: generate() makes the masks of static
+        caches ahead of the model, which takes what has four for finished and would read two as padding.
     """
     causal_plain = allow_is_causal_skip and not _is_chunked(
         config, local_size, kv_length + kv_offset
@@ -302,7 +322,8 @@ def _as_spans(padding: Tensor, may_end: bool) -> tuple[bool, bool, Tensor]:
     one_run = (padding == ((places >= first) & (places < end))).all()
     to_the_end = (end == keys).all()
     answers = torch.stack([padding.all(), one_run, to_the_end]).tolist()
-    return answers[0], answers[1] and (may_end or answers[2]), torch.cat([first, end], 1).int()
+    spans = torch.stack([first, end], 1).int()
+    return answers[0], answers[1] and (may_end or answers[2]), spans[:, None]
 
 
 # --- continuous batching ------------------------------------------------------------------------------
@@ -495,10 +516,28 @@ def _switch_to_paged(
 def _check_and_adjust(
     original: Callable[..., str], model: Any, implementation: str | None, *args: Any, **kwargs: Any
 ) -> str:
-    """Models list the flash implementations that have sinks, where they need them: this one does."""
+    """Models list the flash implementations that have sinks, where they need them: this one does.
+
+    Those that compute attention themselves would take this one's masks for theirs.
+    """
     if implementation is not None and _is_paged(implementation):
         return implementation
+    if implementation == NAME and not _asks_for_attention(type(model)):
+        raise UnsupportedError(
+            f"{type(model).__name__} computes attention itself and asks no implementation for it: "
+            'attn_implementation="eager", for a part of a model {"that_config": "eager"}'
+        )
     return original(model, implementation, *args, **kwargs)
+
+
+def _asks_for_attention(model: type) -> bool:
+    """Whether a model's class says so, or its module has what it would ask."""
+    flags = ("_supports_sdpa", "_supports_flash_attn", "_supports_attention_backend")
+    if any(getattr(model, flag, False) for flag in flags):
+        return True
+    base = transformers.PreTrainedModel
+    own = (kind for kind in model.__mro__ if issubclass(kind, base) and kind is not base)
+    return any(hasattr(sys.modules.get(kind.__module__), "ALL_ATTENTION_FUNCTIONS") for kind in own)
 
 
 def _ensure_decode_fast_path(
