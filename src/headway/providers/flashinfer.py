@@ -287,31 +287,37 @@ def _plan(part: _Planned, p: Problem) -> None:
         "q_data_type": p.q.dtype,
         "kv_data_type": p.k.dtype,
     }
-    queries = _on_host(known.cu_seqlens_q, p)
     if part.ragged:
-        keys = _on_host(_cumulated(known.seqlens_k), p)
+        queries, keys = _on_host(p, known.cu_seqlens_q, _cumulated(known.seqlens_k))
         part.wrapper.plan(qo_indptr=queries, kv_indptr=keys, **common)
         return
-    plan = type(part.wrapper).plan
-    if part.fixed is not None:
-        common["disable_split_kv"] = _fills_device(p)
-        if _takes(plan, "uniform_q_len"):
-            common["uniform_q_len"] = p.max_seqlen_q
-    if _takes(
-        plan, "seq_lens"
-    ):  # else it copies lengths of its own, from memory that is not pinned
-        common["seq_lens"] = _on_host(known.seqlens_k, p)
-    size = p.k.shape[1]
-    counts = -(-known.seqlens_k // size)
+    common |= _options(part, p)
+    counts, last = _counted(known.seqlens_k, p.k.shape[1])
     ends = _cumulated(counts)
+    queries, lengths, last_page, indptr, used = _on_host(
+        p, known.cu_seqlens_q, known.seqlens_k, last, ends, counts
+    )
+    # Without them it copies lengths of its own, from memory that is not pinned.
+    if _takes(type(part.wrapper).plan, "seq_lens"):
+        common["seq_lens"] = lengths
     part.wrapper.plan(
         qo_indptr=queries,
-        paged_kv_indptr=_on_host(ends, p),
-        paged_kv_indices=_pages(part, p, counts, ends),
-        paged_kv_last_page_len=_on_host(known.seqlens_k - np.maximum(counts - 1, 0) * size, p),
-        page_size=size,
+        paged_kv_indptr=indptr,
+        paged_kv_indices=_pages(part, p, indptr, used),
+        paged_kv_last_page_len=last_page,
+        page_size=p.k.shape[1],
         **common,
     )
+
+
+def _options(part: _Planned, p: Problem) -> dict[str, Any]:
+    """What else the plan of a captured call is told."""
+    if part.fixed is None:
+        return {}
+    options: dict[str, Any] = {"disable_split_kv": _fills_device(p)}
+    if not p.is_decode and _takes(type(part.wrapper).plan, "uniform_q_len"):
+        options["uniform_q_len"] = p.max_seqlen_q
+    return options
 
 
 def _fills_device(p: Problem) -> bool:
@@ -330,10 +336,18 @@ def _takes(function: Any, parameter: str) -> bool:
     return parameter in inspect.signature(function).parameters
 
 
-def _on_host(values: np.ndarray, p: Problem) -> Tensor:
+def _on_host(p: Problem, *values: np.ndarray) -> tuple[Tensor, ...]:
     """Where FlashInfer's planner reads them, and where a copy to the device waits for nothing."""
-    tensor = torch.from_numpy(values.astype(np.int32, copy=False))
-    return tensor.pin_memory() if p.device.type == "cuda" else tensor
+    packed = torch.from_numpy(np.concatenate(values).astype(np.int32, copy=False))
+    if p.device.type == "cuda":
+        packed = packed.pin_memory()
+    return packed.split([len(one) for one in values])
+
+
+def _counted(lengths: np.ndarray, page_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of each sequence the number of pages, and of keys in the last."""
+    counts = -(-lengths // page_size)
+    return counts, lengths - np.maximum(counts - 1, 0) * page_size
 
 
 def _cumulated(counts: np.ndarray) -> np.ndarray:
@@ -363,10 +377,10 @@ def _given(lengths: Tensor | None) -> np.ndarray | None:
     return None if lengths is None else lengths.cpu().numpy()
 
 
-def _pages(part: _Planned, p: Problem, counts: np.ndarray, ends: np.ndarray) -> Tensor:
+def _pages(part: _Planned, p: Problem, indptr: Tensor, used: Tensor) -> Tensor:
     """The pages of each sequence, one sequence behind the other. A dense row is one long page.
 
-    The host says where each page goes, and nothing waits for the device.
+    ``indptr`` (B + 1,) and ``used`` (B,), on the host, say where each goes: nothing waits for the device.
     """
     if p.page_table is not None:
         table = p.page_table
@@ -376,17 +390,17 @@ def _pages(part: _Planned, p: Problem, counts: np.ndarray, ends: np.ndarray) -> 
         table = p.cache_batch_idx[:, None]
     else:
         table = torch.arange(p.batch_size, dtype=torch.int32, device=p.device)[:, None]
-    total = int(ends[-1])
+    total = int(indptr[-1])
     if part.fixed is not None:
         pages = part.fixed.indices
     else:
         pages = torch.empty(total + 1, dtype=torch.int32, device=p.device)
-    table = table[:, : int(counts.max(initial=0))].to(torch.int32)
-    numbers = _on_host(np.stack((ends[:-1], counts)), p).to(p.device, non_blocking=True)
-    starts, used = numbers[:, :, None]
+    table = table[:, : int(used.max())].to(torch.int32)
+    starts = indptr[:-1].to(p.device, non_blocking=True)[:, None]
     columns = torch.arange(table.shape[1], device=p.device)
+    is_page = columns < used.to(p.device, non_blocking=True)[:, None]
     last = pages.shape[0] - 1  # takes the entries of the table that are no pages
-    places = torch.where(columns < used, starts + columns, last)
+    places = torch.where(is_page, starts + columns, last)
     pages.scatter_(0, places.flatten(), table.flatten())
     return pages[:total]
 
