@@ -102,6 +102,23 @@ def test_generate_uses_the_chat_template_unless_raw(tmp_path: Path) -> None:
         assert f"{tokens} tokens in, 1 out" in result.output
 
 
+def test_generate_counts_tokens_not_steps(llama: TinyModel) -> None:
+    """With guesses a step may give several."""
+    words = ["generate", str(llama.path), "a", "--device", "cpu", "--max-tokens", "40"]
+    result = CliRunner().invoke(cli.app, [*words, "--speculative", "ngram"])
+    assert result.exit_code == 0, result.output
+    assert "40 out" in result.stderr
+
+
+def test_generate_says_which_file_of_a_tokenizer_is_missing(llama: TinyModel) -> None:
+    command = [sys.executable, "-m", "headway", "generate", str(llama.path), "hi"]
+    done = subprocess.run(
+        [*command, "--tokenizer", "/no/such/folder"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "--tokenizer: got /no/such/folder" in done.stderr
+
+
 def test_generate_reads_standard_input(llama: TinyModel) -> None:
     words = ["generate", str(llama.path), "-", "--device", "cpu", "--max-tokens", "1"]
     result = CliRunner().invoke(cli.app, words, input="four")
@@ -229,6 +246,8 @@ def test_explain_a_model_with_a_pinned_provider_says_why_not(llama: TinyModel) -
         ("--kv-dtype fp16", "--kv-dtype: got fp16; want fp8 with --model"),
         ("--dtype fp8", "--dtype: got fp8; want bf16, fp16, fp32 with --model"),
         ("--seqlen-q 9 --seqlen-k 4", "--seqlen-q: got 9 new tokens of 4"),
+        ("--heads 8/8", "--heads: got a value beside --model; want one of them"),
+        ("--no-causal --softcap 30", "causal: got a value beside --model"),
     ],
 )
 def test_explain_a_model_refuses_what_the_engine_has_not(

@@ -239,19 +239,20 @@ def generate(
 
 def _print_answer(llm: LLM, tokens: list[int], params: SamplingParams) -> None:
     start = time.perf_counter()
-    times: list[float] = []
+    told: list[tuple[float, int]] = []  # when, and how many tokens there were then
     llm.add_request("generate", tokens, params)
     while llm.has_unfinished():
         for output in llm.step():
             if output.error is not None:
                 raise HeadwayError(f"generation failed: {output.error}")
-            times.append(time.perf_counter())
+            told.append((time.perf_counter(), output.output_tokens))
             print(output.new_text, end="", flush=True)
     print()
-    told = f"{len(tokens)} tokens in, {len(times)} out; first after {times[0] - start:.2f} s"
-    if len(times) > 1:
-        told += f", then {(len(times) - 1) / (times[-1] - times[0]):.1f} tok/s"
-    print(told, file=sys.stderr)
+    (first, begun), (last, count) = told[0], told[-1]
+    summary = f"{len(tokens)} tokens in, {count} out; first after {first - start:.2f} s"
+    if count > begun:
+        summary += f", then {(count - begun) / (last - first):.1f} tok/s"
+    print(summary, file=sys.stderr)
 
 
 # --- explain and providers ----------------------------------------------------------------------------
@@ -270,8 +271,22 @@ _MODEL_DTYPES = {None: "auto", "bf16": "bfloat16", "fp16": "float16", "fp32": "f
 _CACHE_DTYPES = {None: "auto", "fp8": "fp8_e4m3"}
 
 
+#: What a model says itself, by the names of the flags that say it where there is none.
+_OF_A_CALL = (
+    "heads",
+    "head_dim",
+    "causal",
+    "window",
+    "attention_chunk",
+    "softcap",
+    "sinks",
+    "lse",
+)
+
+
 @app.command()
 def explain(
+    ctx: typer.Context,
     model: Annotated[
         str | None,
         typer.Option(
@@ -305,6 +320,11 @@ def explain(
 ) -> None:
     """Which provider would run an attention call, and why the others would not."""
     if model is not None:
+        for name in _OF_A_CALL:
+            source = ctx.get_parameter_source(name)
+            if source is not None and source.name == "COMMANDLINE":  # typer's own enum, or click's
+                given = "a value beside --model"
+                raise InvalidInputError(name, given, "one of them: a model's calls are its own")
         config = EngineConfig(
             model=model,
             device=device,

@@ -359,6 +359,14 @@ def test_models_that_transformers_does_not_know(tmp_path: Path) -> None:
         engine(tmp_path)
 
 
+def test_models_that_are_no_causal_language_models(tmp_path: Path) -> None:
+    transformers.T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(InvalidInputError, match="has as a causal language model"):
+        engine(tmp_path, load_format="dummy")
+
+
 def test_rotary_embeddings_that_depend_on_the_length(tmp_path: Path) -> None:
     """Within the original range the short factors serve all; beyond it a batch would mix lengths."""
     factors = [1.0] * 8

@@ -142,7 +142,7 @@ def find(config: EngineConfig) -> Source:
 
 def load_config(config: EngineConfig, source: Source) -> PretrainedConfig:
     """The configuration of a checkpoint; nothing else of it is read."""
-    with _hub_errors(config):
+    with _hub_errors(config.model):
         return AutoConfig.from_pretrained(
             source.name_or_path,
             revision=config.revision,
@@ -180,14 +180,14 @@ def _build_model(
     if config.load_format == "dummy":
         # Drawn where they are wanted, unless someone (a probe without weights) has a place of their own.
         place = devices.choose(config.device) if torch.get_default_device().type == "cpu" else None
-        with torch.random.fork_rng(), place or contextlib.nullcontext():
+        with torch.random.fork_rng(), place or contextlib.nullcontext(), _hub_errors(config.model):
             torch.manual_seed(config.seed)
             model = AutoModelForCausalLM.from_config(model_config, **arguments)
         return _distributed(model, config.tensor_parallel_size)
     if config.tensor_parallel_size > 1:
         layout = DistributedConfig(tp_size=config.tensor_parallel_size)
         arguments |= {"distributed_config": layout}
-    with _hub_errors(config):
+    with _hub_errors(config.model):
         return AutoModelForCausalLM.from_pretrained(
             source.name_or_path,
             config=model_config,
@@ -241,14 +241,15 @@ def _load_tokenizer(config: EngineConfig, source: Source) -> Any:
     if config.tokenizer is not None:
         named = find(EngineConfig(model=config.tokenizer)) if _is_gguf(config.tokenizer) else None
         place = Source(config.tokenizer) if named is None else named
-        return AutoTokenizer.from_pretrained(place.name_or_path, **place.arguments, **arguments)
+        with _hub_errors(config.tokenizer, "tokenizer"):
+            return AutoTokenizer.from_pretrained(place.name_or_path, **place.arguments, **arguments)
     path = Path(source.name_or_path)
     bare = path.is_file() or (
         path.is_dir() and source.gguf_file is None and not any(path.glob("tokenizer*"))
     )
     if bare:
         return None
-    with _hub_errors(config):
+    with _hub_errors(config.model):
         return AutoTokenizer.from_pretrained(source.name_or_path, **source.arguments, **arguments)
 
 
@@ -257,7 +258,7 @@ def _is_gguf(name: str) -> bool:
 
 
 @contextlib.contextmanager
-def _hub_errors(config: EngineConfig) -> Iterator[None]:
+def _hub_errors(name: str, argument: str = "model") -> Iterator[None]:
     """transformers says OSError for all that is missing, and ValueError for kinds it does not know."""
     try:
         yield
@@ -265,11 +266,10 @@ def _hub_errors(config: EngineConfig) -> Iterator[None]:
         first_line = (
             str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         )
-        raise InvalidInputError(
-            "model",
-            f"{config.model} ({first_line})",
-            "a folder, a .gguf file, or a reachable hub name",
-        ) from error
+        wanted = "a folder, a .gguf file, or a reachable hub name"
+        if first_line.startswith("Unrecognized configuration class"):
+            wanted = "a model that transformers has as a causal language model"
+        raise InvalidInputError(argument, f"{name} ({first_line})", wanted) from error
 
 
 def max_model_len(config: EngineConfig, text_config: PretrainedConfig) -> int:
