@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import headway
-from headway import UnsupportedError, interface, ops
+from headway import InvalidInputError, UnsupportedError, interface, ops
 
 BACKENDS = ("cpu", "reference")
 
@@ -166,6 +166,32 @@ def test_a_compiled_backward_pass_says_that_there_is_none() -> None:
         out.sum().backward()
     with torch.no_grad():
         assert not run(q, k, v).requires_grad
+
+
+@pytest.mark.parametrize("trained", ["q", "sinks"])
+def test_a_compiled_backward_pass_beside_an_lse_and_of_sinks(trained: str) -> None:
+    """The LSE has no gradient, as without a compiler, and sinks alone ask for one."""
+    inputs = {"q": normal(1, 2, 9, 4, 32), "sinks": normal(4, 4)}
+    inputs[trained].requires_grad_()
+    k, v = normal(2, 2, 30, 2, 32), normal(3, 2, 30, 2, 32)
+
+    def call(q: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = headway.flash_attn_func(q, k, v, learnable_sink=sinks, return_lse=True)
+        return out, lse
+
+    out, lse = torch.compile(call, backend="aot_eager", fullgraph=True)(**inputs)
+    torch.testing.assert_close((out, lse), call(**inputs))
+    assert not lse.requires_grad
+    with pytest.raises(UnsupportedError, match="no gradients"):
+        out.sum().backward()
+
+
+def test_aux_tensors_that_no_mod_uses_are_refused_in_a_compiled_region_too() -> None:
+    def call(q: Tensor) -> Any:
+        return headway.flash_attn_func(q, q, q, aux_tensors=[q])
+
+    with pytest.raises(InvalidInputError, match="aux_tensors"):
+        torch.compile(call, backend="aot_eager")(normal(1, 1, 3, 2, 32))
 
 
 def test_mods_break_the_graph_and_stay_right() -> None:

@@ -68,10 +68,15 @@ _KVCACHE = "flash_attn_with_kvcache"
 _UNTRACEABLE = (
     "score_mod",
     "mask_mod",
+    "aux_tensors",
     "aux_scalars",
     "gather_kv_indices",
     "block_sparse_tensors",
 )
+
+
+#: Inputs that a training attention has gradients for.
+_TRAINED = ("q", "k", "v", "k_cache", "v_cache", "qv", "sinks", "learnable_sink")
 
 
 # --- from a traced call to an operator --------------------------------------------------------------
@@ -79,19 +84,22 @@ _UNTRACEABLE = (
 
 def call(function: str, arguments: dict[str, Any]) -> Tensor | tuple[Tensor, Tensor]:
     """One call of a public function, with all its arguments by name, as the compiler traces it."""
-    if function == _KVCACHE:
-        k, v = arguments["k_cache"], arguments["v_cache"]
-        new_k, new_v = arguments["k"], arguments["v"]
-    else:
-        k, v, new_k, new_v = arguments["k"], arguments["v"], None, None
-    incomplete = (new_k is None) != (new_v is None)
+    new = ("k", "v") if function == _KVCACHE else ()
+    incomplete = len({arguments[name] is None for name in new}) > 1
     twice = arguments["sinks"] is not None and arguments["learnable_sink"] is not None
     if incomplete or twice or any(arguments.get(name) is not None for name in _UNTRACEABLE):
         return _uncompiled(function, arguments)
+    inputs = [arguments[name] for name in _TRAINED if arguments.get(name) is not None]
+    trains = gradients.required(*inputs)
+    if (
+        trains
+    ):  # the operator gets none that do: it has no backward, and what it returns would want one
+        arguments = {name: _detached(x) for name, x in arguments.items()}
+    k, v, new_k, new_v = arguments["k"], arguments["v"], None, None
+    if function == _KVCACHE:
+        k, v, new_k, new_v = arguments["k_cache"], arguments["v_cache"], k, v
     q = arguments["q"]
     out = arguments["out"]
-    inputs = [x for x in (q, k, v, new_k, new_v, arguments["qv"]) if x is not None]
-    trains = gradients.required(*inputs)
     if trains:
         gradients.check_out(out)
     if out is None:
@@ -107,6 +115,10 @@ def call(function: str, arguments: dict[str, Any]) -> Tensor | tuple[Tensor, Ten
     if trains:
         out = torch.ops.headway.without_backward(out, inputs)
     return (out, lse) if plain[-1] else out
+
+
+def _detached(x: Any) -> Any:
+    return x.detach() if isinstance(x, Tensor) and x.requires_grad else x
 
 
 def _tensor(name: str, arguments: dict[str, Any], q: Tensor) -> Tensor | None:
