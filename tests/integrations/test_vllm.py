@@ -333,6 +333,9 @@ def test_what_is_not_there_is_refused() -> None:
     arguments = (Layer(), rows.q, rows.q, rows.q, cache, built, torch.empty_like(rows.q))
     with pytest.raises(UnsupportedError, match="by request"):
         impl.forward(*arguments)
+    built.context = integration._Context(built.seq_lens, longest=0)
+    with pytest.raises(UnsupportedError, match="by request.*decode-context parallelism"):
+        implementation().forward(*arguments)
     with pytest.raises(UnsupportedError, match="output_scale"):
         impl.forward(*arguments, output_scale=torch.ones(1))
     out = torch.ones(3, HEADS, DIM)

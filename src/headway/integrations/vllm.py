@@ -408,6 +408,8 @@ class HeadwayImpl(AttentionImpl[HeadwayMetadata]):
                 "decode-context parallelism takes no sliding window and no ALiBi: a rank does not know "
                 "the positions of its keys"
             )
+        if isinstance(metadata.causal, Tensor):
+            raise UnsupportedError("causal as a tensor (by request) in decode-context parallelism")
         attended, lse = interface.flash_attn_varlen_func(
             q,
             *new,
