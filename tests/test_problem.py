@@ -210,6 +210,11 @@ def tables(positions: int) -> dict[str, Any]:
     return {"rotary_cos": normal(positions, 2), "rotary_sin": normal(positions, 2)}
 
 
+#: Sequences would overwrite each other's new tokens.
+SHARED = {name: normal(1, 4, 2, 8).expand(6, 4, 2, 8) for name in ("k_cache", "v_cache")}
+WRONG += [("paged", NEW | {name: cache}, name, "looks expanded") for name, cache in SHARED.items()]
+
+
 #: Tables that are read beyond their end give whatever lies there.
 WRONG += [
     ("paged", NEW | tables(8), "rotary_cos", "at least 9"),
@@ -276,6 +281,9 @@ PARTS, LSES = normal(2, 3, 5, 4, 8), normal(2, 3, 5, 4)
         ({"lse_partial": LSES.to("meta")}, "lse_partial"),
         ({"out": torch.empty(3, 5, 4, 8, device="meta")}, "out"),
         ({"out": torch.empty(5, 4, 8)}, "out"),
+        ({"out": [PARTS[0]]}, "out"),
+        ({"out_dtype": torch.int32}, "out_dtype"),
+        ({"out_dtype": torch.float8_e4m3fn}, "out_dtype"),
     ],
 )
 def test_parts_that_do_not_fit_are_named(changes: dict[str, Any], argument: str) -> None:
@@ -292,6 +300,8 @@ def test_parts_that_do_not_fit_are_named(changes: dict[str, Any], argument: str)
         ([PARTS[0, 0, 0]], [LSES[0, 0, 0]], "outs[0]"),
         ([PARTS[0], PARTS[0, :2]], [LSES[0].mT] * 2, "outs[1]"),
         ([PARTS[0]] * 2, [LSES[0].mT, LSES[0]], "lses[1]"),
+        ([PARTS[0], 1.0], [LSES[0].mT] * 2, "outs[1]"),
+        ([PARTS[0]], [[0.0]], "lses[0]"),
     ],
 )
 def test_states_that_do_not_fit_are_named(outs: Any, lses: Any, argument: str) -> None:
@@ -335,6 +345,15 @@ def test_sizes_of_a_plan_are_checked(changes: dict[str, Any]) -> None:
 def test_arguments_no_provider_takes_are_refused_with_advice(name: str) -> None:
     with pytest.raises(UnsupportedError, match=name):
         dense(**{name: [1.0]})
+
+
+@pytest.mark.parametrize("length", [7, np.int64(7), np.int32(7)])
+def test_a_length_may_be_any_integer(length: Any) -> None:
+    q = normal(2, 3, 4, 8)
+    torch.testing.assert_close(
+        paged(q=q, cache_seqlens=length, k_cache=(k := normal(6, 4, 2, 8)), v_cache=k),
+        paged(q=q, cache_seqlens=int32(7, 7), k_cache=k, v_cache=k),
+    )
 
 
 def test_an_int_length_counts_for_each_sequence_of_a_ragged_query() -> None:

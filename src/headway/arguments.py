@@ -17,6 +17,7 @@ from torch import Tensor
 from headway.errors import InvalidInputError, UnsupportedError
 from headway.plan import Plan
 from headway.problem import (
+    FLOAT_DTYPES,
     KEY_SHAPES,
     Append,
     Descales,
@@ -295,7 +296,9 @@ def _max_keys(
 # --- of the other functions -----------------------------------------------------------------------------
 
 
-def check_parts(out_partial: object, lse_partial: object) -> None:
+def check_parts(
+    out_partial: object, lse_partial: object, out: object, out_dtype: torch.dtype | None
+) -> None:
     shape = "(n, B, Sq, Hq, Dv) or (n, total_q, Hq, Dv)"
     for name, part in (("out_partial", out_partial), ("lse_partial", lse_partial)):
         if not isinstance(part, Tensor):
@@ -310,12 +313,27 @@ def check_parts(out_partial: object, lse_partial: object) -> None:
         given = f"shape {tuple(lse_partial.shape)} on {lse_partial.device}"
         wanted = f"{tuple(out_partial.shape[:-1])} on {out_partial.device}"
         raise InvalidInputError("lse_partial", given, wanted)
+    if out_dtype not in (None, *FLOAT_DTYPES):
+        raise InvalidInputError("out_dtype", out_dtype, "a 16-, 32- or 64-bit floating-point dtype")
+    if out is None:
+        return
+    wanted = f"a tensor of shape {tuple(out_partial.shape[1:])} on {out_partial.device}"
+    if not isinstance(out, Tensor):
+        raise InvalidInputError("out", type(out).__name__, wanted)
+    if out.shape != out_partial.shape[1:] or out.device != out_partial.device:
+        raise InvalidInputError("out", f"shape {tuple(out.shape)} on {out.device}", wanted)
+    if out_dtype not in (None, out.dtype):
+        raise InvalidInputError("out_dtype", out_dtype, f"the dtype of out, {out.dtype}, or None")
 
 
 def check_states(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:
     if len(outs) == 0 or len(outs) != len(lses):
         given = f"{len(outs)} outs, {len(lses)} lses"
         raise InvalidInputError("outs", given, "as many, at least one")
+    for name, parts in (("outs", outs), ("lses", lses)):
+        for i, part in enumerate(parts):
+            if not isinstance(part, Tensor):
+                raise InvalidInputError(f"{name}[{i}]", type(part).__name__, "a tensor")
     if outs[0].dim() not in (3, 4):
         given, wanted = f"shape {tuple(outs[0].shape)}", "(B, Sq, Hq, Dv) or (total_q, Hq, Dv)"
         raise InvalidInputError("outs[0]", given, wanted)

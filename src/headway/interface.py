@@ -19,6 +19,7 @@ import inspect
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -283,8 +284,8 @@ def flash_attn_with_kvcache(
             mask_mod, aux_tensors, return_lse, out, ver, backend,
         )
         # fmt: on
-    if isinstance(cache_seqlens, int):
-        cache_seqlens = _one_length(cache_seqlens, q, cu_seqlens_q)
+    if cache_seqlens.__class__ is not Tensor and isinstance(cache_seqlens, Integral):
+        cache_seqlens = _one_length(int(cache_seqlens), q, cu_seqlens_q)
     return _solve(_KVCACHE, locals())
 
 
@@ -306,13 +307,11 @@ def flash_attn_combine(
 
     Returns:
         ``(out, lse)``, lse (B, Sq, Hq) or (total_q, Hq), float32; or ``out`` without ``return_lse``.
+
+    Raises:
+        InvalidInputError: shapes, devices or dtypes that do not fit together.
     """
-    check_parts(out_partial, lse_partial)
-    if out is not None and (out.shape != out_partial.shape[1:] or out.device != out_partial.device):
-        wanted = f"{tuple(out_partial.shape[1:])} on {out_partial.device}"
-        raise InvalidInputError("out", f"shape {tuple(out.shape)} on {out.device}", wanted)
-    if out is not None and out_dtype not in (None, out.dtype):
-        raise InvalidInputError("out_dtype", out_dtype, f"the dtype of out, {out.dtype}, or None")
+    check_parts(out_partial, lse_partial, out, out_dtype)
     dtype = out_dtype or out_partial.dtype
     if _merges_here(out_partial):
         merged, lse = _merging().combine(

@@ -561,8 +561,12 @@ def _check_append(p: Problem, a: Append) -> None:
         raise InvalidInputError("k", "new tokens beside ragged k_cache", "a dense or paged cache")
     if p.seqlens_k is None:
         raise InvalidInputError("cache_seqlens", None, "given when k and v are appended")
-    rows = ("k", a.k, p.head_dim), ("v", a.v, p.head_dim_v)
-    for name, t, dim in rows:
+    for name, cache in (("k_cache", p.k), ("v_cache", p.v)):
+        rows = zip(cache.shape[:2], cache.stride(), strict=False)
+        if any(n > 1 and step == 0 for n, step in rows):
+            wanted = "memory of its own for every row that is written (it looks expanded)"
+            raise InvalidInputError(name, f"strides {cache.stride()} with new k and v", wanted)
+    for name, t, dim in (("k", a.k, p.head_dim), ("v", a.v, p.head_dim_v)):
         _require_tensor(name, t)
         if a.cu_seqlens is not None:
             want: tuple[int, ...] = (a.k.shape[0], p.num_kv_heads, dim)

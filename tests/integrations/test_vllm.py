@@ -334,7 +334,7 @@ def test_what_is_not_there_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="by request"):
         impl.forward(*arguments)
     built.context = integration._Context(built.seq_lens, longest=0)
-    with pytest.raises(UnsupportedError, match="by request.*decode-context parallelism"):
+    with pytest.raises(UnsupportedError, match=r"by request.*decode-context parallelism"):
         implementation().forward(*arguments)
     with pytest.raises(UnsupportedError, match="output_scale"):
         impl.forward(*arguments, output_scale=torch.ones(1))
