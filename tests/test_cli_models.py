@@ -45,6 +45,7 @@ def run(*words: str) -> str:
 def server(llama: TinyModel) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
     """A server process, its URL, and what it said when it was ready."""
     words = ["--port", "0", "--device", "cpu", "--kv-cache-tokens", "1024", "--page-size", "8"]
+    words.append("--engine-process")  # in one process it runs nearly everywhere else
     process = subprocess.Popen(
         [sys.executable, "-m", "headway", "serve", str(llama.path), *words],
         stdout=subprocess.PIPE,

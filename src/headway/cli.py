@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -31,11 +32,13 @@ from headway.errors import HeadwayError, InvalidInputError
 if TYPE_CHECKING:
     import torch
 
+    from headway.engine.introduction import Introduction
     from headway.engine.llm import LLM
     from headway.engine.request import SamplingParams
     from headway.kernels.compile import Case
     from headway.precompile import Precompiled
     from headway.providers.base import Capabilities
+    from headway.server.async_engine import Engine
 
 app = typer.Typer(
     name="headway",
@@ -95,10 +98,16 @@ def serve(
         float, typer.Option(min=0, help="Seconds that running requests get after SIGTERM.")
     ] = 60.0,
     access_log: Annotated[bool, typer.Option(help="Log every HTTP request.")] = False,
+    engine_process: Annotated[
+        bool | None,
+        typer.Option(
+            help="A process of its own for the engine, whose steps then do not wait while answers are "
+            "written. Default: on one GPU."
+        ),
+    ] = None,
 ) -> None:
     """Serve a model through an OpenAI-compatible HTTP API."""
     from headway.engine.collector import settled
-    from headway.engine.warm_up import warm_up
     from headway.server import run
     from headway.server.context import ServerSettings
 
@@ -107,19 +116,22 @@ def serve(
     if config.tensor_parallel_size > 1:
         _serve_together(config)
     listener = run.bind(host, port)
-    llm = _load(config)
-    warm_up(llm)
-    leader = _lead(llm)
     port = listener.getsockname()[1]
     shown = host if ":" not in host else f"[{host}]"
+    with _engine(config, engine_process) as (engine, about):
 
-    def ready() -> None:
-        _introduce(llm, names, f"http://{shown}:{port}/v1", api_key is not None)
+        def ready() -> None:
+            _introduce(about, names, f"http://{shown}:{port}/v1", api_key is not None)
 
-    with leader, settled():
-        run.serve(
-            llm, settings, listener, drain_timeout=drain_timeout, access_log=access_log, ready=ready
-        )
+        with settled():
+            run.serve(
+                engine,
+                settings,
+                listener,
+                drain_timeout=drain_timeout,
+                access_log=access_log,
+                ready=ready,
+            )
 
 
 def _serve_together(config: EngineConfig) -> None:
@@ -142,11 +154,32 @@ def _serve_together(config: EngineConfig) -> None:
     raise typer.Exit
 
 
-def _lead(llm: LLM) -> contextlib.AbstractContextManager[object]:
-    """While it lasts, other processes of the engine do what this one is told."""
+@contextlib.contextmanager
+def _engine(config: EngineConfig, apart: bool | None) -> Iterator[tuple[Engine, Introduction]]:
+    """A warm engine, and what to say of it."""
+    from headway import devices
+    from headway.engine.introduction import introduction
     from headway.engine.lead import Leader
+    from headway.engine.warm_up import warm_up, warmed_up
 
-    return llm if isinstance(llm, Leader) else contextlib.nullcontext()
+    if config.tensor_parallel_size > 1:
+        if apart:
+            wanted = "no-engine-process with tensor parallelism, whose processes are torchrun's"
+            raise InvalidInputError("engine_process", apart, wanted)
+        apart = False
+    if apart is None:
+        apart = devices.choose(config.device).type == "cuda"
+    if apart:
+        from headway.server.engine_process import EngineProcess
+
+        _quieten_tokenizers()
+        with EngineProcess(warmed_up, config, ask=introduction) as process:
+            yield process, process.answer
+        return
+    llm = _load(config)
+    warm_up(llm)
+    with llm if isinstance(llm, Leader) else contextlib.nullcontext():
+        yield llm, introduction(llm)
 
 
 def _display_name(model: str) -> str:
@@ -158,8 +191,7 @@ def _display_name(model: str) -> str:
 
 
 def _load(config: EngineConfig) -> LLM:
-    # Tokenizers warn about forks at every turn otherwise; the engine has threads of its own.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _quieten_tokenizers()
     if config.tensor_parallel_size > 1:
         from headway.engine import parallel
         from headway.engine.lead import Leader
@@ -171,19 +203,18 @@ def _load(config: EngineConfig) -> LLM:
     return LLM(config, progress=True)
 
 
-def _introduce(llm: LLM, names: tuple[str, ...], url: str, key: bool) -> None:
-    """What is being served, and how."""
-    from headway.engine import describe
+def _quieten_tokenizers() -> None:
+    """Tokenizers warn about forks at every turn otherwise; the engine has threads of its own."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-    stats = llm.stats()
-    attention = describe.chosen(describe.explain(llm.config, llm.probe, llm.dtype))
-    page_size = llm.config.page_size
-    dtype = str(llm.dtype).removeprefix("torch.")
+
+def _introduce(about: Introduction, names: tuple[str, ...], url: str, key: bool) -> None:
+    """What is being served, and how."""
     lines = (
-        ("model", f"{', '.join(names)} ({dtype}, {llm.device})"),
-        ("context", f"{llm.max_model_len} tokens"),
-        ("KV cache", f"{stats.pages_total * page_size} tokens in pages of {page_size}"),
-        ("attention", attention),
+        ("model", f"{', '.join(names)} ({about.dtype}, {about.device})"),
+        ("context", about.context),
+        ("KV cache", about.kv_cache),
+        ("attention", about.attention),
         ("API", url + (" (with a key)" if key else "")),
     )
     print(f"Headway {headway.__version__} is ready")

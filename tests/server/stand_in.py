@@ -35,6 +35,9 @@ class ByteTokenizer:
             return "<eos>"
         return f"<0x{token_id:02X}>" if token_id < EOS else None
 
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
     def decode(self, token_ids: Sequence[int]) -> str:
         return bytes(token_ids).decode(errors="replace")
 
@@ -73,7 +76,7 @@ class EchoEngine:
         self._counts = {"hit": 0, "query": 0, "prompt": 0, "output": 0}
 
     def encode(self, text: str) -> list[int]:
-        return list(text.encode())
+        return self.tokenizer.encode(text)
 
     def apply_chat_template(self, messages: Sequence[dict[str, str]]) -> list[int]:
         return self.encode("".join(f"<{m['role']}>{m['content']}" for m in messages))

@@ -6,13 +6,11 @@ import contextlib
 import dataclasses
 import logging
 import random
-from array import array
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 import psutil
 import torch
 from torch import Tensor
@@ -24,6 +22,7 @@ from headway.engine.calibration import kv_scales
 from headway.engine.config import EngineConfig
 from headway.engine.detokenizer import Decode, Detokenizer
 from headway.engine.graphs import CudaRecorder, DecodeGraphs, Record, batch_sizes
+from headway.engine.intake import Intake
 from headway.engine.kv_cache import KVCache, PagePool
 from headway.engine.latent import keep_latent
 from headway.engine.prefix_cache import PrefixCache
@@ -127,7 +126,7 @@ class DrawsAlone:
         return self._sampled
 
 
-class LLM:
+class LLM(Intake):
     """An engine for one model.
 
     Not thread-safe: one thread calls it. ``add_request`` and ``abort`` may come between any two steps.
@@ -226,33 +225,6 @@ class LLM:
             found[index] = dataclasses.replace(layer, k_descale=k, v_descale=v)
         return found
 
-    # --- text and tokens --------------------------------------------------------------------------
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, with the special tokens the tokenizer adds around one."""
-        return list(self._need_tokenizer("text").encode(text))
-
-    def apply_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], **options: Any
-    ) -> list[int]:
-        """Token ids of a conversation up to where the model answers, by the tokenizer's own template."""
-        tokenizer = self._need_tokenizer("messages")
-        if not tokenizer.chat_template:
-            raise InvalidInputError(
-                "messages", "a conversation", "text: the model has no chat template"
-            )
-        encoded = tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, return_dict=True, **options
-        )
-        return list(encoded["input_ids"])
-
-    def _need_tokenizer(self, argument: str) -> Any:
-        if self.tokenizer is None:
-            raise InvalidInputError(
-                argument, "text", "token ids: the model has no tokenizer (set tokenizer=)"
-            )
-        return self.tokenizer
-
     # --- requests ---------------------------------------------------------------------------------
 
     def add_request(
@@ -261,23 +233,20 @@ class LLM:
         """Queue a request.
 
         Raises:
-            InvalidInputError: the id is in use; the prompt is empty, too long, or no list of tokens of
-                the vocabulary.
+            InvalidInputError: the id is in use; see also :meth:`.Intake.check_request`.
         """
         if request_id in self._requests:
             raise InvalidInputError(
                 "request_id", request_id, "an id that no unfinished request has"
             )
         prompt = list(prompt_token_ids)
-        self._check_prompt(prompt)
+        self.check_request(prompt, sampling_params)
         tokenizer, params = self.tokenizer, sampling_params
         detokenizer = None
         if tokenizer is not None:
             detokenizer = Detokenizer(
                 _decoder(tokenizer), prompt, params.stop, params.include_stop_str_in_output
             )
-        elif params.stop:
-            raise InvalidInputError("stop", params.stop, "none: the model has no tokenizer")
         eos = frozenset() if params.ignore_eos else self._eos_token_ids
         self._requests[request_id] = Request(
             sequence=TokenSequence(
@@ -312,28 +281,6 @@ class LLM:
         if request.guesses is None:
             return ()
         return request.guesses.propose(sequence.tokens, self.config.num_draft_tokens)
-
-    def _check_prompt(self, prompt: list[int]) -> None:
-        if not prompt:
-            raise InvalidInputError("prompt_token_ids", "an empty prompt", "at least one token")
-        if len(prompt) >= self.max_model_len:
-            raise InvalidInputError(
-                "prompt_token_ids",
-                f"a prompt of {len(prompt)} tokens",
-                f"at most {self.max_model_len - 1}: the limit is {self.max_model_len} tokens, "
-                "prompt and output together",
-            )
-        vocabulary = self.model_config.vocab_size
-        with contextlib.suppress(TypeError, OverflowError):
-            # At the speed of C: prompts are long, and the device waits for the first.
-            numbers = np.frombuffer(array("q", prompt), dtype=np.int64)
-            if numbers.min() >= 0 and numbers.max() < vocabulary:
-                return
-        for token in prompt:
-            if not isinstance(token, int) or not 0 <= token < vocabulary:
-                raise InvalidInputError(
-                    "prompt_token_ids", repr(token), f"ids 0 to {vocabulary - 1}"
-                )
 
     def has_unfinished(self) -> bool:
         """Whether another ``step`` would do anything."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from headway.engine.config import EngineConfig
 from headway.engine.kv_cache import pages_for
 from headway.engine.llm import LLM
 from headway.engine.request import SamplingParams
@@ -31,6 +32,13 @@ def warm_up(llm: LLM) -> None:
     while llm.has_unfinished():
         _step(llm)
     llm.forget()
+
+
+def warmed_up(config: EngineConfig) -> LLM:
+    """An engine that has run every kind of step once."""
+    llm = LLM(config, progress=True)
+    warm_up(llm)
+    return llm
 
 
 def waves(llm: LLM) -> Sequence[Sequence[Asked]]:

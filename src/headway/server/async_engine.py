@@ -48,6 +48,10 @@ class EngineFailedError(Exception):
     """The engine failed while it worked on a request, or the server cancelled it."""
 
 
+class EngineGoneError(EngineFailedError):
+    """There is no engine any more."""
+
+
 @dataclass(frozen=True)
 class Job:
     """One engine request: one choice of one prompt."""
@@ -229,6 +233,8 @@ class AsyncEngine:
                 self._inside.add(job.request_id)
         except Exception as raised:
             error = raised  # submit() cancels the whole group, the jobs already inside included
+            if isinstance(raised, EngineGoneError) and self.failure is None:
+                self._give_up(raised)
         self._on_loop(lambda: _resolve(taken, error))
 
     def _abort(self, request_ids: Sequence[str]) -> None:
@@ -247,7 +253,8 @@ class AsyncEngine:
         at = time.perf_counter()
         self._inside.difference_update(o.request_id for o in outputs if o.finish_reason is not None)
         self.stats = self.engine.stats()
-        self._on_loop(lambda: self._deliver(outputs, at))
+        if outputs:
+            self._on_loop(lambda: self._deliver(outputs, at))
 
     def _fail_all(self, reason: str) -> None:
         """A step has failed: end every request and leave the engine empty, so that it can go on."""
@@ -260,7 +267,7 @@ class AsyncEngine:
 
     def _give_up(self, error: Exception) -> None:
         """The engine cannot even be tidied up: say so to everyone, now and from now on."""
-        log.exception("the engine has failed and takes no more requests")
+        log.error("the engine has failed and takes no more requests", exc_info=error)
         self.failure = reason = f"{type(error).__name__}: {error}"
         self._inside.clear()
         self._on_loop(lambda: self._end_all(FinishReason.ERROR, reason))

@@ -1,0 +1,131 @@
+"""An engine in a process of its own: what comes through, what fails there, and how it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from headway.engine.request import FinishReason, RequestOutput, SamplingParams
+from headway.errors import InvalidInputError, UnsupportedError
+from headway.server.engine_process import EngineProcess
+from tests.server.live import eventually, serving
+from tests.server.stand_in import FAIL, EchoEngine
+
+GREEDY = SamplingParams(max_tokens=4, temperature=0)
+
+
+def broken(message: str) -> EchoEngine:
+    raise UnsupportedError(message, {"echo": ["cannot"]}, ["another"])
+
+
+def crashing() -> EchoEngine:
+    raise KeyError("weights")
+
+
+def pages(engine: EchoEngine) -> int:
+    return engine.num_pages
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[EngineProcess]:
+    with EngineProcess(EchoEngine, ask=pages) as made:
+        yield made
+
+
+def steps(engine: EngineProcess, until: int) -> list[RequestOutput]:
+    """Outputs of steps until so many requests have ended."""
+    found: list[RequestOutput] = []
+    while sum(output.finish_reason is not None for output in found) < until:
+        found += engine.step()
+    return found
+
+
+def test_it_stands_for_the_engine(engine: EngineProcess) -> None:
+    assert (engine.model_name, engine.max_model_len, engine.answer) == ("echo", 1024, 4096)
+    assert engine.model_config.vocab_size == 257
+    assert engine.step() == []
+    here = EchoEngine()
+    params = SamplingParams(max_tokens=4, temperature=0, logprobs=1)
+    engine.add_request("a", [65, 66, 67], params)
+    here.add_request("a", [65, 66, 67], params)
+    wanted: list[RequestOutput] = []
+    while here.has_unfinished():
+        wanted += here.step()
+    assert steps(engine, 1) == wanted  # whole objects, log-probabilities among them
+    assert not engine.has_unfinished()
+    assert engine.stats().output_tokens == here.stats().output_tokens == 4
+
+
+def test_what_cannot_run_is_refused_on_this_side(engine: EngineProcess) -> None:
+    for prompt, wanted in (([], "empty"), ([257], "ids 0 to 256"), ([1] * 1024, "at most 1023")):
+        with pytest.raises(InvalidInputError, match=wanted):
+            engine.add_request("a", prompt, GREEDY)
+    assert not engine.has_unfinished()
+
+
+def test_what_only_the_engine_can_refuse_ends_the_request() -> None:
+    with EngineProcess(EchoEngine, ask=None) as engine:
+        engine.max_model_len = 1 << 20
+        engine.add_request("a", [1] * 20000, GREEDY)
+        (ended,) = steps(engine, 1)
+        assert ended.finish_reason is FinishReason.ERROR
+        assert "at most 16384" in (ended.error or "")
+
+
+def test_a_cancelled_request_gives_no_more(engine: EngineProcess) -> None:
+    engine.add_request("long", [65], SamplingParams(max_tokens=1 << 20, temperature=0))
+    while not engine.step():
+        pass
+    engine.abort("long")
+    assert not engine.has_unfinished()
+    engine.add_request("next", [66], GREEDY)
+    assert {output.request_id for output in steps(engine, 1)} <= {"long", "next"}
+
+
+def test_a_failed_step_is_told_and_the_engine_goes_on(engine: EngineProcess) -> None:
+    engine.add_request("bad", list(FAIL), GREEDY)
+    with pytest.raises(RuntimeError, match="told to fail"):
+        steps(engine, 1)
+    engine.abort("bad")
+    assert not engine.has_unfinished()
+    engine.add_request("good", [65], GREEDY)
+    assert "".join(output.new_text for output in steps(engine, 1)) == "AAAA"
+
+
+def test_why_it_cannot_be_made_is_told() -> None:
+    with pytest.raises(UnsupportedError, match="no room") as refused:
+        EngineProcess(broken, "no room")
+    assert refused.value.alternatives == ("another",)
+    with pytest.raises(RuntimeError, match="KeyError: 'weights'"):
+        EngineProcess(crashing)
+
+
+def test_a_server_of_it_streams_fails_and_survives_its_death() -> None:
+    with EngineProcess(EchoEngine) as own, serving(own) as live:
+        client = live.client()
+        stream = client.completions.create(model="echo", prompt="abc", max_tokens=5, stream=True)
+        assert "".join(chunk.choices[0].text for chunk in stream) == "abcab"
+        answers: Any = client.completions.create(model="echo", prompt="xy", n=3, max_tokens=6)
+        assert answers.choices[0].text == "xyxyxy"
+        assert live.post("/v1/completions", {"prompt": FAIL.decode()}).status_code == 500
+        assert client.completions.create(model="echo", prompt="ok", max_tokens=2).choices
+        assert own._process.pid is not None
+        os.kill(own._process.pid, signal.SIGKILL)
+        answer = live.post("/v1/completions", {"prompt": "abc"})
+        assert answer.status_code == 500
+        assert "exit code -9" in answer.text
+        eventually(lambda: live.get("/health").status_code == 503, "the server says it is ill")
+
+
+def test_closing_ends_a_busy_process() -> None:
+    engine = EngineProcess(EchoEngine)
+    engine.add_request("long", [65], SamplingParams(max_tokens=1 << 20, temperature=0))
+    begin = time.monotonic()
+    engine.close()
+    assert engine._process.exitcode == 0
+    assert time.monotonic() - begin < 5
