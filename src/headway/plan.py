@@ -132,8 +132,8 @@ class Plan:
     serves one stream of work: whoever runs two at once (a draft model beside its target, two CUDA graphs)
     makes a plan for each, and nothing is shared between them but a ``scratch`` that both were given.
 
-    ``replayed``, for providers that plan on the host: the calls are captured in a CUDA graph. What they read
-    stays where it is, and sequences may become as long as the page table is wide.
+    ``replayed``, for providers that plan on the host: the calls are captured in a CUDA graph. What they
+    read stays where it is, and sequences may become as long as the page table is wide.
     """
 
     key: PlanKey
