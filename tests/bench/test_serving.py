@@ -139,7 +139,14 @@ def test_wrong_prompt_files_are_named(tmp_path: Path, text: str) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"num_prompts": 0}, {"request_rate": 0.0}, {"random_range_ratio": 1.0}, {"url": "host:1"}],
+    [
+        {"num_prompts": 0},
+        {"request_rate": 0.0},
+        {"random_range_ratio": 1.0},
+        {"url": "host:1"},
+        {"max_concurrency": 0},
+        {"timeout_s": 0.0},
+    ],
 )
 def test_wrong_settings_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(InvalidInputError, match=next(iter(wrong))):

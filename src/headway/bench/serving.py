@@ -94,11 +94,16 @@ class LoadSettings:
         limits: tuple[tuple[str, bool, str], ...] = (
             ("num_prompts", self.num_prompts >= 1, "at least 1"),
             ("request_rate", self.request_rate > 0, "more than 0, or inf"),
-            ("max_concurrency", (self.max_concurrency or 1) >= 1, "at least 1"),
+            (
+                "max_concurrency",
+                self.max_concurrency is None or self.max_concurrency >= 1,
+                "at least 1, or None",
+            ),
             ("random_input_len", self.random_input_len >= 1, "at least 1"),
             ("random_output_len", self.random_output_len >= 1, "at least 1"),
             ("random_range_ratio", 0 <= self.random_range_ratio < 1, "at least 0, less than 1"),
             ("num_warmups", self.num_warmups >= 0, "0 or more"),
+            ("timeout_s", self.timeout_s > 0, "more than 0 seconds"),
             ("url", self.url.startswith(("http://", "https://")), "http://HOST:PORT"),
         )
         for name, holds, wanted in limits:
