@@ -135,10 +135,13 @@ def test_split_caches_with_modifiers(more: dict[str, Any]) -> None:
     check(long_decode(LENGTHS, 16, **more))
 
 
-def latent(heads: int, form: str, sq: int = 2, dtype: torch.dtype = torch.bfloat16) -> calls.Call:
+def latent(
+    heads: int, form: str, sq: int = 2, kv_dtype: torch.dtype = torch.bfloat16
+) -> calls.Call:
     """Absorbed MLA at DeepSeek's widths, in the three ways a call can put it."""
     cache, page = _normal(9, 16, 16, 1, 576), 16
     cache[13:] = float("nan")
+    cache = cache.to(kv_dtype)
     table = torch.randperm(13, generator=torch.Generator().manual_seed(1)).to(torch.int32)
     table = torch.cat((table[:12], _int32(*[99999] * 2))).view(2, 7)
     lengths = _int32(7 * page - 3, 5 * page - 5)
@@ -161,15 +164,26 @@ def test_absorbed_mla(heads: int, form: str) -> None:
     check(latent(heads, form))
 
 
+@pytest.mark.parametrize("form", ["qv", "only_qv"])
+@pytest.mark.parametrize("heads", [5, 16, 64])
+def test_absorbed_mla_of_float8_caches(heads: int, form: str) -> None:
+    call = latent(heads, form, 1, FLOAT8)
+    descales = {"v_descale": 0.7} if form == "only_qv" else {"k_descale": 1.3, "v_descale": 0.7}
+    call.kwargs |= {name: torch.full((2, 1), scale) for name, scale in descales.items()}
+    check(call)
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, FLOAT8])
 @pytest.mark.parametrize("heads", [16, 128])
-def test_absorbed_mla_from_one_cache(heads: int) -> None:
+def test_absorbed_mla_from_one_cache(heads: int, kv_dtype: torch.dtype) -> None:
     """k is the whole cache and v a view of its first columns."""
-    call = latent(heads, "one").copy(DEVICE)
+    call = latent(heads, "one", 2, kv_dtype).copy(DEVICE)
     call.kwargs["v_cache"] = call.kwargs["k_cache"][..., :512]
     out, lse = headway.flash_attn_with_kvcache(**call.kwargs, backend="portable", return_lse=True)
     problem = call.problem()
     got = calls.Result(out.cpu(), lse.cpu(), (), calls._used_rows(problem).cpu())
-    calls.assert_matches(got, _without_caches(latent(heads, "one").run("reference")), call.copy())
+    want = latent(heads, "one", 2, kv_dtype).run("reference")
+    calls.assert_matches(got, _without_caches(want), call.copy())
 
 
 def _without_caches(result: calls.Result) -> calls.Result:
@@ -192,6 +206,34 @@ def test_float8(kinds: str, sq: int) -> None:
         scale = torch.rand(4, 2, generator=torch.Generator().manual_seed(i)) + 0.5
         call.kwargs[f"{name[0]}_descale"] = scale
     check(call)
+
+
+@pytest.mark.parametrize("dims", [(40, 40), (64, 64), (96, 96), (192, 128), (256, 256), (64, 8)])
+def test_float8_caches_of_every_width(dims: tuple[int, int]) -> None:
+    """Long enough to be split; the window begins and ends within tiles."""
+    (d, dv), lengths = dims, (333, 90)
+    kwargs: dict[str, Any] = {
+        "q": _normal(1, 2, 1, 6, d),
+        "k_cache": _normal(2, 2, 350, 2, d).to(FLOAT8),
+        "v_cache": _normal(3, 2, 350, 2, dv).to(FLOAT8),
+        "cache_seqlens": _int32(*lengths),
+        "window_size": (299, 0),
+    }
+    check(calls.Call("kvcache", kwargs, f"float8 cache {d}/{dv}"))
+
+
+@pytest.mark.parametrize("step", [64, 68])
+def test_float8_values_that_are_no_pairs(step: int) -> None:
+    """At odd addresses, or in rows whose strides tell the compiler little, they are read one by one."""
+    q, k, v = _normal(1, 2, 1, 4, 64), _normal(2, 2, 50, 1, 64), _normal(3, 2, 50, 1, 64)
+    call = calls.Call("dense", {"q": q, "k": k.to(FLOAT8), "v": v.to(FLOAT8)}, f"rows of {step}")
+    want, here = call.run("reference"), call.copy(DEVICE)
+    room = torch.zeros(2 * 50 * step + 1, dtype=torch.uint8, device=DEVICE).view(FLOAT8)
+    apart = room[1:].view(2, 50, 1, step)[..., :64]
+    apart.copy_(here.kwargs["v"])
+    here.kwargs["v"] = apart
+    out, lse = headway.flash_attn_func(**here.kwargs, backend="portable", return_lse=True)
+    calls.assert_matches(calls.Result(out.cpu(), lse.cpu(), (), want.used), want, call)
 
 
 def test_float8_bits_of_every_value() -> None:

@@ -111,7 +111,7 @@ def tiles_of(arch: str) -> set[str]:
         tiles.tile_for(op, arch, dim, rows, itemsize, cache_bytes)  # type: ignore[arg-type]
         for op, dims in widths.items()
         for dim, rows, itemsize, cache_bytes in itertools.product(
-            dims, (16, 32, 64), (1, 2), (1 << 20, 1 << 40)
+            dims, (16, 32, 64), (1, 2), (1 << 20, 1 << 26, 1 << 40)
         )
     ]
     return {f"{t.block_m}x{t.block_n} {t.num_warps}w {t.num_stages}s" for t in found}

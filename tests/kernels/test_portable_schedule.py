@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -54,9 +56,23 @@ def test_every_piece_is_on_the_work_list_once(lengths: list[int]) -> None:
     splits, start = plan.num_splits.tolist(), _schedule(plan).split_start.tolist()
     work = _schedule(plan).work.tolist()
     assert all(1 <= n <= MAX_SPLITS for n in splits)
-    assert start == [sum(splits[:b]) for b in range(len(lengths) + 1)]
-    expected = [b for b, n in enumerate(splits) for _ in range(n)]
-    assert work == expected + [-1] * (len(work) - len(expected))
+    total = start.pop()
+    assert total == sum(splits)
+    for b, (first, n) in enumerate(zip(start, splits, strict=True)):
+        assert work[first : first + n] == [b] * n
+    assert work[total:] == [-1] * (len(work) - total)
+
+
+def test_short_pieces_are_last_on_the_work_list() -> None:
+    lengths = [40, 60_000, 3_000, 300, 131_072, 1, 9_000, 20_000]
+    plan = _plan(lengths, 131_072)
+    work = [b for b in _schedule(plan).work.tolist() if b >= 0]
+    piece = [n / pieces for n, pieces in zip(lengths, plan.num_splits.tolist(), strict=True)]
+    listed = [piece[b] for b in work]
+    assert listed != [piece[b] for b in sorted(work)]
+    share = max(piece)
+    for longer, shorter in itertools.pairwise(listed):
+        assert shorter < longer + share / 4
 
 
 def test_longer_sequences_are_cut_into_more_pieces() -> None:

@@ -8,7 +8,9 @@ finished here. :mod:`.forward`, :mod:`.decode` and :mod:`.mla` launch it, each w
 
 from __future__ import annotations
 
-from headway.kernels._triton import jit, tl
+from typing import Any
+
+from headway.kernels._triton import gdc_launch_dependents, jit, tl
 from headway.kernels.portable.mainloop import attend, finish, load_rows
 from headway.kernels.portable.numeric import (
     cast,
@@ -54,6 +56,7 @@ def attention_kernel(
     page_table,
     aux,
     work,
+    num_splits,
     split_start,
     part_out,
     part_lse,
@@ -107,6 +110,7 @@ def attention_kernel(
     STRIDE_UNIT: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     ALIGNED: tl.constexpr,
+    PAIRED: tl.constexpr,
     V_IS_K: tl.constexpr,
     D1: tl.constexpr,
     D2: tl.constexpr,
@@ -121,18 +125,27 @@ def attention_kernel(
     K1_ROW: tl.constexpr,
     K2_ROW: tl.constexpr,
     NVIDIA: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
-    stride_k1_page = tl.cast(stride_k1_page, tl.int64) * STRIDE_UNIT
-    stride_k1_row *= STRIDE_UNIT
-    stride_k1_head *= STRIDE_UNIT
+    if DEPENDENT:
+        gdc_launch_dependents()
+    VALUE_UNIT: tl.constexpr = STRIDE_UNIT // 2 if PAIRED else STRIDE_UNIT
+    KEY_UNIT: tl.constexpr = VALUE_UNIT if V_IS_K else STRIDE_UNIT
+    if PAIRED:
+        v_ptr = v_ptr.to(tl.pointer_type(tl.uint16))
+        if V_IS_K:
+            k1_ptr = k1_ptr.to(tl.pointer_type(tl.uint16))
+    stride_k1_page = tl.cast(stride_k1_page, tl.int64) * KEY_UNIT
+    stride_k1_row *= KEY_UNIT
+    stride_k1_head *= KEY_UNIT
     stride_k2_page = tl.cast(stride_k2_page, tl.int64) * STRIDE_UNIT
     stride_k2_row *= STRIDE_UNIT
     stride_k2_head *= STRIDE_UNIT
-    stride_v_page = tl.cast(stride_v_page, tl.int64) * STRIDE_UNIT
-    stride_v_row *= STRIDE_UNIT
-    stride_v_head *= STRIDE_UNIT
+    stride_v_page = tl.cast(stride_v_page, tl.int64) * VALUE_UNIT
+    stride_v_row *= VALUE_UNIT
+    stride_v_head *= VALUE_UNIT
     if K1_ROW > 0:
-        stride_k1_row = K1_ROW
+        stride_k1_row = K1_ROW * KEY_UNIT // STRIDE_UNIT
         stride_k2_row = K2_ROW
     b = tl.program_id(2)
     split = 0
@@ -141,9 +154,8 @@ def attention_kernel(
         b = tl.load(work + b)
         if b < 0:
             return
-        split_first = tl.load(split_start + b)
-        split = tl.program_id(2) - split_first
-        splits = tl.load(split_start + b + 1) - split_first
+        split = tl.program_id(2) - tl.load(split_start + b)
+        splits = tl.load(num_splits + b)
     # Last tiles see the most keys under a causal mask: start them first.
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
     first_head = tl.program_id(0) * PACK
@@ -238,8 +250,12 @@ def attention_kernel(
         cache_row = 0
     cache_row = tl.cast(cache_row, tl.int64)
     kv_head_wide = kv_head.to(tl.int64)
+    q1_odd = q1
+    if PAIRED and V_IS_K:
+        q1, q1_odd = tl.split(tl.reshape(q1, [BLOCK_M, BLOCK_D1 // 2, 2]))
     acc, row_sum, row_max = attend(
         q1,
+        q1_odd,
         q2,
         pos,
         head,
@@ -280,6 +296,7 @@ def attention_kernel(
         ROW_SCALES,
         PAGE_SIZE,
         ALIGNED,
+        PAIRED,
         V_IS_K,
         D1,
         D2,
@@ -304,7 +321,7 @@ def attention_kernel(
         b = item
         if work is not None:
             b = tl.load(work + item)
-            splits = tl.load(split_start + b + 1) - tl.load(split_start + b)
+            splits = tl.load(num_splits + b)
         q_first, seqlen_q = query_span(b, cu_seqlens_q, seqused_q, rows_q)
         batch = b.to(tl.int64)
         first_head = pack * PACK
@@ -339,3 +356,9 @@ def attention_kernel(
     if lse_ptr is not None:
         lse_tile = lse_ptr + (batch * stride_lse_batch + row)
         tl.store(lse_tile + head.to(tl.int64) * stride_lse_head + local, lse, mask=in_use)
+
+
+#: Arguments of a launch without a work list.
+UNSPLIT: dict[str, Any] = dict.fromkeys(
+    ("work", "num_splits", "split_start", "part_out", "part_lse")
+) | {"DEPENDENT": False}

@@ -287,6 +287,12 @@ def _case(label: str, function: Any, *args: Any, **kwargs: Any) -> Case:
     return Case(label, functools.partial(function, *args, **kwargs))
 
 
+def _float8_on_hopper(label: str, *args: Any, **kwargs: Any) -> Case:
+    """Decode from float8 caches where the table has rows of their own for them."""
+    call = functools.partial(decode, *args, kv_dtype=_FLOAT8, **kwargs)
+    return Case(f"{label} float8 tile", call, frozenset({"sm90"}))
+
+
 def _sinks(heads: int) -> Tensor:
     return _meta(heads)
 
@@ -314,6 +320,14 @@ def _default() -> tuple[Case, ...]:
         _case("mla 16 heads", decode, 576, 512, heads=(16, 1), **latent),
         _case("mla 32 heads", decode, 576, 512, heads=(32, 1), **latent),
         _case("mla 128 heads", decode, 576, 512, heads=(128, 1), **latent),
+        _float8_on_hopper("decode 64", 64),
+        _float8_on_hopper("decode 128", 128),
+        _float8_on_hopper("decode 128 short", 128, batch_size=2, pages=256),
+        _float8_on_hopper("decode 128 medium", 128, batch_size=8, pages=256),
+        _float8_on_hopper("decode 128 8 queries", 128, seqlen_q=8),
+        _float8_on_hopper("decode 256", 256),
+        _float8_on_hopper("mla 16 heads", 576, 512, heads=(16, 1), **latent),
+        _float8_on_hopper("mla 128 heads", 576, 512, heads=(128, 1), **latent),
         _case("append", append, _BF16, _BF16, True),
         _case("append float8 cache", append, _BF16, _FLOAT8, False),
         _case("step 128", step, _layer(128), batch_size=32, new_tokens=1, rotary_dim=128),
@@ -350,6 +364,7 @@ def _more() -> tuple[Case, ...]:
         _case("decode 128 float8", decode, 128, dtype=_FLOAT8),
         _case("decode 128 mods", decode, 128, **_mods()),
         _case("mla qv", decode, 64, 512, qv=_meta(64, 1, 128, 512), **latent),
+        _case("mla float8 cache", decode, 576, 512, kv_dtype=_FLOAT8, **latent, latent=True),
         _case("work list float8", persistent_prefill, _FLOAT8, True),
         _case("merge 64", merged, 64, _BF16),
         _case("gates gelu", gates, 9216, "gelu_tanh", _BF16),

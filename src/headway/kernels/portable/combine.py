@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from headway.errors import InvalidInputError
-from headway.kernels._triton import cdiv, jit, next_power_of_2, tl, triton
+from headway.kernels._triton import cdiv, gdc_wait, jit, next_power_of_2, tl, triton
 from headway.kernels.portable.numeric import LN2, LOG2E, cast
 from headway.kernels.portable.spans import query_span
 from headway.plan import Schedule
@@ -22,14 +23,13 @@ def merge_parts(
     count,
     stride_out_part,
     stride_lse_part,
+    cols,
     sink,
     DV: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """(out (BLOCK_DV,), lse) of one row from ``count`` parts, BLOCK_S at a time. ``sink`` may be None."""
-    cols = tl.arange(0, BLOCK_DV)
-    acc = tl.zeros([BLOCK_DV], dtype=tl.float32)
+    """(out at ``cols``, lse) of one row from ``count`` parts, BLOCK_S at a time. ``sink`` may be None."""
+    acc = tl.zeros([cols.shape[0]], dtype=tl.float32)
     total = tl.full([], 0.0, dtype=tl.float32)
     top = tl.full([], float("-inf"), dtype=tl.float32)
     if sink is not None:
@@ -64,6 +64,7 @@ def combine_kernel(
     out_ptr,
     lse_ptr,
     sinks,
+    num_splits,
     split_start,
     cu_seqlens_q,
     seqused_q,
@@ -75,13 +76,16 @@ def combine_kernel(
     stride_lse_head,
     PACK: tl.constexpr,
     DV: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
-    """One row of a split sequence; sequences in one piece were finished by the attention kernel."""
+    """BLOCK_C columns of one row of a split sequence; those in one piece the attention kernel finished."""
     b = tl.program_id(1)
     part_first = tl.load(split_start + b)
-    count = tl.load(split_start + b + 1) - part_first
+    count = tl.load(num_splits + b)
+    if DEPENDENT:  # the plan was there before the attention kernel began
+        gdc_wait()
     if count == 1:
         return
     num_rows = rows_q * PACK
@@ -97,20 +101,20 @@ def combine_kernel(
     sink = None
     if sinks is not None:
         sink = tl.load(sinks + head).to(tl.float32)
+    cols = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     out, lse = merge_parts(
         part_out + at * DV,
         part_lse + at,
         count,
         stride_part * DV,
         stride_part,
+        cols,
         sink,
         DV,
-        BLOCK_DV,
         BLOCK_S,
     )
     row = (q_first + q_idx).to(tl.int64)
     batch = b.to(tl.int64)
-    cols = tl.arange(0, BLOCK_DV)
     tl.store(
         out_ptr + batch * stride_out_batch + row * stride_out_row + head * stride_out_head + cols,
         cast(out, out_ptr.dtype.element_ty),
@@ -118,7 +122,7 @@ def combine_kernel(
     )
     if lse_ptr is not None:
         lse_at = batch * stride_lse_batch + head.to(tl.int64) * stride_lse_head + row
-        tl.store(lse_ptr + lse_at, lse)
+        tl.store(lse_ptr + lse_at, lse, mask=tl.program_id(2) == 0)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -136,18 +140,18 @@ def merge_kernel(
 ):
     """One row of (count, rows, DV) parts that the caller made."""
     row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK_DV)
     out, lse = merge_parts(
         part_out + row * DV,
         part_lse + row,
         count,
         stride_out_part,
         stride_lse_part,
+        cols,
         None,
         DV,
-        BLOCK_DV,
         BLOCK_S,
     )
-    cols = tl.arange(0, BLOCK_DV)
     tl.store(out_ptr + row * DV + cols, cast(out, out_ptr.dtype.element_ty), mask=cols < DV)
     tl.store(lse_ptr + row, lse)
 
@@ -206,8 +210,36 @@ def block_splits(dv: int) -> int:
     return max(2, 2048 // max(16, next_power_of_2(dv)))
 
 
+@dataclass(frozen=True)
+class Share:
+    """What a program of the merge takes: columns of a row, and how many parts at once."""
+
+    columns: int
+    parts: int
+    num_warps: int
+
+
+#: Rows of all sequences up to which they are few: of one sequence or some, in many parts each.
+FEW_ROWS = 256
+
+
+def share_of(rows: int, dv: int) -> Share:
+    """Few rows are cut in narrow programs that read all their parts at once; of many, each has a warp to
+    itself, and few parts."""
+    width = max(16, next_power_of_2(dv))
+    if rows <= FEW_ROWS:
+        return Share(min(width, 32), 64, 4)
+    columns = min(width, 256)
+    return Share(columns, 1024 // columns, 1)
+
+
 def combine_splits(
-    arguments: dict[str, Any], schedule: Schedule, part_out: Tensor, part_lse: Tensor, rows: int
+    arguments: dict[str, Any],
+    schedule: Schedule,
+    part_out: Tensor,
+    part_lse: Tensor,
+    rows: int,
+    dependent: dict[str, bool],
 ) -> None:
     """Finish the sequences of a decode step that were cut into several pieces.
 
@@ -215,6 +247,7 @@ def combine_splits(
         arguments: of the attention kernel that left the parts.
         part_out: float32 (work items, KV heads, packed rows, Dv); part_lse: without the last.
         rows: KV heads times packed rows.
+        dependent: :func:`.operands.dependent_launch`; the attention kernel was told the same.
     """
     names = (
         "out_ptr",
@@ -230,15 +263,19 @@ def combine_splits(
         "stride_lse_head",
         "PACK",
         "DV",
-        "BLOCK_DV",
     )
-    combine_kernel[(rows, schedule.batch_size)](
+    dv = arguments["DV"]
+    share = share_of(rows * schedule.batch_size, dv)
+    combine_kernel[(rows, schedule.batch_size, cdiv(dv, share.columns))](
         part_out=part_out,
         part_lse=part_lse,
+        num_splits=schedule.num_splits,
         split_start=schedule.split_start,
-        BLOCK_S=block_splits(arguments["DV"]),
-        num_warps=4,
+        BLOCK_C=share.columns,
+        BLOCK_S=share.parts,
+        num_warps=share.num_warps,
         **{name: arguments[name] for name in names},
+        **dependent,
     )
 
 

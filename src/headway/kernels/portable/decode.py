@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from headway.kernels._triton import cdiv
-from headway.kernels.portable.attention import attention_kernel
+from headway.kernels.portable.attention import UNSPLIT, attention_kernel
 from headway.kernels.portable.combine import combine_splits
 from headway.kernels.portable.operands import (
     LENGTHS,
     Segments,
     block_width,
+    dependent_launch,
     device_of,
     lengths,
     operands,
@@ -91,7 +92,7 @@ def choose_tile(problem: Problem, op: Op = "decode", dim: int | None = None) -> 
     return tile_for(op, arch, dim, shape.rows, itemsize, shape.most_keys * widths * itemsize)
 
 
-def widest_view(mask: Mask) -> int | None:
+def widest_view(mask: Mask | PlanKey) -> int | None:
     """How many keys a query can see besides those between a sequence's queries; None: all."""
     if mask.attention_chunk > 0:
         return mask.attention_chunk
@@ -155,6 +156,7 @@ def plan(
         slots=spread.slots,
         max_splits=spread.max_splits,
         block_k=tile.block_n,
+        widest=widest_view(key),
     )
     return into
 
@@ -205,18 +207,22 @@ def decode(
             plan = planned(problem, spread, tile)
     if plan is None:
         attention_kernel[(problem.num_kv_heads, row_tiles, problem.batch_size)](
-            **arguments, work=None, split_start=None, part_out=None, part_lse=None
+            **arguments, **UNSPLIT
         )
         return
     num_work = plan.work.shape[0]
     shape_lse = (num_work, problem.num_kv_heads, shape.rows)
     part_lse = torch.empty(shape_lse, dtype=torch.float32, device=problem.device)
     part_out = part_lse.new_empty((*shape_lse, problem.head_dim_v))
+    dependent = dependent_launch(problem.device)
     attention_kernel[(problem.num_kv_heads, row_tiles, num_work)](
         **arguments,
         work=plan.work,
+        num_splits=plan.num_splits,
         split_start=plan.split_start,
         part_out=part_out,
         part_lse=part_lse,
+        DEPENDENT=dependent["DEPENDENT"],
     )
-    combine_splits(arguments, plan, part_out, part_lse, problem.num_kv_heads * shape.rows)
+    rows = problem.num_kv_heads * shape.rows
+    combine_splits(arguments, plan, part_out, part_lse, rows, dependent)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from headway.kernels._triton import cdiv
-from headway.kernels.portable.attention import attention_kernel
+from headway.kernels.portable.attention import UNSPLIT, attention_kernel
 from headway.kernels.portable.operands import (
     block_width,
     device_of,
@@ -58,4 +58,4 @@ def forward(
     grid = (problem.num_q_heads // pack, row_tiles, problem.batch_size)
     if 0 in grid:
         return
-    attention_kernel[grid](**arguments, work=None, split_start=None, part_out=None, part_lse=None)
+    attention_kernel[grid](**arguments, **UNSPLIT)

@@ -1,12 +1,25 @@
 """The loop over keys that every attention kernel here shares: scores, masks, online softmax, P · V.
 
 Scores are kept in base 2 (one multiplication less per element); row maxima and sums leave in that base.
+
+PAIRED values are float8 that is read as uint16, two columns at once, and multiplied in two products, of the
+even columns and of the odd ones: shared memory gives tensor cores 16-bit elements across rows, but single
+bytes one by one. Latent keys, whose values they are, lie the same way, and so do queries then.
 """
 
 from __future__ import annotations
 
 from headway.kernels._triton import jit, tl
-from headway.kernels.portable.numeric import LN2, LOG2E, cast, dot, tanh, widen
+from headway.kernels.portable.numeric import (
+    LN2,
+    LOG2E,
+    cast,
+    dot,
+    tanh,
+    widen,
+    widen_even,
+    widen_odd,
+)
 
 
 @jit
@@ -39,6 +52,7 @@ def page_numbers(
     BLOCK_N: tl.constexpr,
     ALIGNED: tl.constexpr,
     LEFT_EDGE: tl.constexpr,
+    NUMBER: tl.constexpr,
 ):
     """Pages of keys start.. of a sequence: one number, or one per key; 0 where keys are not paged.
 
@@ -48,13 +62,13 @@ def page_numbers(
     if PAGE_SIZE == 0:
         return 0
     elif ALIGNED:
-        return tl.load(table + start // PAGE_SIZE, mask=start < hi, other=0).to(tl.int64)
+        return tl.load(table + start // PAGE_SIZE, mask=start < hi, other=0).to(NUMBER)
     else:
         n = start + tl.arange(0, BLOCK_N)
         inside = n < hi
         if LEFT_EDGE:
             inside = inside & (n >= lo)
-        return tl.load(table + (first + n) // PAGE_SIZE, mask=inside, other=0).to(tl.int64)
+        return tl.load(table + (first + n) // PAGE_SIZE, mask=inside, other=0).to(NUMBER)
 
 
 @jit
@@ -99,9 +113,11 @@ def load_keys(
 @jit
 def attend_tile(
     acc,
+    acc_odd,
     row_sum,
     row_max,
     q1,
+    q1_odd,
     q2,
     pos,
     head,
@@ -139,6 +155,7 @@ def attend_tile(
     ROW_SCALES: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     ALIGNED: tl.constexpr,
+    PAIRED: tl.constexpr,
     V_IS_K: tl.constexpr,
     D1: tl.constexpr,
     D2: tl.constexpr,
@@ -150,13 +167,15 @@ def attend_tile(
     MASKED: tl.constexpr,
     LEFT_EDGE: tl.constexpr,
 ):
-    """One tile of keys: returns (acc, row_sum, row_max) with it taken in."""
+    """One tile of keys: returns (acc, acc_odd, row_sum, row_max) with it taken in."""
     n = start + tl.arange(0, BLOCK_N)
     inside = n < hi
     if LEFT_EDGE:
         inside = inside & (n >= lo)
     row, lane = row_places(first, start, PAGE_SIZE, BLOCK_N, ALIGNED)
     PAGE_PER_KEY: tl.constexpr = PAGE_SIZE > 0 and not ALIGNED
+    VALUE_PACK: tl.constexpr = 2 if PAIRED else 1
+    KEY_PACK: tl.constexpr = VALUE_PACK if V_IS_K else 1
     k1 = load_keys(
         k1_ptr,
         page,
@@ -165,14 +184,18 @@ def attend_tile(
         inside,
         stride_k1_page,
         stride_k1_row,
-        D1,
-        BLOCK_D1,
+        D1 // KEY_PACK,
+        BLOCK_D1 // KEY_PACK,
         MASKED,
         PAGE_PER_KEY,
     )
-    k1 = widen(k1, q1.dtype)
     scores = tl.zeros([q1.shape[0], BLOCK_N], dtype=tl.float32)
-    scores = dot(q1, tl.trans(k1), scores)
+    if PAIRED and V_IS_K:
+        scores = dot(q1, tl.trans(widen_even(k1)), scores)
+        scores = dot(q1_odd, tl.trans(widen_odd(k1)), scores)
+    else:
+        k1 = widen(k1, q1.dtype)
+        scores = dot(q1, tl.trans(k1), scores)
     if D2 > 0:
         k2 = load_keys(
             k2_ptr,
@@ -204,12 +227,13 @@ def attend_tile(
             inside,
             stride_v_page,
             stride_v_row,
-            DV,
-            BLOCK_DV,
+            DV // VALUE_PACK,
+            BLOCK_DV // VALUE_PACK,
             MASKED,
             PAGE_PER_KEY,
         )
-        v = widen(v, tl.float16)
+        if not PAIRED:
+            v = widen(v, tl.float16)
 
     score_scale = scale
     if ROW_SCALES:
@@ -254,13 +278,19 @@ def attend_tile(
     alpha = tl.exp2(row_max - shift)
     row_sum = row_sum * alpha + tl.sum(p, 1)
     acc = acc * alpha[:, None]
-    acc = dot(cast(p, v.dtype), v, acc)
-    return acc, row_sum, new_max
+    if PAIRED:
+        p = cast(p, tl.float16)
+        acc = dot(p, widen_even(v), acc)
+        acc_odd = dot(p, widen_odd(v), acc_odd * alpha[:, None])
+    else:
+        acc = dot(cast(p, v.dtype), v, acc)
+    return acc, acc_odd, row_sum, new_max
 
 
 @jit
 def attend(
     q1,
+    q1_odd,
     q2,
     pos,
     head,
@@ -301,6 +331,7 @@ def attend(
     ROW_SCALES: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     ALIGNED: tl.constexpr,
+    PAIRED: tl.constexpr,
     V_IS_K: tl.constexpr,
     D1: tl.constexpr,
     D2: tl.constexpr,
@@ -319,10 +350,17 @@ def attend(
     interior, right edge. Without HOIST what does not change from step to step is computed in each,
     which costs instructions and saves registers. Returns (acc, row_sum, row_max): unnormalised, base 2.
     """
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
+    acc_odd = 0.0
+    if PAIRED:
+        acc = tl.zeros([BLOCK_M, BLOCK_DV // 2], dtype=tl.float32)
+        acc_odd = acc
+    else:
+        acc = tl.zeros([BLOCK_M, BLOCK_DV], dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     HAS_EDGE: tl.constexpr = HAS_LEFT or HAS_CHUNK
+    # Pairs of latents take every register there is: half of one each is saved.
+    PAGE_NUMBER: tl.constexpr = tl.int32 if PAIRED and V_IS_K else tl.int64
     interior_begin = begin
     if HAS_LEFT or HAS_CHUNK:
         interior_begin = tl.minimum(tl.maximum(tl.cdiv(full_lo, BLOCK_N) * BLOCK_N, begin), end)
@@ -352,6 +390,7 @@ def attend(
                 BLOCK_N,
                 ALIGNED,
                 HAS_EDGE and (part == 0 or mask_mod is not None),
+                PAGE_NUMBER,
             )
             # Edges are short: buffers beyond the second would cost them registers and gain nothing.
             for start in tl.range(
@@ -372,12 +411,15 @@ def attend(
                     BLOCK_N,
                     ALIGNED,
                     HAS_EDGE and (part == 0 or mask_mod is not None),
+                    PAGE_NUMBER,
                 )
-                acc, row_sum, row_max = attend_tile(
+                acc, acc_odd, row_sum, row_max = attend_tile(
                     acc,
+                    acc_odd,
                     row_sum,
                     row_max,
                     q1,
+                    q1_odd,
                     q2,
                     pos,
                     head,
@@ -415,6 +457,7 @@ def attend(
                     ROW_SCALES,
                     PAGE_SIZE,
                     ALIGNED,
+                    PAIRED,
                     V_IS_K,
                     D1,
                     D2,
@@ -427,6 +470,8 @@ def attend(
                     HAS_EDGE and (part == 0 or mask_mod is not None),
                 )
                 page = page_after
+    if PAIRED:
+        acc = tl.interleave(acc, acc_odd)
     return acc, row_sum, row_max
 
 

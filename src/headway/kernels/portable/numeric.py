@@ -26,6 +26,36 @@ def widen(x, dtype: tl.constexpr):
 
 
 @jit
+def widen_even(x):
+    """Of pairs of float8_e4m3 values, one uint16 each, the first ones as float16, exactly."""
+    if INTERPRETED:
+        return widen((x & 0xFF).to(tl.uint8), tl.float16)
+    else:
+        return _half_of_pairs("cvt.rn.f16x2.e4m3x2 $0, even;", x)
+
+
+@jit
+def widen_odd(x):
+    """The second ones."""
+    if INTERPRETED:
+        return widen((x >> 8).to(tl.uint8), tl.float16)
+    else:
+        return _half_of_pairs("cvt.rn.f16x2.e4m3x2 $0, odd;", x)
+
+
+@jit
+def _half_of_pairs(CONVERT: tl.constexpr, x):
+    # The bytes of two pairs are put in order once for both halves: assembly that is alike is merged.
+    SORT: tl.constexpr = """{
+        .reg .b32 sorted;
+        .reg .b16 even, odd;
+        prmt.b32 sorted, $1, 0, 0x3120;
+        mov.b32 {even, odd}, sorted;
+        """
+    return tl.inline_asm_elementwise(SORT + CONVERT + "}", "=r,r", [x], tl.float16, True, 2)
+
+
+@jit
 def cast(x, dtype: tl.constexpr):
     """Conversion that rounds to nearest even. The interpreter's own to bfloat16 does not."""
     if INTERPRETED and (dtype == tl.bfloat16 and x.dtype != tl.bfloat16):

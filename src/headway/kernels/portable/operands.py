@@ -260,15 +260,26 @@ def operands(
     for name, descale in (("q", p.descales.q), ("k", p.descales.k), ("v", p.descales.v)):
         arguments[f"{name}_descale"] = descale
         arguments |= strides(f"{name}_descale", descale, ("batch", "head"))
-    return arguments | _in_units(arguments)
+    units = _in_units(arguments, p.k.element_size())
+    paired = units["STRIDE_UNIT"] > 1 and _in_pairs(s.v, tile, device)
+    return arguments | units | {"PAIRED": paired}
 
 
-def _in_units(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Strides of keys and values in units of 8 elements, where all of them are multiples of it.
+def _in_pairs(v: Tensor, tile: Tile, device: Device) -> bool:
+    """Whether float8 values are read as uint16: for NVIDIA's tensor cores that read registers, which
+    want several rows of a column. Those of Hopper that read shared memory take 64 rows of queries."""
+    paired = v.dtype in FLOAT8_DTYPES and v.data_ptr() % 2 == 0 and tile.block_m < 64
+    native = device.arch.startswith("sm") and device.converts_float8
+    return paired and (native or device.arch == "interpreter")
 
-    The compiler learns of integer arguments only whether 16 divides them; told of the 8, it can copy
-    16 bytes at once for head dims such as 40 as well.
+
+def _in_units(arguments: dict[str, Any], itemsize: int) -> dict[str, Any]:
+    """Strides of keys and values in units of 16 bytes, where all of them are multiples of it.
+
+    The compiler learns of integer arguments only whether 16 divides them; told of the unit, it can copy
+    16 bytes at once for head dims such as 40 as well. Float8 of such widths gets units of 8 bytes.
     """
     names = [f"stride_{t}_{n}" for t in ("k1", "k2", "v") for n in ("page", "row", "head")]
-    unit = 1 if any(arguments[name] % 8 for name in names) else 8
+    common = math.gcd(16 // itemsize, *(arguments[name] for name in names))
+    unit = common if common >= 8 else 1
     return {name: arguments[name] // unit for name in names} | {"STRIDE_UNIT": unit}

@@ -3,8 +3,9 @@
 The rule is FlashAttention 3's dynamic split (:func:`headway.plan.plan_splits`): a processor's share is
 the number of key blocks over all tiles, with 10% slack, divided by the processors; a sequence is cut
 into as many pieces as it has shares. The work list has one entry per (sequence, piece), so that a
-launch needs ``batch_size + slots`` programs and not ``batch_size * max_splits``. Nothing is copied to
-the host.
+launch needs ``batch_size + slots`` programs and not ``batch_size * max_splits``. Where these are more than
+run at once, those that begin last had better be short: pieces are listed by length, in eighths of a share.
+Nothing is copied to the host.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ import torch
 from headway.kernels._triton import cdiv, next_power_of_2, tl, triton
 from headway.kernels.portable.spans import key_span, query_span
 from headway.plan import Schedule
+
+#: Classes of length by which pieces are listed.
+LENGTHS = 8
 
 #: One kernel for all sizes of batches: planning is too short to gain from knowing them.
 _UNSPECIALISED = [
@@ -54,6 +58,7 @@ def schedule_kernel(
     widest,
     block_k,
     HAS_WIDEST: tl.constexpr,
+    LENGTHS: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
@@ -74,15 +79,22 @@ def schedule_kernel(
     splits = ((blocks + share - 1) // share).to(tl.int32)
     splits = tl.minimum(tl.maximum(splits, 1), max_splits)
     splits = tl.where(valid, splits, 0)
-    ends = tl.cumsum(splits, 0)
+    piece = (blocks + splits - 1) // tl.maximum(splits, 1)
+    shorter = tl.maximum(share - piece, 0) * LENGTHS // share
+    starts = tl.zeros_like(splits)
+    listed = 0
+    for length in range(LENGTHS + 1):
+        mine = tl.where(shorter == length, splits, 0)
+        starts = tl.where(shorter == length, listed + tl.cumsum(mine, 0) - mine, starts)
+        listed += tl.sum(mine, 0)
     if tl.program_id(0) == 0:
         tl.store(num_splits_ptr + b, splits, mask=valid)
-        tl.store(split_start_ptr + b, ends - splits, mask=valid)
-        tl.store(split_start_ptr + batch_size, tl.sum(splits, 0))
+        tl.store(split_start_ptr + b, starts, mask=valid)
+        tl.store(split_start_ptr + batch_size, listed)
+    w = (tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W))[:, None]
+    its_own = (starts[None, :] <= w) & (w < (starts + splits)[None, :])
+    sequence = tl.sum(tl.where(its_own, b[None, :] + 1, 0), 1) - 1
     w = tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W)
-    before = (ends[None, :] <= w[:, None]) & valid[None, :]
-    sequence = tl.sum(before.to(tl.int32), 1)
-    sequence = tl.where(sequence < batch_size, sequence, -1)
     tl.store(work_ptr + w, sequence, mask=w < num_work)
 
 
@@ -137,6 +149,7 @@ def schedule(
         widest=0 if widest is None else widest,
         block_k=block_k,
         HAS_WIDEST=widest is not None,
+        LENGTHS=LENGTHS,
         BLOCK_B=block_b,
         BLOCK_W=block_w,
         num_warps=4 if block_b <= 1024 else 8,

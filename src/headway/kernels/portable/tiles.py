@@ -45,6 +45,14 @@ ANY_ROWS = 1 << 30
 _SM9_10 = ("sm90", "sm100", "sm103")
 H200 = "benchmarks/results/h200/portable_tiles.json"
 
+#: Float8 caches on Hopper: steps too short to fill the device want few steps per program, long ones many
+#: keys in flight.
+_FLOAT8_128 = (
+    Row("decode", ("sm90",), 128, 16, Tile(16, 64, 4, 3, 2), H200, 1, 24 << 20),
+    Row("decode", ("sm90",), 128, 16, Tile(16, 16, 1, 4, 8), H200, 1, 192 << 20),
+    Row("decode", ("sm90",), 128, 16, Tile(16, 64, 2, 3, 4), H200, 1),
+)
+
 #: First match wins.
 TABLE: tuple[Row, ...] = (
     Row("forward", ("interpreter",), 512, ANY_ROWS, Tile(32, 32, 4, 1)),
@@ -59,16 +67,22 @@ TABLE: tuple[Row, ...] = (
     Row("forward", _SM9_10, 128, ANY_ROWS, Tile(128, 128, 8, 3, hoist=False), H200),
     Row("forward", ("sm90",), 192, ANY_ROWS, Tile(128, 64, 8, 3), H200),
     Row("forward", _SM9_10, 256, ANY_ROWS, Tile(128, 32, 8, 3), H200),
-    Row("decode", _SM9_10, 64, 16, Tile(16, 128, 4, 3, 1), H200, max_key_bytes=2),
+    Row("decode", ("sm90",), 64, 16, Tile(16, 16, 1, 4, 12), H200, max_key_bytes=1),
+    Row("decode", _SM9_10, 64, 16, Tile(16, 128, 4, 3, 1), H200),
+    *_FLOAT8_128,
     Row("decode", _SM9_10, 128, 16, Tile(16, 16, 1, 4, 8), H200, max_key_bytes=1),
     Row("decode", _SM9_10, 128, 16, Tile(16, 64, 4, 3, 2), H200, max_cache_bytes=256 << 20),
     Row("decode", _SM9_10, 128, 16, Tile(16, 64, 4, 4, 2), H200),
+    Row("decode", ("sm90",), 128, 32, Tile(32, 64, 2, 3, 3), H200, max_key_bytes=1),
     Row("decode", _SM9_10, 128, 32, Tile(32, 64, 4, 3, 2), H200),
     Row("decode", _SM9_10, 128, ANY_ROWS, Tile(64, 64, 4, 3, 2), H200),
+    Row("decode", ("sm90",), 256, 16, Tile(16, 32, 2, 3, 4), H200, max_key_bytes=1),
     Row("decode", _SM9_10, 256, 16, Tile(16, 32, 4, 3, 2), H200),
     Row("decode", _SM9_10, 256, 32, Tile(32, 32, 4, 3, 2)),
     Row("decode", _SM9_10, 256, ANY_ROWS, Tile(64, 32, 8, 3, 1)),
+    Row("mla", ("sm90",), 1024, 16, Tile(16, 64, 4, 3, 2, hoist=False), H200, max_key_bytes=1),
     Row("mla", _SM9_10, 1024, 16, Tile(16, 32, 4, 3, 2), H200),
+    Row("mla", ("sm90",), 1024, ANY_ROWS, Tile(32, 64, 8, 3, 1), H200, max_key_bytes=1),
     Row("mla", _SM9_10, 1024, 32, Tile(32, 32, 4, 3, 2), H200),
     Row("mla", _SM9_10, 1024, ANY_ROWS, Tile(64, 64, 8, 2, 1, hoist=False), H200),
     # A100: 163 KiB. Other Ampere, Ada and consumer Blackwell: 99 KiB.
