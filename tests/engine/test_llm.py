@@ -188,6 +188,13 @@ def test_an_id_in_use(llm: LLM) -> None:
         llm.add_request("a", [2], GREEDY)
 
 
+def test_generate_takes_one_text_or_no_parameters_for_a_mistake(llm: LLM) -> None:
+    with pytest.raises(InvalidInputError, match="prompts: got one text"):
+        llm.generate("hello")
+    with pytest.raises(InvalidInputError, match="sampling_params: got 0 of them"):
+        llm.generate([[1, 2]], [])
+
+
 def test_generate_with_one_wrong_prompt_computes_nothing(llm: LLM) -> None:
     with pytest.raises(InvalidInputError, match="an empty prompt"):
         llm.generate([[1, 2], []], GREEDY)

@@ -546,11 +546,13 @@ class LLM(Intake):
             InvalidInputError: a prompt is wrong (nothing is computed then), or there are requests in the
                 engine already.
         """
+        if isinstance(prompts, str):  # a sequence too, of letters
+            raise InvalidInputError("prompts", "one text", "a list of texts or of lists of tokens")
         if self._requests:
             raise InvalidInputError(
                 "generate", f"{len(self._requests)} unfinished requests", "none"
             )
-        params = sampling_params or SamplingParams()
+        params = SamplingParams() if sampling_params is None else sampling_params
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             raise InvalidInputError(
