@@ -306,6 +306,135 @@ def test_short_float8_rows_of_two_heads_are_read_as_one(
         must_run(Call("kvcache", kwargs, "heads before rows"), with_lse=True)
 
 
+def float8_caches(
+    lengths: list[int], page_size: int, heads: tuple[int, int], sq: int, d: int = 128
+) -> dict[str, Any]:
+    """Arguments of a step: descales of every head's own, NaN in all rows that no sequence owns."""
+    batch_size, per = len(lengths), -(-max(lengths) // page_size)
+    order = torch.randperm(batch_size * per, generator=torch.Generator().manual_seed(3))
+    table, ends = order.view(batch_size, per), torch.tensor(lengths, dtype=torch.int32)
+    rows = torch.arange(per * page_size).view(1, per, page_size) < ends[:, None, None]
+    kwargs: dict[str, Any] = {
+        "q": normal(batch_size, sq, heads[0], d),
+        "page_table": table.to(torch.int32),
+        "cache_seqlens": ends,
+        "causal": True,
+    }
+    for seed, name in enumerate(("k", "v"), 1):
+        cache = normal(batch_size * per, page_size, heads[1], d, seed=seed).to(FLOAT8)
+        owned = torch.zeros(batch_size * per, page_size, dtype=torch.bool)
+        owned[table] = rows
+        cache.view(torch.uint8)[~owned] = 0x7F
+        descale = torch.rand(batch_size, heads[1]) + 0.5
+        kwargs |= {f"{name}_cache": cache, f"{name}_descale": descale}
+    return kwargs
+
+
+def padded_rows(cache: Tensor) -> Tensor:
+    """The same pages, whose rows lie one head further apart than they are long."""
+    pages, rows, heads, d = cache.shape
+    wide = torch.zeros(pages, rows, heads + 1, d, dtype=cache.dtype)
+    wide.view(torch.uint8).fill_(0x7F)
+    wide[:, :, :heads] = cache
+    return wide[:, :, :heads]
+
+
+#: Of 64 sequences: none, ends of pages and of blocks, one key before and after them, and one that is cut.
+MANY = [390, 0, 1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 320, *range(3, 258, 5)]
+
+
+@pytest.mark.parametrize(
+    ("page_size", "heads", "sq", "options"),
+    [
+        (16, (64, 8), 1, ""),
+        (64, (16, 8), 2, ""),
+        (8, (8, 8), 1, ""),
+        (48, (32, 8), 2, "window"),
+        (16, (64, 8), 1, "left padding"),
+        (64, (64, 8), 1, "softcap"),
+        (16, (16, 8), 4, "sinks"),
+        (16, (32, 8), 1, "float8 queries"),
+        (16, (32, 8), 1, "padded rows"),
+        (64, (64, 8), 1, "padded rows"),
+        (16, (64, 8), 1, "one long"),
+    ],
+)
+def test_float8_rows_of_two_heads_of_many_sequences_are_read_as_one(
+    page_size: int, heads: tuple[int, int], sq: int, options: str
+) -> None:
+    lengths = [2300, *MANY[:63]] if options == "one long" else MANY
+    kwargs = float8_caches(lengths, page_size, heads, sq)
+    if options == "window":
+        kwargs["window_size"] = (100, 0)
+    elif options == "left padding":
+        kwargs["cache_leftpad"] = kwargs["cache_seqlens"] // 3
+    elif options == "softcap":
+        kwargs["softcap"] = 5.0
+    elif options == "sinks":
+        kwargs["sinks"] = torch.linspace(-3, 3, heads[0])
+    elif options == "float8 queries":
+        kwargs |= {"q": kwargs["q"].to(FLOAT8), "q_descale": torch.rand(len(MANY), heads[1]) + 0.5}
+    elif options == "padded rows":
+        kwargs |= {name: padded_rows(kwargs[name]) for name in ("k_cache", "v_cache")}
+    call = Call("kvcache", kwargs, f"two heads of 128 as one {page_size} {heads} {options}")
+    on_device = call.copy(DEVICE)
+    assert on_device.kwargs["k_cache"].stride() == kwargs["k_cache"].stride()
+    assert hopper._Lengths(on_device.problem()).abreast
+    must_run(call, with_lse=options == "")
+
+
+@pytest.mark.parametrize("heads", [(27, 9), (8, 1), (64, 8)])
+def test_float8_caches_of_many_sequences_whose_heads_are_read_alone(heads: tuple[int, int]) -> None:
+    """No twos; or the heads of a row do not lie behind one another."""
+    kwargs = float8_caches(MANY, 16, heads, 1)
+    if heads[1] == 8:
+        for name in ("k_cache", "v_cache"):
+            kwargs[name] = kwargs[name].transpose(1, 2).contiguous().transpose(1, 2)
+    must_run(Call("kvcache", kwargs, f"alone {heads}"), with_lse=True)
+
+
+def test_functions_of_the_caller_where_two_heads_are_read_as_one() -> None:
+    kwargs = float8_caches(MANY, 16, (16, 8), 1)
+    aux = [torch.eye(8, dtype=torch.bool), kwargs["cache_seqlens"] - 1, torch.linspace(-1, 1, 16)]
+    call = Call("kvcache", kwargs | {"score_mod": bias, "aux_tensors": aux}, "bias of two heads")
+    must_run(call)
+
+
+def test_a_captured_step_of_two_heads_as_one() -> None:
+    """One plan for all replays, whose lengths change between them; calls without a plan agree."""
+    kwargs: dict[str, Any] = {
+        name: value.to(DEVICE) if isinstance(value, Tensor) else value
+        for name, value in float8_caches(MANY, 16, (32, 8), 1).items()
+    }
+    lengths, table = kwargs["cache_seqlens"], kwargs["page_table"]
+    plan = headway.get_scheduler_metadata(
+        batch_size=len(MANY),
+        max_seqlen_q=1,
+        max_seqlen_k=table.shape[1] * 16,
+        num_heads_q=32,
+        num_heads_kv=8,
+        headdim=128,
+        cache_seqlens=lengths,
+        qkv_dtype=FLOAT8,
+        page_size=16,
+        causal=True,
+    )
+
+    def call(plan: Any = None) -> Tensor:
+        kwargs["scheduler_metadata"] = plan
+        out = headway.flash_attn_with_kvcache(**kwargs, backend="hopper")
+        assert isinstance(out, Tensor)
+        return out
+
+    graph, out = captured(lambda: call(plan))
+    for turn in (0, 1, 7):
+        lengths.copy_(lengths.roll(turn))
+        table.copy_(table.roll(turn, 0))
+        out.fill_(float("nan"))
+        graph.replay()
+        torch.testing.assert_close(out, call(), rtol=0, atol=0)
+
+
 #: Lengths before the step: none, ends of pages and blocks, one key before and after them.
 OLD = (0, 1, 15, 16, 17, 63, 64, 127, 128, 300, 1000, 2047)
 

@@ -154,9 +154,9 @@ def latent(heads: int, **fields: Any) -> DecodeConfig:
     return config(64, 512, **fields)
 
 
-def abreast(**fields: Any) -> DecodeConfig:
-    """Two KV heads of eight query heads each."""
-    cfg = config(128, group=16, rows=16, kv_dtype=gl.float8e4nv, **fields)
+def abreast(width: int = 128, **fields: Any) -> DecodeConfig:
+    """Two KV heads of eight query heads each, and ``width`` columns together."""
+    cfg = config(width, group=16, rows=16, kv_dtype=gl.float8e4nv, **fields)
     return dataclasses.replace(cfg, tile=dataclasses.replace(cfg.tile, abreast=2))
 
 
@@ -204,6 +204,7 @@ CONFIGS = {
     "float8, head_dim 64": config(64, kv_dtype=gl.float8e4nv, page_size=64),
     "float8, two heads of 64 as one": abreast(page_size=16),
     "float8, two heads of 64 as one, page 64": abreast(page_size=64),
+    "float8, two heads of 128 as one": abreast(256, page_size=16),
     "float8, head_dim 192/128": config(192, 128, kv_dtype=gl.float8e4nv),
     "float8, head_dim 256": config(256, kv_dtype=gl.float8e4nv),
     "64 rows": config(group=64, rows=64, page_size=64),

@@ -33,6 +33,7 @@ REST = [
     "float8, head_dim 64",
     "float8, two heads of 64 as one",
     "float8, two heads of 64 as one, page 64",
+    "float8, two heads of 128 as one",
     "float8, head_dim 192/128",
     "float8, head_dim 256",
     "MLA, 16 heads",

@@ -132,6 +132,40 @@ def test_short_rows_of_two_heads_are_handed_over_as_one(
         assert (plan.units, plan.tile.abreast) == (heads, 1)
 
 
+@pytest.mark.parametrize(
+    ("heads", "page_size", "lie_so", "abreast"),
+    [
+        (8, 16, True, 2),
+        (8, 64, True, 2),
+        (8, 128, True, 1),  # boxes as long as blocks
+        (8, 5, True, 1),  # rows come one by one
+        (8, 16, False, 1),
+        (9, 16, True, 1),  # no twos
+        (1, 16, True, 1),
+        (6, 16, True, 1),  # fewer than 512 in all
+    ],
+)
+def test_rows_of_128_bytes_of_two_heads_are_read_as_one_where_there_are_many(
+    monkeypatch: pytest.MonkeyPatch, heads: int, page_size: int, lie_so: bool, abreast: int
+) -> None:
+    monkeypatch.setattr(module, "_multiprocessors", lambda _: 132)
+    plan = module.make_plan(
+        batch_size=64,
+        num_kv_heads=heads,
+        group=4,
+        max_seqlen_q=2,
+        head_dim=128,
+        head_dim_v=128,
+        itemsize=1,
+        page_size=page_size,
+        device=torch.device("cpu"),
+        abreast=lie_so,
+    )
+    assert (plan.units, plan.tile.abreast) == (heads // abreast, abreast)
+    assert plan.tile.block_n == 128 // abreast
+    assert plan.parts.shape[1:] == (8 * abreast, 128 * abreast)
+
+
 def new_tokens(number: int, *, pad: int = 0, odd_lengths: bool = False) -> Append:
     k, v = (torch.zeros(3, number, 2, 128 + pad, dtype=torch.bfloat16)[..., :128] for _ in "kv")
     cos, sin = torch.zeros(2, 100, 64, dtype=torch.bfloat16)

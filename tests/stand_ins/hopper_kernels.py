@@ -277,7 +277,7 @@ def _before(append: Append, ends: Tensor, longest_new: int) -> Tensor:
     return ends - new
 
 
-def are_narrow(head_dim: int, head_dim_v: int, itemsize: int, page_size: int) -> bool:
+def are_narrow(head_dim: int, head_dim_v: int, itemsize: int, page_size: int, heads: int) -> bool:
     """More are than the kernel takes for narrow: whatever it would ask for is looked at."""
     return itemsize == 1
 

@@ -178,7 +178,8 @@ class HopperProvider(Provider):
         made = Plan(dataclasses.replace(key, sm_margin=sm_margin), torch.zeros_like(seqlens_k))
         if any(kv == kv_dtype for _, kv in _DECODE.dtypes):
             size = kv_dtype.itemsize
-            abreast = _are_narrow(key.head_dim, key.head_dim_v, size, key.page_size)
+            heads = key.batch_size * key.num_kv_heads
+            abreast = _are_narrow(key.head_dim, key.head_dim_v, size, key.page_size, heads)
             _step_of(made, key.max_seqlen_q, size, sm_margin, abreast)
         return made
 
@@ -480,9 +481,10 @@ class _Lengths:
         self.capacity = _capacity(p)
         self.rows_q = p.max_seqlen_q if p.ragged_q else p.q.shape[1]
         self.itemsize = p.k.element_size()
+        heads = p.batch_size * p.num_kv_heads
         self.abreast = (
             p.append is None
-            and _are_narrow(p.head_dim, p.head_dim_v, self.itemsize, p.page_size)
+            and _are_narrow(p.head_dim, p.head_dim_v, self.itemsize, p.page_size, heads)
             and all(map(_kernels().lie_abreast, (p.k, p.v)))
         )
         names = ["seqlens_k", "leftpad_k", "cache_batch_idx", "cu_seqlens_q", "seqused_q"]
@@ -508,9 +510,9 @@ class _Lengths:
         return found or _step_of(plan, *kind)
 
 
-def _are_narrow(d: int, dv: int, itemsize: int, page_size: int | None) -> bool:
+def _are_narrow(d: int, dv: int, itemsize: int, page_size: int | None, heads: int) -> bool:
     """Whether the kernel would read two heads as one, where they lie so that it can."""
-    narrow: bool = _kernels().are_narrow(d, dv, itemsize, page_size or 0)
+    narrow: bool = _kernels().are_narrow(d, dv, itemsize, page_size or 0, heads)
     return narrow
 
 

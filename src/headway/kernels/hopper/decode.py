@@ -47,6 +47,9 @@ COMBINING_PROGRAMS = 2048
 MANY_PARTS = 64
 FEW_PARTS = 16
 ROWS_OF_PARTS = 32
+#: KV heads of all sequences from which on rows of 128 bytes are read by twos as well: fewer twos are cut
+#: into more parts, which costs what longer rows gain.
+MANY_HEADS = 512
 _GLUON_DTYPES = {
     torch.bfloat16: gl.bfloat16,
     torch.float16: gl.float16,
@@ -79,7 +82,8 @@ def make_plan(
         abreast: steps' keys and values :func:`lie_abreast`: short rows of two heads may be read as one.
         tile: how workers are built; default: the measured one for these head dims.
     """
-    if abreast and tile is None and are_narrow(head_dim, head_dim_v, itemsize, page_size):
+    heads = batch_size * num_kv_heads
+    if abreast and tile is None and are_narrow(head_dim, head_dim_v, itemsize, page_size, heads):
         rows = 2 * group * max_seqlen_q
         if rows <= FEW_ROWS and num_kv_heads % 2 == 0:
             num_kv_heads, group, head_dim_v = num_kv_heads // 2, 2 * group, 2 * head_dim_v
@@ -104,9 +108,15 @@ def make_plan(
     )
 
 
-def are_narrow(head_dim: int, head_dim_v: int, itemsize: int, page_size: int) -> bool:
-    """Whether rows of one head, 64 bytes in boxes of few rows, come slower than rows of two."""
-    return itemsize == 1 and head_dim == head_dim_v == 64 and page_size % 128 > 0
+def are_narrow(head_dim: int, head_dim_v: int, itemsize: int, page_size: int, heads: int) -> bool:
+    """Whether rows of one head, 64 or 128 bytes in boxes of few rows, come slower than rows of two.
+
+    Args:
+        heads: KV heads of all sequences.
+    """
+    if itemsize > 1 or head_dim != head_dim_v or page_size % 128 == 0:
+        return False
+    return head_dim == 64 or (head_dim == 128 and page_size % 8 == 0 and heads >= MANY_HEADS)
 
 
 def lie_abreast(t: Tensor) -> bool:
