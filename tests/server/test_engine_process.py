@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import time
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from headway.engine.request import FinishReason, RequestOutput, SamplingParams
+from headway.engine.request import FinishReason, RequestOutput, SamplingParams, TokenLogprob
 from headway.errors import InvalidInputError, UnsupportedError
 from headway.server.engine_process import EngineProcess
 from tests.server.live import eventually, serving
@@ -25,6 +26,26 @@ def broken(message: str) -> EchoEngine:
 
 def crashing() -> EchoEngine:
     raise KeyError("weights")
+
+
+SCORES = 20000
+
+
+class Scoring(EchoEngine):
+    """With an answer's first token many scores."""
+
+    def __init__(self) -> None:
+        super().__init__(num_pages=1 << 20, max_model_len=1 << 16, step_seconds=0.2)
+
+    def step(self) -> list[RequestOutput]:
+        return [
+            dataclasses.replace(
+                one, prompt_logprobs=tuple(TokenLogprob(i, -i / 7, ()) for i in range(SCORES))
+            )
+            if one.output_tokens == 1
+            else one
+            for one in super().step()
+        ]
 
 
 def pages(engine: EchoEngine) -> int:
@@ -85,6 +106,37 @@ def test_a_cancelled_request_gives_no_more(engine: EngineProcess) -> None:
     assert not engine.has_unfinished()
     engine.add_request("next", [66], GREEDY)
     assert {output.request_id for output in steps(engine, 1)} <= {"long", "next"}
+
+
+def test_nobody_runs_once_all_are_cancelled(engine: EngineProcess) -> None:
+    """Though no step follows that would tell."""
+    for name in ("one", "two"):
+        engine.add_request(name, [65], SamplingParams(max_tokens=1 << 10, temperature=0))
+    while engine.stats().running < 2:
+        engine.step()
+    engine.abort("one")
+    engine.abort("two")
+    assert (engine.stats().running, engine.stats().pages_used) == (0, 0)
+
+
+def test_a_step_that_failed_for_a_cancelled_request_fails_no_other(engine: EngineProcess) -> None:
+    engine.add_request("bad", list(FAIL), GREEDY)
+    while not engine._pipe.poll():  # the failure is on its way
+        time.sleep(0.001)
+    engine.abort("bad")
+    assert engine.stats().running == 0
+    engine.add_request("good", [65], GREEDY)
+    told = [output for output in steps(engine, 1) if output.request_id == "good"]
+    assert "".join(output.new_text for output in told) == "AAAA"
+
+
+def test_much_may_be_said_in_both_directions_at_once() -> None:
+    """More than a pipe holds: prompts on their way in while scores of others are on theirs out."""
+    with EngineProcess(Scoring) as engine:
+        for number in range(8):
+            engine.add_request(str(number), [65] * 50000, SamplingParams(max_tokens=1))
+        told = steps(engine, 8)
+    assert sum(len(output.prompt_logprobs) for output in told) == 8 * SCORES
 
 
 def test_a_failed_step_is_told_and_the_engine_goes_on(engine: EngineProcess) -> None:

@@ -13,7 +13,9 @@ import logging
 import multiprocessing
 import operator
 import pickle
+import queue
 import signal
+import threading
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
@@ -88,6 +90,8 @@ class EngineProcess(Intake):
         self._outputs: list[RequestOutput] = []
         self._failure: str | None = None
         self._halted = False
+        self._unfinished: set[str] = set()
+        self._cancelled = False  # since it was known to be idle
 
     def __enter__(self) -> EngineProcess:
         return self
@@ -111,9 +115,12 @@ class EngineProcess(Intake):
     ) -> None:
         prompt = list(prompt_token_ids)
         self.check_request(prompt, sampling_params)
+        self._unfinished.add(request_id)
         self._say("add_request", request_id, prompt, sampling_params)
 
     def abort(self, request_id: str) -> None:
+        self._unfinished.discard(request_id)
+        self._cancelled = True
         self._say("abort", request_id)
 
     def has_unfinished(self) -> bool:
@@ -123,7 +130,13 @@ class EngineProcess(Intake):
         return heard
 
     def stats(self) -> EngineStats:
-        """After the latest step whose tokens have arrived."""
+        """After the latest step whose tokens have arrived, or after the last request was cancelled."""
+        if self._cancelled and not self._unfinished:  # no step will tell
+            self._cancelled = False
+            self.has_unfinished()
+            if self._failure is not None:  # of requests that nobody waits for
+                self._failure = None
+                self._say("resume")
         return self._stats
 
     def step(self) -> list[RequestOutput]:
@@ -152,8 +165,10 @@ class EngineProcess(Intake):
         if isinstance(heard, str):
             self._failure = heard
             return
-        outputs, self._stats = heard
-        self._outputs += [RequestOutput(*fields) for fields in outputs]
+        told, self._stats = heard
+        outputs = [RequestOutput(*fields) for fields in told]
+        self._unfinished -= {one.request_id for one in outputs if one.finish_reason is not None}
+        self._outputs += outputs
 
     def _say(self, name: str, *arguments: Any) -> None:
         try:
@@ -212,10 +227,16 @@ def _run(
 
 
 def _work(pipe: Connection, engine: Engine) -> None:
+    commands: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    listener = threading.Thread(target=_listen, args=(pipe, commands), daemon=True)
+    listener.start()
     halted = False
     while True:
-        while pipe.poll(0 if engine.has_unfinished() and not halted else None):
-            name, arguments = pipe.recv()
+        while halted or not engine.has_unfinished() or not commands.empty():
+            heard = commands.get()
+            if heard is None:
+                return
+            name, arguments = heard
             if name == "resume":
                 halted = False
             else:
@@ -230,8 +251,18 @@ def _work(pipe: Connection, engine: Engine) -> None:
             _tell(pipe, ([*map(_FIELDS, outputs)], engine.stats()))
 
 
+def _listen(pipe: Connection, commands: queue.SimpleQueue[Any]) -> None:
+    """Take commands as they come: a server that waits until a long prompt is read does not read either."""
+    try:
+        while True:
+            commands.put(pipe.recv())
+    except (EOFError, OSError):
+        commands.put(None)  # the server has gone
+
+
 def _obey(pipe: Connection, engine: Engine, name: str, arguments: tuple[Any, ...]) -> None:
     if name == "has_unfinished":
+        _tell(pipe, ([], engine.stats()))
         _tell(pipe, engine.has_unfinished())
         return
     try:
