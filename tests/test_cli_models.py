@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import openai
 import pytest
@@ -17,6 +19,7 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("typer")
 
+from transformers import dynamic_module_utils
 from typer.testing import CliRunner
 
 from headway import cli
@@ -25,6 +28,7 @@ from headway.engine.config import EngineConfig
 from headway.engine.llm import LLM
 from headway.engine.request import SamplingParams
 from headway.errors import HeadwayError
+from headway.server import engine_process
 from tests.engine.conftest import TinyModel, save_tiny
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
@@ -101,6 +105,25 @@ def test_generate_uses_the_chat_template_unless_raw(tmp_path: Path) -> None:
     for more, tokens in (([], laid_out - 16), (["--system", "be brief"], laid_out), (["--raw"], 2)):
         result = CliRunner().invoke(cli.app, [*words, *more])
         assert f"{tokens} tokens in, 1 out" in result.output
+
+
+def test_a_server_knows_where_remote_code_lies_before_its_engine_tells_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What comes out of the engine's process then is made of that code's classes."""
+    happened: list[str] = []
+
+    def start(*arguments: object, **options: object) -> object:
+        happened.append("started")
+        return contextlib.nullcontext(SimpleNamespace(answer=None))
+
+    monkeypatch.setattr(dynamic_module_utils, "init_hf_modules", lambda: happened.append("found"))
+    monkeypatch.setattr(engine_process, "EngineProcess", start)
+    for trusted in (True, False):
+        config = EngineConfig(model="any", device="cpu", trust_remote_code=trusted)
+        with cli._engine(config, apart=True):
+            pass
+    assert happened == ["found", "started", "started"]
 
 
 def test_generate_counts_tokens_not_steps(llama: TinyModel) -> None:

@@ -173,6 +173,12 @@ def _engine(config: EngineConfig, apart: bool | None) -> Iterator[tuple[Engine, 
         from headway.server.engine_process import EngineProcess
 
         _quieten_tokenizers()
+        if (
+            config.trust_remote_code
+        ):  # configurations and tokenizers come over as objects of that code
+            from transformers.dynamic_module_utils import init_hf_modules
+
+            init_hf_modules()
         with EngineProcess(warmed_up, config, ask=introduction) as process:
             yield process, process.answer
         return
