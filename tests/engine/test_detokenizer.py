@@ -50,6 +50,21 @@ def test_a_character_begun_in_the_prompt_is_completed() -> None:
     assert detokenizer.add(ord("!")).text == "!"
 
 
+def decode_falling_back(ids: object) -> str:
+    """As SentencePiece's decoders with bytes: a run of them is characters as a whole, or none is."""
+    try:
+        return bytes(ids).decode()  # type: ignore[call-overload]
+    except UnicodeDecodeError:
+        return "\ufffd" * len(ids)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("prompt", ["", "a", "🌊🌊", "語の語"])
+def test_runs_of_bytes_are_looked_at_from_a_character_on(text: str, prompt: str) -> None:
+    detokenizer = Detokenizer(decode_falling_back, context=prompt.encode())
+    assert "".join(pieces(detokenizer, text.encode())) == text
+
+
 def test_bytes_that_are_no_characters_do_not_hold_up_the_text() -> None:
     detokenizer = Detokenizer(decode_bytes)
     ready = "".join(detokenizer.add(0xFF).text for _ in range(20))

@@ -15,7 +15,8 @@ REPLACEMENT = "\ufffd"
 #: Tokens an unfinished character can be spread over: it lacks at least one of at most four bytes.
 MAX_PENDING = 3
 
-#: Tokens before the pending ones that are decoded with them.
+#: Tokens before the pending ones that are decoded with them, at least. The first of them begins a character:
+#: decoders that fall back to bytes read a run of bytes that does not as no text at all.
 CONTEXT_TOKENS = 6
 
 Decode = Callable[[Sequence[int]], str]
@@ -48,13 +49,13 @@ class Detokenizer:
         include_stop: bool = False,
     ) -> None:
         self._decode = decode
-        self._context: list[int] = []
-        self._before = ""  # text of the context
+        self._context = self._end_of(context)
+        self._starts: list[int] = []  # places in the context where a character begins
+        self._before = self._decode(self._context) if self._context else ""  # text of the context
         self._pending: list[int] = []  # tokens whose text has not been settled
         self._stop = tuple(stop)
         self._include_stop = include_stop
         self._withheld = ""
-        self._look_back_at(context)
 
     def add(self, token_id: int) -> Piece:
         """Take one token and return what it made ready."""
@@ -68,7 +69,7 @@ class Detokenizer:
             text = self._text_of(settled)
         else:
             return Piece("")
-        self._look_back_at(self._context + settled)
+        self._look_back_at(settled)
         return self._scan(text)
 
     def finish(self) -> Piece:
@@ -77,9 +78,23 @@ class Detokenizer:
         rest, self._withheld, self._pending = self._withheld, "", []
         return Piece(piece.text + rest, piece.stop)
 
-    def _look_back_at(self, tokens: Sequence[int]) -> None:
-        self._context = list(tokens[-CONTEXT_TOKENS:])
-        self._before = self._decode(self._context) if self._context else ""
+    def _end_of(self, prompt: Sequence[int]) -> list[int]:
+        """The last tokens of a prompt: as many as it takes to begin with a character."""
+        for count in range(CONTEXT_TOKENS, CONTEXT_TOKENS + MAX_PENDING + 1):
+            tokens = list(prompt[-count:])
+            if count >= len(prompt) or REPLACEMENT not in self._decode(tokens):
+                return tokens
+        return list(prompt[-CONTEXT_TOKENS:])
+
+    def _look_back_at(self, settled: list[int]) -> None:
+        """Add what is settled to the context, and leave out what it has too much."""
+        self._starts.append(len(self._context))
+        self._context += settled
+        early_enough = (at for at in self._starts if len(self._context) - at >= CONTEXT_TOKENS)
+        first = max(early_enough, default=0)
+        self._starts = [at - first for at in self._starts if at >= first]
+        self._context = self._context[first:]
+        self._before = self._decode(self._context)
 
     def _text_of(self, tokens: list[int]) -> str:
         """What tokens add to the text of their context, whose last character they may complete."""
