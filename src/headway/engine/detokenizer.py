@@ -15,8 +15,8 @@ REPLACEMENT = "\ufffd"
 #: Tokens an unfinished character can be spread over: it lacks at least one of at most four bytes.
 MAX_PENDING = 3
 
-#: Tokens before the pending ones that are decoded with them, at least. The first of them begins a character:
-#: decoders that fall back to bytes read a run of bytes that does not as no text at all.
+#: Tokens before the pending ones that are decoded with them, at least. The first of them begins a
+#: character: decoders that fall back to bytes read a run of bytes that does not as no text at all.
 CONTEXT_TOKENS = 6
 
 Decode = Callable[[Sequence[int]], str]
