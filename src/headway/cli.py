@@ -99,12 +99,12 @@ def serve(
     ] = 60.0,
     access_log: Annotated[bool, typer.Option(help="Log every HTTP request.")] = False,
     engine_process: Annotated[
-        bool | None,
+        bool,
         typer.Option(
             help="A process of its own for the engine, whose steps then do not wait while answers are "
-            "written. Default: on one GPU."
+            "written: for hundreds of streams on one GPU."
         ),
-    ] = None,
+    ] = False,
 ) -> None:
     """Serve a model through an OpenAI-compatible HTTP API."""
     from headway.engine.collector import settled
@@ -114,6 +114,9 @@ def serve(
     names = tuple(served_model_name or (_display_name(config.model),))
     settings = ServerSettings(served_model_names=names, api_key=api_key)
     if config.tensor_parallel_size > 1:
+        if engine_process:
+            wanted = "False with tensor_parallel_size, whose processes are torchrun's"
+            raise InvalidInputError("engine_process", engine_process, wanted)
         _serve_together(config)
     listener = run.bind(host, port)
     port = listener.getsockname()[1]
@@ -155,27 +158,17 @@ def _serve_together(config: EngineConfig) -> None:
 
 
 @contextlib.contextmanager
-def _engine(config: EngineConfig, apart: bool | None) -> Iterator[tuple[Engine, Introduction]]:
+def _engine(config: EngineConfig, apart: bool) -> Iterator[tuple[Engine, Introduction]]:
     """A warm engine, and what to say of it."""
-    from headway import devices
     from headway.engine.introduction import introduction
     from headway.engine.lead import Leader
     from headway.engine.warm_up import warm_up, warmed_up
 
-    if config.tensor_parallel_size > 1:
-        if apart:
-            wanted = "no-engine-process with tensor parallelism, whose processes are torchrun's"
-            raise InvalidInputError("engine_process", apart, wanted)
-        apart = False
-    if apart is None:
-        apart = devices.choose(config.device).type == "cuda"
     if apart:
         from headway.server.engine_process import EngineProcess
 
         _quieten_tokenizers()
-        if (
-            config.trust_remote_code
-        ):  # configurations and tokenizers come over as objects of that code
+        if config.trust_remote_code:  # its tokenizer and configuration are objects of its classes
             from transformers.dynamic_module_utils import init_hf_modules
 
             init_hf_modules()
