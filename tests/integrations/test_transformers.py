@@ -222,6 +222,12 @@ def test_models_that_ask_no_implementation_are_refused(family: str) -> None:
         transformers.AutoModel.from_config(config, attn_implementation=NAME)
 
 
+def test_parts_without_attention_are_taken() -> None:
+    """Convolutions within a larger model, which is given one name for all its parts."""
+    config = transformers.ConvNextConfig(num_channels=3, hidden_sizes=[8], depths=[1], num_stages=1)
+    assert transformers.AutoModel.from_config(config, attn_implementation=NAME) is not None
+
+
 def test_images_see_themselves_in_both_directions(tiny: Tiny) -> None:
     """The mask that multimodal models lay over the causal one is not lost."""
     config = tiny("gemma3").model.config

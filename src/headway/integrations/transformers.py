@@ -518,11 +518,12 @@ def _check_and_adjust(
 ) -> str:
     """Models list the flash implementations that have sinks, where they need them: this one does.
 
-    Those that compute attention themselves would take this one's masks for theirs.
+    Those that compute attention themselves would take this one's masks for theirs. What makes no masks (a
+    tower of convolutions, say) may be named along with the rest of its model.
     """
     if implementation is not None and _is_paged(implementation):
         return implementation
-    if implementation == NAME and not _asks_for_attention(type(model)):
+    if implementation == NAME and _misreads_masks(type(model)):
         raise UnsupportedError(
             f"{type(model).__name__} computes attention itself and asks no implementation for it: "
             'attn_implementation="eager", for a part of a model {"that_config": "eager"}'
@@ -530,14 +531,17 @@ def _check_and_adjust(
     return original(model, implementation, *args, **kwargs)
 
 
-def _asks_for_attention(model: type) -> bool:
-    """Whether a model's class says so, or its module has what it would ask."""
+def _misreads_masks(model: type) -> bool:
+    """Whether a model has masks of attention made for it, yet computes that itself, as its code shows."""
     flags = ("_supports_sdpa", "_supports_flash_attn", "_supports_attention_backend")
     if any(getattr(model, flag, False) for flag in flags):
-        return True
+        return False
     base = transformers.PreTrainedModel
     own = (kind for kind in model.__mro__ if issubclass(kind, base) and kind is not base)
-    return any(hasattr(sys.modules.get(kind.__module__), "ALL_ATTENTION_FUNCTIONS") for kind in own)
+    names = {name for kind in own for name in vars(sys.modules[kind.__module__])}
+    made = (name for name in vars(masking_utils) if name.startswith("create_"))
+    makers = {name for name in made if name.endswith(("causal_mask", "bidirectional_mask"))}
+    return not names.isdisjoint(makers) and "ALL_ATTENTION_FUNCTIONS" not in names
 
 
 def _ensure_decode_fast_path(
