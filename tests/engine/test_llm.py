@@ -366,16 +366,6 @@ def test_models_that_transformers_does_not_know(tmp_path: Path) -> None:
         engine(tmp_path)
 
 
-def test_one_text_and_no_parameters_are_no_lists(llama: TinyModel) -> None:
-    """A text is a sequence of texts too, and an empty list was once the default."""
-    llm = engine(llama)
-    with pytest.raises(InvalidInputError, match="prompts: got 'hello'; want a list"):
-        llm.generate("hello")
-    with pytest.raises(InvalidInputError, match="sampling_params: got 0 of them; want one, or 1"):
-        llm.generate(["hello"], [])
-    assert llm.generate([]) == []
-
-
 def test_models_that_are_no_causal_language_models(tmp_path: Path) -> None:
     transformers.T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2).save_pretrained(
         tmp_path
