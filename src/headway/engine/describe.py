@@ -134,7 +134,8 @@ def problem_of(
         return torch.empty(shape, dtype=of, device=device)
 
     if layer.sinks is not None:
-        layer = dataclasses.replace(layer, sinks=empty(layer.num_q_heads))
+        # Their values are looked at, where they can be.
+        layer = dataclasses.replace(layer, sinks=empty(layer.num_q_heads).zero_())
     kv_dtype = dtype
     if config.kv_cache_dtype == "fp8_e4m3":
         kv_dtype = torch.float8_e4m3fn
