@@ -106,6 +106,8 @@ def test_wrong_kinds_are_named():
         quant.quantise(x, scale=2.0)
     with pytest.raises(InvalidInputError, match=r"^scale: got 3 elements"):
         quant.dequantise(quant.quantise(x).values, torch.ones(3))
+    with pytest.raises(InvalidInputError, match="scale: got float"):
+        quant.dequantise(quant.quantise(x).values, 1.0)
     assert quant.amax_scales([]) == []
 
 

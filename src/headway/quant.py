@@ -103,8 +103,11 @@ def dequantise(values: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32
     """``values * scale`` of (..., heads, width) float8 values; scale (1,), or (heads,).
 
     Raises:
-        InvalidInputError: scale has another number of elements.
+        InvalidInputError: scale is no tensor, or has another number of elements.
     """
+    if not isinstance(scale, Tensor):
+        wanted = "a float32 tensor, as quantise() returns it"
+        raise InvalidInputError("scale", type(scale).__name__, wanted)
     if scale.numel() not in (1, values.shape[-2]):
         wanted = f"1 element, or one for each of the {values.shape[-2]} heads"
         raise InvalidInputError("scale", f"{scale.numel()} elements", wanted)

@@ -34,6 +34,8 @@ def test_bodies_that_are_no_json_object(live: Live, path: str, raw: bytes) -> No
     error = error_of(httpx.post(live.url + path, content=raw, headers=headers), 400)
     assert error["type"] == "invalid_request_error"
     assert "JSON" in error["message"]
+    if raw not in (b"[1, 2]", b'"text"', b""):
+        assert error["code"] == "invalid_json"
 
 
 @pytest.mark.parametrize(

@@ -158,7 +158,10 @@ COLUMNS = (
 def command(
     config: EngineConfig,
     settings: Annotated[str, typer.Option(help="A field of the engine and its values.")],
-    text: Annotated[list[Path] | None, typer.Option(help="Files to take texts from.")] = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(exists=True, dir_okay=False, help="Files to take texts from."),
+    ] = None,
     texts: Annotated[int, typer.Option(min=2, help="How many texts are scored.")] = 32,
     text_len: Annotated[int, typer.Option(min=2, help="Tokens of each.")] = 512,
     prompts: Annotated[int, typer.Option(min=1, help="How many prompts are continued.")] = 32,

@@ -114,7 +114,9 @@ def _from_http(request: Request, error: HTTPException) -> ApiError:
             code="method_not_allowed",
             headers=error.headers,
         )
-    return ApiError(error.status_code, f"{where}: {error.detail}", headers=error.headers)
+    # Bodies that are no UTF-8, or nested too deeply, end here and not in pydantic.
+    code = "invalid_json" if error.status_code == 400 else None
+    return ApiError(error.status_code, f"{where}: {error.detail}", code=code, headers=error.headers)
 
 
 # --- pydantic's errors, as sentences ------------------------------------------------------------------
