@@ -74,6 +74,7 @@ WRONG: list[tuple[str, dict[str, Any], str, str]] = [
     ("dense", {"q": normal(2, 3, 4, 8, dtype=torch.bfloat16)}, "q", "dtype of k"),
     ("dense", {"q": torch.ones(2, 3, 4, 8, dtype=torch.int32)}, "q", "floating-point"),
     ("dense", {"k": normal(2, 5, 2, 16)[..., ::2]}, "k", "contiguous"),
+    ("dense", {"causal": torch.tensor([True, False])}, "causal", "for all sequences"),
     ("dense", {"window_size": (-2, 0)}, "window_size", "non-negative"),
     ("dense", {"window_size": 3}, "window_size", "pair"),
     ("dense", {"window_size": (1.5, 0)}, "window_size", "non-negative"),

@@ -332,6 +332,8 @@ def normalise_mask(
     mask_mod: MaskMod | None = None,
 ) -> Mask:
     """One meaning for the window conventions in use: -1 and None are unbounded, per side or for both."""
+    if isinstance(causal, Tensor):
+        raise InvalidInputError("causal", "a tensor", "True or False, for all sequences")
     if window_size is None:
         window_size = (None, None)
     if not isinstance(window_size, Sequence) or len(window_size) != 2:
