@@ -94,9 +94,7 @@ class HostLengths(NamedTuple):
     """Lengths of a step, where the host knows them: a provider that plans there waits for no device."""
 
     cu_seqlens_q: np.ndarray  # (B + 1,) int32
-    seqlens_k: (
-        np.ndarray
-    )  # (B,) int32: keys of each sequence, those that the step has written included
+    seqlens_k: np.ndarray  # (B,) int32: each sequence's keys, with those that the step has written
 
 
 class Part(Protocol):

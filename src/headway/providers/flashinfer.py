@@ -253,9 +253,8 @@ def _wrapper(p: Problem) -> _Planned:
     kind = "Ragged" if ragged else "Paged"
     options: dict[str, Any] = {}
     if not ragged and (replayed or p.is_decode):
-        options["backend"] = (
-            "fa2"  # packs the few queries of a group of heads; its Hopper kernels do not
-        )
+        # These pack the few queries of a group of heads; its Hopper kernels do not.
+        options["backend"] = "fa2"
     fixed = _Fixed.of(p) if replayed else None
     if fixed is not None:
         options |= {
