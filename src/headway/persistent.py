@@ -32,9 +32,8 @@ class Item(NamedTuple):
     """The eight int32 fields of one row of ``work_info``."""
 
     request: int
-    partial_row: (
-        int  # first row in the partial buffers; -1: the tile is whole, written to the output
-    )
+    #: first row in the partial buffers; -1: the tile is whole, written to the output
+    partial_row: int
     q_start: int  # token rows, over the whole batch
     q_end: int
     kv_start: int  # entries of kv_page_indices

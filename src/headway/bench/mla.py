@@ -39,9 +39,8 @@ class Case:
     seqlens_k: tuple[int, ...]
     heads: int
     causal: bool = True
-    mean: float = (
-        0.0  # of the values, whose deviation is 1: where it is not 0, long sums show their rounding
-    )
+    #: of the values, whose deviation is 1: where it is not 0, long sums show their rounding
+    mean: float = 0.0
 
     @property
     def flops(self) -> float:

@@ -408,9 +408,8 @@ class LLM(Intake):
         known: list[Known] = []
         for one in sampled[: 1 + right]:
             if known:
-                sequence.num_computed += (
-                    1  # the guess before this token was right: it is in the cache
-                )
+                # The guess before this token was right: it is in the cache.
+                sequence.num_computed += 1
                 sequence.tokens.append(PENDING)
                 sequence.num_pending += 1
             if one.error is None:

@@ -39,13 +39,11 @@ class Sequence:
     admissions: int = 0  # times it has been given pages; changes whenever they do, but for growth
     cached_tokens: int | None = None  # prompt tokens found in the prefix cache; None until admitted
     limit: int | None = None  # tokens at which it ends, whatever they are
-    num_pending: int = (
-        0  # last of ``tokens`` that are drawn but not known yet: PENDING stands for them
-    )
+    #: last of ``tokens`` that are drawn but not known yet: PENDING stands for them
+    num_pending: int = 0
     is_over: bool = False  # it has its last token, and leaves once that is told
-    reads_prompt: bool = (
-        False  # every prompt token's logits are wanted, so none comes from the cache
-    )
+    #: every prompt token's logits are wanted, so none comes from the cache
+    reads_prompt: bool = False
 
     @property
     def num_remaining(self) -> int:

@@ -45,9 +45,8 @@ class Metadata:
     cu_seqlens_q: Tensor | None = None  # where requests have different numbers of rows
     swa_page_table: Tensor | None = None
     swa_out_cache_loc: Tensor | None = None
-    slots: Tensor | None = (
-        None  # (B, keys): every token's slot, for windows over trees and branches
-    )
+    #: (B, keys): every token's slot, for windows over trees and branches
+    slots: Tensor | None = None
     swa_slots: Tensor | None = None
     encoder_lengths: Tensor | None = None
     encoder_page_table: Tensor | None = None

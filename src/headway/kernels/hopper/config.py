@@ -31,9 +31,8 @@ class ForwardConfig:
     has_right: bool = False
     has_chunk: bool = False
     has_soft_cap: bool = False
-    prescaled: bool = (
-        False  # scores are scaled before the softmax, which any scale but a positive one needs
-    )
+    #: scores are scaled before the softmax, which any scale but a positive one needs
+    prescaled: bool = False
     split: bool = False  # tiles cover pieces of a sequence's keys and leave partial results
     gathered_dims: tuple[int, int] | None = None  # as given; keys come row by row, not in boxes
     work_list: bool = False  # tiles come from a schedule made on the device

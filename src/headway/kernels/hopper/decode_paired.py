@@ -54,9 +54,8 @@ class Paired:
     """Shared memory of a worker. A stage holds the keys of one warpgroup."""
 
     q: gl.shared_memory_descriptor  # (1, 64, v_width), queries of latents
-    p: (
-        gl.shared_memory_descriptor
-    )  # (2, 64, keys), probabilities; the second holds rope's queries first
+    #: (2, 64, keys), probabilities; the second holds rope's queries first
+    p: gl.shared_memory_descriptor
     k: gl.shared_memory_descriptor  # (2, 1, 1, keys, k_width)
     v: gl.shared_memory_descriptor  # (2, 1, 1, keys, v_width)
     full: gl.shared_memory_descriptor  # (2 * FULLS, 1)

@@ -450,9 +450,8 @@ class _Plan:
     key: Hashable  # of the compiled kernel, as far as it is decided here
     numbers: tuple[int, ...]  # the kernel's integers, rows_q to stride_lse_split
     splits: int
-    key_strides: (
-        tuple[int, ...] | None
-    )  # page, row and head of k, then of v, where rows are gathered
+    #: page, row and head of k, then of v, where rows are gathered
+    key_strides: tuple[int, ...] | None
     q_boxes: Boxes
     k_boxes: Boxes
     v_boxes: Boxes

@@ -28,9 +28,8 @@ class Buffers:
     q: gl.shared_memory_descriptor  # (q_slots * warpgroups * pieces, 64, piece)
     k: gl.shared_memory_descriptor  # (stages * pieces, block_n, piece)
     v: gl.shared_memory_descriptor  # (stages_v, block_n, head_dim_v)
-    out: (
-        gl.shared_memory_descriptor
-    )  # (warpgroups, 64, out_columns), if output has a buffer of its own
+    #: (warpgroups, 64, out_columns), if output has a buffer of its own
+    out: gl.shared_memory_descriptor
     info: gl.shared_memory_descriptor  # (q_slots * info_fields, 1) int32
     q_full: gl.shared_memory_descriptor  # (q_slots * warpgroups, 1)
     q_empty: gl.shared_memory_descriptor
