@@ -16,6 +16,9 @@ from headway.bench.agreement import MODELS, SETTINGS, run
 from headway.bench.churn import survives
 from headway.engine.config import EngineConfig
 from headway.engine.llm import LLM
+from headway.engine.request import SamplingParams
+from headway.engine.warm_up import warmed_up
+from headway.server.engine_process import EngineProcess
 from tests.engine.conftest import save_tiny
 
 REQUESTS = int(os.environ.get("HEADWAY_CHURN_REQUESTS", "400"))
@@ -55,3 +58,31 @@ def test_nothing_is_lost_or_leaks(settings: dict[str, Any], tmp_path: Path) -> N
         **settings,
     )
     assert set(survives(LLM(config), REQUESTS)) >= {"length", "abort", "error"}
+
+
+@pytest.mark.timeout(300)
+def test_an_engine_answers_alike_in_a_process_of_its_own(tmp_path: Path) -> None:
+    config = EngineConfig(
+        model=str(save_tiny("llama", tmp_path).path),
+        dtype="bfloat16",
+        device="cuda",
+        kv_cache_tokens=2048,
+        max_model_len=128,
+        max_running_requests=16,
+    )
+    prompts = [
+        list(b"the same tokens, whichever process they come from")[: 3 + i] for i in range(20)
+    ]
+    params = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
+    told: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
+    with EngineProcess(warmed_up, config) as engine:
+        for name, prompt in zip(told, prompts, strict=True):
+            engine.add_request(name, prompt, params)
+        while any(len(tokens) < 24 for tokens in told.values()):
+            for output in engine.step():
+                assert output.error is None
+                told[output.request_id] += output.new_token_ids
+        assert not engine.has_unfinished()
+        assert engine.stats().output_tokens == 20 * 24
+    here = LLM(config).generate(prompts, params)
+    assert [tuple(tokens) for tokens in told.values()] == [one.token_ids for one in here]
