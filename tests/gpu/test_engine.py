@@ -70,19 +70,32 @@ def test_an_engine_answers_alike_in_a_process_of_its_own(tmp_path: Path) -> None
         max_model_len=128,
         max_running_requests=16,
     )
-    prompts = [
-        list(b"the same tokens, whichever process they come from")[: 3 + i] for i in range(20)
-    ]
+    text = b"the same tokens, whichever process they come from"
+    prompts = [list(text[: 5 * i]) for i in (1, 3, 9)]
     params = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
-    told: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
     with EngineProcess(warmed_up, config) as engine:
-        for name, prompt in zip(told, prompts, strict=True):
-            engine.add_request(name, prompt, params)
-        while any(len(tokens) < 24 for tokens in told.values()):
-            for output in engine.step():
-                assert output.error is None
-                told[output.request_id] += output.new_token_ids
+        # One by one: what runs beside a request decides near-ties.
+        apart = [_tokens(engine, [prompt], params) for prompt in prompts]
+        together = _tokens(engine, prompts * 4, params)
         assert not engine.has_unfinished()
-        assert engine.stats().output_tokens == 20 * 24
-    here = LLM(config).generate(prompts, params)
-    assert [tuple(tokens) for tokens in told.values()] == [one.token_ids for one in here]
+        assert engine.stats().output_tokens == 15 * 24
+    assert [len(tokens) for tokens in together] == [24] * 12
+    llm = warmed_up(config)
+    here = [llm.generate([prompt], params) for prompt in prompts]
+    assert apart == [[list(one.token_ids)] for (one,) in here]
+
+
+def _tokens(
+    engine: EngineProcess, prompts: list[list[int]], params: SamplingParams
+) -> list[list[int]]:
+    """What the engine answers to prompts that it gets together."""
+    told: dict[str, list[int]] = {f"{i} of {len(prompts)}": [] for i in range(len(prompts))}
+    for name, prompt in zip(told, prompts, strict=True):
+        engine.add_request(name, prompt, params)
+    unfinished = len(prompts)
+    while unfinished:
+        for output in engine.step():
+            assert output.error is None
+            told[output.request_id] += output.new_token_ids
+            unfinished -= output.finish_reason is not None
+    return list(told.values())
