@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
-import httpx
+import aiohttp
 import pytest
 
 pytest.importorskip("fastapi")
@@ -237,8 +237,8 @@ def test_a_stream_that_ends_in_an_error_is_a_failure(live: Live) -> None:
     prompt = bench.Prompt("!fail", 4)
 
     async def go() -> Sample:
-        async with httpx.AsyncClient(base_url=live.url) as client:
-            return await bench.send(client, settings, "echo", prompt)
+        async with aiohttp.ClientSession() as session:
+            return await bench.send(session, settings, "echo", prompt)
 
     assert "told to fail" in (asyncio.run(go()).error or "")
 

@@ -21,10 +21,10 @@ import math
 import random
 import statistics
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -33,9 +33,10 @@ from headway.bench import report
 from headway.errors import HeadwayError, InvalidInputError
 
 if TYPE_CHECKING:
-    import httpx
+    import aiohttp
     from rich.console import Console
 
+T = TypeVar("T")
 Endpoint = Literal["completions", "chat"]
 
 _PATHS: dict[Endpoint, str] = {
@@ -229,20 +230,22 @@ def payload(settings: LoadSettings, model: str, prompt: Prompt) -> dict[str, Any
 
 
 async def send(
-    client: httpx.AsyncClient, settings: LoadSettings, model: str, prompt: Prompt
+    session: aiohttp.ClientSession, settings: LoadSettings, model: str, prompt: Prompt
 ) -> Sample:
     """Make one request and time its stream. Failures are in ``Sample.error``, never raised."""
-    import httpx
+    import aiohttp
 
     body = payload(settings, model, prompt)
     sample = Sample(time.perf_counter())
     try:
-        async with client.stream("POST", _PATHS[settings.endpoint], json=body) as response:
-            if response.status_code != 200:
-                sample.error = _reason(response.status_code, await response.aread())
+        async with session.post(
+            _address(settings, _PATHS[settings.endpoint]), json=body
+        ) as response:
+            if response.status != 200:
+                sample.error = _reason(response.status, await response.read())
             else:
-                await _read_stream(response.aiter_raw(), sample)
-    except httpx.HTTPError as error:
+                await _read_stream(response.content.iter_any(), sample)
+    except (aiohttp.ClientError, TimeoutError, asyncio.TimeoutError, OSError) as error:
         sample.error = f"{type(error).__name__}: {error}"
     sample.end = sample.end or time.perf_counter()
     if sample.error is None and not sample.token_times:
@@ -250,6 +253,10 @@ async def send(
     if sample.error is None and sample.output_tokens == 0:
         sample.output_tokens = len(sample.token_times)  # a server that reports no usage
     return sample
+
+
+def _address(settings: LoadSettings, path: str) -> str:
+    return settings.url.rstrip("/") + path
 
 
 def _reason(status: int, body: bytes) -> str:
@@ -304,26 +311,30 @@ async def run_load(
 
     ``advance`` is called as each request ends. Raises HeadwayError where the server cannot be used.
     """
-    import httpx
+    import aiohttp
 
     headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    async with httpx.AsyncClient(
-        base_url=settings.url, headers=headers, limits=limits, timeout=settings.timeout_s
-    ) as client:
-        card = await _model_card(client, settings)
+    seconds = settings.timeout_s
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=seconds, sock_read=seconds)
+    async with aiohttp.ClientSession(
+        headers=headers,
+        connector=aiohttp.TCPConnector(limit=0),
+        timeout=timeout,
+        trust_env=True,
+    ) as session:
+        card = await _model_card(session, settings)
         model = str(card["id"])
         vocab_size = card.get("vocab_size")
         for prompt in make_prompts(settings, settings.num_warmups, vocab_size, settings.seed + 1):
-            sample = await send(client, settings, model, prompt)
+            sample = await send(session, settings, model, prompt)
             if sample.error is not None:
                 raise HeadwayError(f"the warm-up request failed: {sample.error}")
         prompts = make_prompts(settings, settings.num_prompts, vocab_size, settings.seed)
-        return await _send_all(client, settings, model, prompts, advance), model
+        return await _send_all(session, settings, model, prompts, advance), model
 
 
 async def _send_all(
-    client: httpx.AsyncClient,
+    session: aiohttp.ClientSession,
     settings: LoadSettings,
     model: str,
     prompts: Sequence[Prompt],
@@ -333,7 +344,7 @@ async def _send_all(
 
     async def one(prompt: Prompt) -> Sample:
         async with places:
-            sample = await send(client, settings, model, prompt)
+            sample = await send(session, settings, model, prompt)
         advance()
         return sample
 
@@ -357,24 +368,24 @@ def arrivals(settings: LoadSettings) -> list[float]:
     return times
 
 
-async def _model_card(client: httpx.AsyncClient, settings: LoadSettings) -> dict[str, Any]:
+async def _model_card(session: aiohttp.ClientSession, settings: LoadSettings) -> dict[str, Any]:
     """The card of the model asked for, or of the server's first one."""
-    import httpx
+    import aiohttp
 
+    timeout = aiohttp.ClientTimeout(total=30)
     try:
-        response = await client.get("/v1/models", timeout=30)
-    except httpx.HTTPError as error:
+        async with session.get(_address(settings, "/v1/models"), timeout=timeout) as response:
+            status, body = response.status, await response.read()
+    except (aiohttp.ClientError, TimeoutError, asyncio.TimeoutError, OSError) as error:
         raise HeadwayError(
             f"no server answers at {settings.url} ({type(error).__name__}: {error}); "
             "start one, or name another with --url"
         ) from None
-    if response.status_code != 200:
-        if settings.model is not None and response.status_code in (404, 405, 501):
+    if status != 200:
+        if settings.model is not None and status in (404, 405, 501):
             return {"id": settings.model}
-        raise HeadwayError(
-            f"{settings.url}/v1/models: {_reason(response.status_code, response.content)}"
-        )
-    cards: list[dict[str, Any]] = response.json()["data"]
+        raise HeadwayError(f"{settings.url}/v1/models: {_reason(status, body)}")
+    cards: list[dict[str, Any]] = json.loads(body)["data"]
     if settings.model is None:
         return cards[0]
     found = next((card for card in cards if card["id"] == settings.model), None)
@@ -575,7 +586,16 @@ def _load(settings: LoadSettings, api_key: str | None) -> tuple[list[Sample], st
     with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
         bar = progress.add_task("Requests", total=settings.num_prompts)
         advance = functools.partial(progress.advance, bar)
-        return asyncio.run(run_load(settings, api_key=api_key, advance=advance))
+        return _run_fast(run_load(settings, api_key=api_key, advance=advance))
+
+
+def _run_fast(work: Coroutine[Any, Any, T]) -> T:
+    """By uvloop where it is: a client that is slower than the server measures itself."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(work)
+    return uvloop.run(work)
 
 
 def _compare(
