@@ -77,7 +77,8 @@ class Group:
         self._engine = engine
         self._index = {job.request_id: i for i, job in enumerate(jobs)}
         self._unfinished = set(self._index)
-        self._queue: asyncio.Queue[Delivery] = asyncio.Queue()
+        self._arrived: list[Delivery] = []
+        self._wake: asyncio.Future[None] | None = None  # of who waits for the next delivery
 
     async def __aenter__(self) -> Group:
         return self
@@ -102,9 +103,13 @@ class Group:
         """Everything that has arrived, at least one delivery at a time, until all jobs are finished."""
         waiting_for = len(self._index)
         while waiting_for:
-            batch = [await self._queue.get()]
-            while not self._queue.empty():
-                batch.append(self._queue.get_nowait())
+            if not self._arrived:
+                self._wake = asyncio.get_running_loop().create_future()
+                try:
+                    await self._wake
+                finally:
+                    self._wake = None
+            batch, self._arrived = self._arrived, []
             for delivery in batch:
                 _raise_failure(delivery.output)
                 waiting_for -= delivery.output.finish_reason is not None
@@ -113,7 +118,9 @@ class Group:
     def _deliver(self, output: RequestOutput, at: float) -> None:
         if output.finish_reason is not None:
             self._unfinished.discard(output.request_id)
-        self._queue.put_nowait(Delivery(self._index[output.request_id], output, at))
+        self._arrived.append(Delivery(self._index[output.request_id], output, at))
+        if self._wake is not None and not self._wake.done():
+            self._wake.set_result(None)
 
 
 def _raise_failure(output: RequestOutput) -> None:

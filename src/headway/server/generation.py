@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
+import orjson
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 from starlette.types import Message, Receive, Scope, Send
@@ -27,8 +27,6 @@ from headway.server.protocol import GenerationRequest
 
 CLIENT_GONE = 499  # nginx's number for it; no client ever reads it
 STATUS_KEY = "headway.status"  # in the ASGI scope: the outcome, where it is not the status sent
-
-_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 T = TypeVar("T")
 
@@ -153,7 +151,7 @@ async def _events(group: Group, answer: Answer, watch: Stopwatch) -> AsyncIterat
 
 
 def _event(data: dict[str, Any]) -> bytes:
-    return f"data: {_ENCODER.encode(data)}\n\n".encode()
+    return b"data: " + orjson.dumps(data) + b"\n\n"
 
 
 class EventStream(Response):
