@@ -91,9 +91,7 @@ def call(function: str, arguments: dict[str, Any]) -> Tensor | tuple[Tensor, Ten
         return _uncompiled(function, arguments)
     inputs = [arguments[name] for name in _TRAINED if arguments.get(name) is not None]
     trains = gradients.required(*inputs)
-    if (
-        trains
-    ):  # the operator gets none that do: it has no backward, and what it returns would want one
+    if trains:  # the operator has no backward, and what it returns would want one
         arguments = {name: _detached(x) for name, x in arguments.items()}
     k, v, new_k, new_v = arguments["k"], arguments["v"], None, None
     if function == _KVCACHE:

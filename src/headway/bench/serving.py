@@ -245,7 +245,7 @@ async def send(
                 sample.error = _reason(response.status, await response.read())
             else:
                 await _read_stream(response.content.iter_any(), sample)
-    except (aiohttp.ClientError, TimeoutError, asyncio.TimeoutError, OSError) as error:
+    except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
         sample.error = f"{type(error).__name__}: {error}"
     sample.end = sample.end or time.perf_counter()
     if sample.error is None and not sample.token_times:
@@ -376,7 +376,7 @@ async def _model_card(session: aiohttp.ClientSession, settings: LoadSettings) ->
     try:
         async with session.get(_address(settings, "/v1/models"), timeout=timeout) as response:
             status, body = response.status, await response.read()
-    except (aiohttp.ClientError, TimeoutError, asyncio.TimeoutError, OSError) as error:
+    except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
         raise HeadwayError(
             f"no server answers at {settings.url} ({type(error).__name__}: {error}); "
             "start one, or name another with --url"

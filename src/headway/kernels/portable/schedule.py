@@ -19,7 +19,7 @@ from headway.kernels.portable.spans import key_span, query_span
 from headway.plan import Schedule
 
 #: Classes of length by which pieces are listed.
-LENGTHS = 8
+LENGTH_CLASSES = 8
 
 #: One kernel for all sizes of batches: planning is too short to gain from knowing them.
 _UNSPECIALISED = [
@@ -58,7 +58,7 @@ def schedule_kernel(
     widest,
     block_k,
     HAS_WIDEST: tl.constexpr,
-    LENGTHS: tl.constexpr,
+    LENGTH_CLASSES: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
@@ -80,10 +80,10 @@ def schedule_kernel(
     splits = tl.minimum(tl.maximum(splits, 1), max_splits)
     splits = tl.where(valid, splits, 0)
     piece = (blocks + splits - 1) // tl.maximum(splits, 1)
-    shorter = tl.maximum(share - piece, 0) * LENGTHS // share
+    shorter = tl.maximum(share - piece, 0) * LENGTH_CLASSES // share
     starts = tl.zeros_like(splits)
     listed = 0
-    for length in range(LENGTHS + 1):
+    for length in range(LENGTH_CLASSES + 1):
         mine = tl.where(shorter == length, splits, 0)
         starts = tl.where(shorter == length, listed + tl.cumsum(mine, 0) - mine, starts)
         listed += tl.sum(mine, 0)
@@ -149,7 +149,7 @@ def schedule(
         widest=0 if widest is None else widest,
         block_k=block_k,
         HAS_WIDEST=widest is not None,
-        LENGTHS=LENGTHS,
+        LENGTH_CLASSES=LENGTH_CLASSES,
         BLOCK_B=block_b,
         BLOCK_W=block_w,
         num_warps=4 if block_b <= 1024 else 8,
