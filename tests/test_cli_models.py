@@ -126,6 +126,25 @@ def test_a_server_knows_where_remote_code_lies_before_its_engine_tells_of_it(
     assert happened == ["found", "started", "started"]
 
 
+@pytest.mark.parametrize(
+    ("device", "ranks", "found", "apart"),
+    [
+        ("auto", 1, True, True),
+        ("auto", 1, False, False),
+        ("cuda:0", 1, True, True),
+        ("cpu", 1, True, False),
+        ("auto", 2, True, False),
+        ("cuda", 2, True, False),
+    ],
+)
+def test_an_engine_on_one_gpu_gets_a_process_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch, device: str, ranks: int, found: bool, apart: bool
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: found)
+    config = EngineConfig(model="any", device=device, tensor_parallel_size=ranks)
+    assert cli._on_one_gpu(config) is apart
+
+
 def test_generate_counts_tokens_not_steps(llama: TinyModel) -> None:
     """With guesses a step may give several."""
     words = ["generate", str(llama.path), "a", "--device", "cpu", "--max-tokens", "40"]

@@ -99,12 +99,12 @@ def serve(
     ] = 60.0,
     access_log: Annotated[bool, typer.Option(help="Log every HTTP request.")] = False,
     engine_process: Annotated[
-        bool,
+        bool | None,
         typer.Option(
             help="A process of its own for the engine, whose steps then do not wait while answers are "
-            "written: for hundreds of streams on one GPU."
+            "written. Default: where the model runs on one GPU."
         ),
-    ] = False,
+    ] = None,
 ) -> None:
     """Serve a model through an OpenAI-compatible HTTP API."""
     from headway.engine.collector import settled
@@ -121,7 +121,8 @@ def serve(
     listener = run.bind(host, port)
     port = listener.getsockname()[1]
     shown = host if ":" not in host else f"[{host}]"
-    with _engine(config, engine_process) as (engine, about):
+    apart = _on_one_gpu(config) if engine_process is None else engine_process
+    with _engine(config, apart) as (engine, about):
 
         def ready() -> None:
             _introduce(about, names, f"http://{shown}:{port}/v1", api_key is not None)
@@ -157,13 +158,17 @@ def _serve_together(config: EngineConfig) -> None:
     raise typer.Exit
 
 
+def _on_one_gpu(config: EngineConfig) -> bool:
+    if config.tensor_parallel_size > 1 or config.device != "auto":
+        return config.tensor_parallel_size == 1 and config.device.startswith("cuda")
+    import torch
+
+    return torch.cuda.is_available()
+
+
 @contextlib.contextmanager
 def _engine(config: EngineConfig, apart: bool) -> Iterator[tuple[Engine, Introduction]]:
     """A warm engine, and what to say of it."""
-    from headway.engine.introduction import introduction
-    from headway.engine.lead import Leader
-    from headway.engine.warm_up import warm_up, warmed_up
-
     if apart:
         from headway.server.engine_process import EngineProcess
 
@@ -172,13 +177,35 @@ def _engine(config: EngineConfig, apart: bool) -> Iterator[tuple[Engine, Introdu
             from transformers.dynamic_module_utils import init_hf_modules
 
             init_hf_modules()
-        with EngineProcess(warmed_up, config, ask=introduction) as process:
+        with EngineProcess(
+            _warm_engine, config, ask=_introduction, meanwhile=_import_engine
+        ) as process:
             yield process, process.answer
         return
+    from headway.engine.lead import Leader
+    from headway.engine.warm_up import warm_up
+
     llm = _load(config)
     warm_up(llm)
     with llm if isinstance(llm, Leader) else contextlib.nullcontext():
-        yield llm, introduction(llm)
+        yield llm, _introduction(llm)
+
+
+def _warm_engine(config: EngineConfig) -> LLM:
+    from headway.engine.warm_up import warmed_up
+
+    return warmed_up(config)
+
+
+def _introduction(llm: LLM) -> Introduction:
+    from headway.engine.introduction import introduction
+
+    return introduction(llm)
+
+
+def _import_engine() -> None:
+    """Tokenizer and configuration come from the engine's process as objects of classes that it knows."""
+    import headway.engine.introduction  # noqa: F401
 
 
 def _display_name(model: str) -> str:

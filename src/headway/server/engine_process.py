@@ -53,8 +53,9 @@ class _About:
 class EngineProcess(Intake):
     """Starts a process with the engine that ``make(*arguments)`` gives there, and stands for that engine.
 
-    Both have to be importable there. ``answer`` is what ``ask`` says of the engine. For one thread, but
-    for what :class:`.Intake` does. Leaving the context ends the process.
+    Both have to be importable there. ``answer`` is what ``ask`` says of the engine; ``meanwhile`` is done
+    here while that process makes it. For one thread, but for what :class:`.Intake` does. Leaving the
+    context ends the process.
 
     Raises:
         HeadwayError, RuntimeError: what making the engine raises.
@@ -65,6 +66,7 @@ class EngineProcess(Intake):
         make: Callable[..., Engine],
         *arguments: Any,
         ask: Callable[[Any], Any] | None = None,
+        meanwhile: Callable[[], object] = lambda: None,
     ) -> None:
         context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
         self._pipe, there = context.Pipe()
@@ -77,6 +79,7 @@ class EngineProcess(Intake):
         # Before multiprocessing's own, which would wait for a process that waits for us.
         atexit.register(self.close)
         try:
+            meanwhile()
             about = self._hear()
         except BaseException:
             self.close()
