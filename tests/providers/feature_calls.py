@@ -242,6 +242,7 @@ _named(
         "seqused_q": lambda: ragged(seqused_q=int32(100, 2, 1, 69)),
         "seqused_k": lambda: ragged(seqused_k=int32(100, 7, 0, 300), causal=True),
         "head_dim 128": lambda: ragged(128, causal=True),
+        "float16": lambda: ragged(dtype=FP16, causal=True),
         "head_dim 192/128": lambda: ragged(192, 128, heads=(8, 8), causal=True),
         "float8": lambda: in_float8(ragged(128, causal=True), ("q", "k", "v")),
         "float8 192/128": lambda: in_float8(
@@ -286,6 +287,7 @@ _named(
         "64, all of them": lambda: pages(64, 3, causal=True, cache_seqlens=None, **_any_pages()),
         "64, ragged queries": lambda: ragged_queries(pages(64, causal=True)),
         "256, ragged queries": lambda: ragged_queries(pages(256, causal=True)),
+        "64, float16": lambda: pages(64, dtype=FP16),
         "64, long": lambda: pages(64, lengths=(9000, 7, 4096, 1), causal=True),
         "128, long float8": lambda: in_float8(
             pages(128, d=128, lengths=(9000, 7, 4096, 1)), ("q", "k_cache", "v_cache")

@@ -12,22 +12,24 @@ from tests.providers.claims import assert_claims_are_shown
 from tests.providers.honoured import honoured_or_refused
 from tests.stand_ins import installed
 
-#: Devices with their packages; what each provider says there.
-INSTALLED = {
-    "fa2": ("sm90", "fa2"),
-    "fa3": ("sm90", "sgl"),
-    "fa4": ("sm90", "fa4"),
-    "flashinfer": ("sm90", "flashinfer"),
-    "aiter": ("gfx950", "aiter"),
-    "mate": ("mp31", "mate"),
-}
+#: Providers with the device and the package that each is asked on.
+INSTALLED = (
+    ("fa2", "sm90", "fa2"),
+    ("fa3", "sm90", "sgl"),
+    ("fa3", "sm90", "vllm"),
+    ("fa4", "sm90", "fa4"),
+    ("flashinfer", "sm90", "flashinfer"),
+    ("aiter", "gfx950", "aiter"),
+    ("mate", "mp31", "mate"),
+)
 
 
-@pytest.fixture(params=INSTALLED, scope="module")
+@pytest.fixture(params=INSTALLED, ids=" ".join, scope="module")
 def provider(request: pytest.FixtureRequest) -> Iterator[str]:
-    with installed(*INSTALLED[request.param]), pytest.MonkeyPatch.context() as patch:
+    name, kind, package = request.param
+    with installed(kind, package), pytest.MonkeyPatch.context() as patch:
         patch.setattr(aiter, "_compute_units", lambda device: 8)
-        yield request.param
+        yield name
 
 
 @pytest.mark.parametrize("name", feature_calls.CALLS)

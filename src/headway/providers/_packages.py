@@ -30,13 +30,15 @@ class Package:
     """A package as people install it.
 
     ``module`` is imported for calls; ``source`` is the file, relative to the module's folder, that defines
-    its functions (empty: the module's own file); ``distribution`` is what pip knows it by.
+    its functions (empty: the module's own file); ``binary`` is the extension module beside it that they
+    call, where there are builds without; ``distribution`` is what pip knows it by.
     """
 
     module: str
     distribution: str
     source: str = ""
     install: str = ""
+    binary: str = ""
 
     def __str__(self) -> str:
         return self.distribution
@@ -48,7 +50,12 @@ class Package:
         made = sys.modules.get(self.module)
         if made is not None and getattr(made, "__spec__", None) is None:
             return True
-        return _file(self.module, self.source) is not None
+        return all(_file(module, source) is not None for module, source in self._parts())
+
+    def _parts(self) -> list[tuple[str, str]]:
+        """Its module and, where it has one, its binary."""
+        parts = [(self.module, self.source)]
+        return [*parts, (f"{self.module}.{self.binary}", "")] if self.binary else parts
 
     def version(self) -> str | None:
         """The installed version, None where the installation does not say."""
@@ -73,11 +80,13 @@ class Package:
 
     def load(self) -> Any:
         """The module, imported; ImportError where that fails, with what failed."""
-        return _load(self.module)
+        loaded = [_load(module) for module, _ in self._parts()]
+        return loaded[0]
 
     def broken(self) -> str | None:
         """Why an import that was tried has failed; None where none was tried or it succeeded."""
-        error = _FAILED.get(self.module)
+        errors = (_FAILED.get(module) for module, _ in self._parts())
+        error = next((error for error in errors if error is not None), None)
         return (
             None if error is None else f"package {self} is installed but fails to import: {error}"
         )

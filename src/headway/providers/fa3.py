@@ -17,6 +17,7 @@ from torch import Tensor
 
 from headway import devices
 from headway.problem import FLOAT8_DTYPES, KVLayout, Problem
+from headway.providers import _vllm
 from headway.providers._packages import Package, delivered, first_of, given, remembered, window
 from headway.providers.base import (
     ALL_FEATURES,
@@ -39,7 +40,7 @@ PACKAGES = (
         install="flash_attn_3, built from flash-attention/hopper",
     ),
     Package("fa3_fwd_interface", "fa3-fwd"),
-    Package("vllm.vllm_flash_attn", "vllm", source="flash_attn_interface.py"),
+    _vllm.package(3),
 )
 
 _HALF = frozenset({(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16)})
@@ -107,17 +108,20 @@ class Fa3Provider(Provider):
         assert package is not None
         calls = _calls(package)
         if calls.kvcache is None:
-            result = calls.run_vllm(problem)
-        elif problem.kv_layout is KVLayout.RAGGED:
-            result = calls.run_varlen(problem)
-        else:
-            result = calls.run_kvcache(problem)
-        if not problem.return_lse:
-            return delivered(problem, result), None
-        out, lse, *_ = result
-        if problem.k.numel() == 0:
-            lse.fill_(float("-inf"))  # without a single key, the host writes +inf
-        return delivered(problem, out), lse
+            packed = _vllm.packed(problem)
+            return _vllm.unpacked(problem, *_finished(packed, calls.run_vllm(packed)))
+        if problem.kv_layout is KVLayout.RAGGED:
+            return _finished(problem, calls.run_varlen(problem))
+        return _finished(problem, calls.run_kvcache(problem))
+
+
+def _finished(p: Problem, result: Any) -> tuple[Tensor, Tensor | None]:
+    if not p.return_lse:
+        return delivered(p, result), None
+    out, lse, *_ = result
+    if p.k.numel() == 0:
+        lse.fill_(float("-inf"))  # without a single key, the host writes +inf
+    return delivered(p, out), lse
 
 
 @remembered
@@ -154,8 +158,7 @@ def _build(
     }
     features -= {feature for feature, name in by_argument.items() if name is None}
     if vllm:
-        features -= {Feature.APPEND, Feature.ROTARY, Feature.LEFTPAD, Feature.BATCH_IDX}
-        features -= {Feature.SEQUSED_Q}
+        features -= _vllm.LACKS
     if flags.get("LOCAL"):
         features -= {Feature.WINDOW, Feature.CHUNK}
     if flags.get("APPENDKV"):
@@ -164,7 +167,7 @@ def _build(
         features -= {Feature.SOFTCAP}
     if major < 9:
         features -= {Feature.QV, Feature.DESCALE}
-    layouts = {KVLayout.RAGGED, KVLayout.PAGED} | (set() if vllm else {KVLayout.DENSE})
+    layouts = set(_vllm.LAYOUTS if vllm else KVLayout)
     if flags.get("PAGEDKV"):
         layouts -= {KVLayout.PAGED}
     return Capabilities(
@@ -218,12 +221,7 @@ def _exclusions(vllm: bool) -> tuple[Exclusion, ...]:
         ),
     ]
     if vllm:
-        found.append(excludes(Trait.DENSE_Q, why="this fork takes ragged queries (cu_seqlens_q)"))
-        found.append(
-            excludes(
-                Feature.SEQUSED_K, KVLayout.RAGGED, why="takes cu_seqlens_k or seqused_k, not both"
-            )
-        )
+        found.append(_vllm.ONE_KIND_OF_LENGTHS)
     return tuple(found)
 
 
@@ -305,28 +303,11 @@ class _Calls:
         )
 
     def run_vllm(self, p: Problem) -> Any:
-        """vLLM's fork: one function, another order of arguments, FlashAttention 2 unless told otherwise."""
+        """vLLM's build: its function has fewer hints."""
         arguments = self._common(p)
-        del arguments["pack_gqa"], arguments["sm_margin"]  # hints that it does not take
-        arguments |= {"fa_version": 3, "window_size": list(arguments["window_size"])}
-        given(arguments, q_v=p.qv, block_table=p.page_table, out=_in_place(p))
-        arguments[self.varlen_lse] = p.return_lse
-        lengths = p.seqlens_k
-        if p.kv_layout is KVLayout.PAGED and lengths is None:
-            assert p.page_table is not None
-            rows = p.page_table.shape[1] * p.k.shape[1]
-            lengths = torch.full((p.batch_size,), rows, dtype=torch.int32, device=p.device)
-        return self.varlen(
-            p.q,
-            p.k,
-            p.v,
-            max_seqlen_q=p.max_seqlen_q,
-            cu_seqlens_q=p.cu_seqlens_q,
-            max_seqlen_k=p.max_seqlen_k,
-            cu_seqlens_k=p.cu_seqlens_k,
-            seqused_k=lengths,
-            **arguments,
-        )
+        del arguments["pack_gqa"], arguments["sm_margin"]
+        given(arguments, q_v=p.qv, out=_in_place(p))
+        return _vllm.call(self.varlen, 3, p, **arguments)
 
     def _common(self, p: Problem) -> dict[str, Any]:
         arguments: dict[str, Any] = {

@@ -42,7 +42,8 @@ def flash_attn_varlen_func(
     assert fa_version == 3
     assert (cu_seqlens_k is None) != (seqused_k is None)
     assert block_table is None or seqused_k is not None
-    assert isinstance(window_size, list)
+    assert window_size is None or len(window_size) == 2
+    assert q.dim() == 3
     result = run(
         "vllm.flash_attn_varlen_func",
         "flash_attn_varlen_func",

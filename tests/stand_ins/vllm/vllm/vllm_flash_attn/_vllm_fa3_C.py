@@ -1,0 +1,1 @@
+"""In the original, the extension module that holds the kernels of FlashAttention 3."""
