@@ -20,6 +20,7 @@ from headway.kernels.hopper.tiles import forward_tile
 from tests.kernels.assembler import Assembled, compile_for_hopper
 
 POINTERS = {
+    "descales": "*fp32",
     "cu_seqlens_q": "*i32",
     "cu_seqlens_k": "*i32",
     "seqused_k": "*i32",
@@ -27,6 +28,8 @@ POINTERS = {
     "schedule": "*i32",
 }
 ABSENT = ("sinks", "seqused_q", "leftpad_k", "cache_batch_idx", "key_strides", "aux")
+#: Keys that were float8, before ragged queries: a dense copy, with factors.
+WIDENED = ("cu_seqlens_q", "seqused_k", "descales")
 RAGGED = {"ragged_q": True, "exact_q": False, "exact_k": False, "work_list": True}
 CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "d64 causal": (64, 64, {"has_right": True, "dynamic": True}),
@@ -60,6 +63,16 @@ CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
             "exact_k": True,
         },
     ),
+    "d64 widened causal": (
+        64,
+        64,
+        {"has_right": True, "dynamic": True, **RAGGED, "used": WIDENED},
+    ),
+    "d128 widened causal": (
+        128,
+        128,
+        {"has_right": True, "dynamic": True, **RAGGED, "used": WIDENED},
+    ),
     "d128 split paged": (
         128,
         128,
@@ -73,10 +86,12 @@ def compile_forward(head_dim: int, head_dim_v: int, features: dict[str, Any]) ->
     max_seqlen_q = features.pop("max_seqlen_q", 1 << 20)
     causal, paged = features.get("has_right", False), features.get("page_size", 0) > 0
     tile = forward_tile(head_dim, head_dim_v, causal, max_seqlen_q, paged)
+    given = features.pop("used", None)
     cfg = ForwardConfig(gl.bfloat16, tile, head_dim, head_dim_v, **features)
     used = {"schedule"} if cfg.dynamic else set()
-    used |= {"cu_seqlens_q", "cu_seqlens_k"} if cfg.ragged_q else set()
+    used |= {"cu_seqlens_q", "cu_seqlens_k"} if cfg.ragged_q and given is None else set()
     used |= {"page_table", "seqused_k"} if cfg.page_size else set()
+    used |= set(given or ())
 
     def kind(name: str) -> Any:
         if name in ("k", "v") and cfg.gathered:

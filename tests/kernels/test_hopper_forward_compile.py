@@ -24,6 +24,7 @@ OVERLAPPED = (
     "d128 page 16 causal",
     "d128 ragged causal",
     "d128 paged causal",
+    "d128 widened causal",
     "d128 split paged",
     "d192/128 causal",
     "d256 causal",

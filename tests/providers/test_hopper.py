@@ -242,8 +242,8 @@ def latent(sq: int = 1, whole: bool = False, **more: Any) -> Call:
             "values apart from the keys with head_dim 576/512: v must be the first columns of k",
         ),
         (
-            float8(cached(sq=20), "k_cache", "v_cache"),
-            "dtype bfloat16 with float8_e4m3fn k / v: takes bfloat16, float16 (in prefill)",
+            float8(cached(sq=20), "q", "k_cache", "v_cache"),
+            "dtype float8_e4m3fn: takes bfloat16, bfloat16 with float8_e4m3fn k / v, float16, ",
         ),
         (
             dense(q=normal(2, 40, 4, 264), k=normal(2, 9, 2, 264), v=normal(2, 9, 2, 264)),
@@ -340,6 +340,73 @@ def test_float8_caches_are_decoded(kernels: None, names: tuple[str, ...]) -> Non
     for name in names:
         call.kwargs[f"{name[0]}_descale"] = torch.rand(3, 2) + 0.5
     assert honoured.honoured_or_refused(call, "hopper")
+
+
+RAGGED_FLOAT8 = {
+    "q": normal(70, 4, 64),
+    "k": normal(60, 2, 64).to(FLOAT8),
+    "v": normal(60, 2, 64).to(FLOAT8),
+    "cu_seqlens_q": int32(0, 20, 70),
+    "cu_seqlens_k": int32(0, 10, 60),
+    "max_seqlen_q": 50,
+    "max_seqlen_k": 50,
+    "causal": True,
+}
+
+
+@pytest.mark.parametrize("descales", ["", "k", "v", "kv"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        cached(20),
+        cached(20, page_size=3, window_size=(9, 0), softcap=20.0),
+        cached(20, cache_leftpad=int32(3, 0, 0), sinks=normal(8), score_mod=_alibi),
+        cached(20, attention_chunk=7, cache_batch_idx=int32(2, 0, 1), softmax_scale=-0.1),
+        cached(20, causal=False, mask_mod=_tree),
+        dense(),
+        dense(sk=0),
+        Call("varlen", RAGGED_FLOAT8),
+    ],
+    ids=lambda call: "-".join([call.label, *list(call.kwargs)[4:]]),
+)
+def test_float8_keys_are_widened_for_prefill(kernels: None, call: Call, descales: str) -> None:
+    call = call.copy()
+    if call.function == "kvcache":
+        call.kwargs["q"] = call.kwargs["q"].half()
+    float8(call, *({"k", "v", "k_cache", "v_cache"} & call.kwargs.keys()))
+    for name in descales:
+        call.kwargs[f"{name}_descale"] = torch.rand(call.problem().batch_size, 2) + 0.5
+    assert honoured.honoured_or_refused(call, "hopper")
+    assert RAN == ["widen", "forward"]
+
+
+def test_new_tokens_in_a_float8_cache_are_widened_with_it(kernels: None) -> None:
+    call = cached(20, k=normal(3, 20, 2, 64), v=normal(3, 20, 2, 64))
+    call.kwargs["k_descale"] = torch.rand(3, 2) + 1
+    float8(call, "k_cache", "v_cache")
+    assert honoured.honoured_or_refused(call, "hopper")
+    assert RAN == ["widen", "forward"]
+
+
+def test_float8_keys_of_few_queries_are_left_to_the_portable_kernels(
+    kernels: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is better is for lengths to say, and so no refusal."""
+    from headway.kernels.hopper import widen
+
+    monkeypatch.setattr(hopper._kernels(), "reason_against_widening", widen.reason_against)
+    call = float8(cached(20), "k_cache", "v_cache")
+    assert honoured.honoured_or_refused(call, "hopper")
+    problem = call.problem()
+    out, _ = hopper.PROVIDER.runner(problem)(problem)
+    torch.testing.assert_close(out, call.run("reference").out, atol=1e-2, rtol=1e-2)
+    assert not RAN
+    assert hopper.PROVIDER.note(problem).startswith("portable prefill kernel: 68 queries")
+    monkeypatch.setattr(widen, "LEAST_QUERIES", 60)
+    base.forget()
+    assert "widened" in hopper.PROVIDER.note(problem)
+    assert honoured.honoured_or_refused(call, "hopper")
+    assert RAN == ["widen", "forward"]
 
 
 @pytest.mark.parametrize("scale", [-0.3, 0.0])

@@ -95,6 +95,7 @@ def forward(
     mask_mod: Any = None,
     aux: Any = None,
     num_splits: int = 0,
+    descales: Tensor | None = None,
 ) -> None:
     RAN.append("forward")
     assert_aligned(q, k, v, out)
@@ -130,6 +131,7 @@ def forward(
         Scores(softmax_scale, softcap, sinks, score_mod),
         page_table=page_table,
         aux_tensors=aux or (),
+        descales=Descales() if descales is None else Descales(None, *descales.unbind(-1)),
     )
 
 
@@ -308,7 +310,7 @@ def prepare_decode(
 def prepare_forward(*given: Tensor | None, **options: Any) -> Any:
     """The same with :func:`forward`."""
     lengths = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "leftpad_k")
-    names = ("out", "lse", *lengths, "cache_batch_idx", "page_table", "sinks")
+    names = ("out", "lse", *lengths, "cache_batch_idx", "page_table", "sinks", "descales")
     kind = _kind(*given)
 
     def prepared(*tensors: Any) -> None:
@@ -317,6 +319,14 @@ def prepare_forward(*given: Tensor | None, **options: Any) -> Any:
         forward(q, k, v, **dict(zip(names, others, strict=True)), **options)
 
     return prepared
+
+
+def widen(problem: Problem, dtype: torch.dtype) -> Any:
+    """The kernel itself, interpreted."""
+    from headway.kernels.hopper import widen
+
+    RAN.append("widen")
+    return widen.widen(problem, dtype)
 
 
 def _kind(*tensors: Tensor | None) -> list[Any]:
@@ -340,6 +350,8 @@ def installed() -> Iterator[None]:
         append=reference.append,
         appends=appends,
         prepare_forward=prepare_forward,
+        reason_against_widening=lambda problem: None,
+        widen=widen,
         make_plan=make_plan,
         plan_decode=plan_decode,
         prepare_decode=prepare_decode,

@@ -56,7 +56,8 @@ _DEVICES = frozenset({"cuda", "meta"})
 
 _FLOAT8 = torch.float8_e4m3fn
 _HALF = frozenset({(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16)})
-_FLOAT8_CACHES = frozenset({(q, _FLOAT8) for q in (_FLOAT8, torch.bfloat16, torch.float16)})
+_HALF_OVER_FLOAT8 = frozenset({(q, _FLOAT8) for q in (torch.bfloat16, torch.float16)})
+_FLOAT8_CACHES = _HALF_OVER_FLOAT8 | {(_FLOAT8, _FLOAT8)}
 
 _LARGE_SOFTCAP = excludes(
     Trait.LARGE_SOFTCAP,
@@ -65,12 +66,11 @@ _LARGE_SOFTCAP = excludes(
 
 _PREFILL = Capabilities(
     device_types=_DEVICES,
-    dtypes=_HALF,
-    features=ALL_FEATURES - {Feature.QV, Feature.DESCALE},
+    dtypes=_HALF | _HALF_OVER_FLOAT8,
+    features=ALL_FEATURES - {Feature.QV},
     head_dims=HeadDims(maximum=256, multiple_of=8),
     kv_alignment_bytes=16,
     exclusions=(_LARGE_SOFTCAP,),
-    lacks={Feature.DESCALE: "takes 16-bit inputs"},
 )
 
 _DECODE = Capabilities(
@@ -114,7 +114,6 @@ _ANY = dataclasses.replace(
     head_dims=HeadDims(maximum=256, multiple_of=8, pairs=_LATENT.head_dims.pairs),
     float8_head_dims=_DECODE.float8_head_dims,
     qv_head_dims=_LATENT.qv_head_dims,
-    lacks={},
 )
 
 
@@ -159,7 +158,13 @@ class HopperProvider(Provider):
         return [absent] if absent is not None else refusals(problem)
 
     def note(self, problem: Problem) -> str:
-        return f"{work_of(problem)} kernel"
+        work = work_of(problem)
+        if work != "prefill" or problem.k.dtype not in FLOAT8_DTYPES:
+            return f"{work} kernel"
+        against = _kernels().reason_against_widening(problem)
+        if against is None:
+            return "prefill kernel, float8 keys and values widened before it"
+        return f"portable prefill kernel: {against}"
 
     def plan(
         self,
@@ -193,6 +198,8 @@ class HopperProvider(Provider):
 
     def _run_any(self, problem: Problem) -> tuple[Tensor, Tensor | None]:
         """Problems in any form, brought into the one that kernels take."""
+        if _runs_elsewhere(problem):
+            return providers.get("portable").run(problem)
         out = problem.empty_out()
         lse = problem.empty_lse() if problem.return_lse else None
         q = problem.q
@@ -213,6 +220,8 @@ class HopperProvider(Provider):
 
     def runner(self, problem: Problem) -> Runner:
         work, p = work_of(problem), problem
+        if _runs_elsewhere(p):
+            return providers.get("portable").runner(p)
         plain = p.max_seqlen_q > 0 and p.scores.softmax_scale > 0
         plain &= p.scores.score_mod is None and p.mask.mask_mod is None
         if not plain or p.q.numel() == 0 or p.k.numel() == 0 or p.head_dim_v == 0:
@@ -268,6 +277,13 @@ def refusals(problem: Problem) -> list[str]:
     return [f"{reason} (in {work})" for reason in reasons]
 
 
+def _runs_elsewhere(problem: Problem) -> bool:
+    """Whether the portable kernels run a call: one of float8 keys that are better not widened. That is for
+    lengths to decide, and so not a refusal."""
+    widened = work_of(problem) == "prefill" and problem.k.dtype in FLOAT8_DTYPES
+    return widened and _kernels().reason_against_widening(problem) is not None
+
+
 def _steps(t: Tensor) -> list[int]:
     """Strides that count: those of dimensions with more than one place."""
     return [step for step, size in zip(t.stride(), t.shape, strict=True) if size > 1]
@@ -294,13 +310,15 @@ def _triton_version() -> tuple[int, ...]:
 @functools.cache
 def _kernels() -> SimpleNamespace:
     """The launchers, imported with Triton when the first call runs."""
-    from headway.kernels.hopper import decode, decode_plan, forward
+    from headway.kernels.hopper import decode, decode_plan, forward, widen
     from headway.kernels.portable import append
 
     return SimpleNamespace(
         append=append.append,
         appends=decode.appends,
         prepare_forward=forward.prepare,
+        reason_against_widening=widen.reason_against,
+        widen=widen.widen,
         make_plan=decode.make_plan,
         plan_decode=decode_plan.plan_decode,
         prepare_decode=decode.prepare,
@@ -387,7 +405,14 @@ class _Prefill:
     def __init__(self, _: Problem) -> None:
         self._prepared: Callable[..., None] | None = None
 
-    def __call__(self, p: Problem, q: Tensor, out: Tensor, lse: Tensor | None) -> None:
+    def __call__(
+        self,
+        p: Problem,
+        q: Tensor,
+        out: Tensor,
+        lse: Tensor | None,
+        descales: Tensor | None = None,
+    ) -> None:
         given = (
             q,
             p.k,
@@ -402,6 +427,7 @@ class _Prefill:
             p.cache_batch_idx,
             p.page_table,
             p.scores.sinks,
+            descales,
         )
         prepared = self._prepared
         if prepared is None:
@@ -426,6 +452,29 @@ class _Prefill:
             num_splits=p.hints.num_splits,
         )
         return prepared
+
+
+class _WidenedPrefill(_Prefill):
+    """The same over 16-bit copies of float8 keys and values."""
+
+    def __call__(
+        self,
+        p: Problem,
+        q: Tensor,
+        out: Tensor,
+        lse: Tensor | None,
+        descales: Tensor | None = None,
+    ) -> None:
+        wide = _kernels().widen(p, q.dtype)
+        layout = KVLayout.RAGGED if p.kv_layout is KVLayout.RAGGED else KVLayout.DENSE
+        p = dataclasses.replace(
+            p, k=wide.k, v=wide.v, kv_layout=layout, page_table=None, cache_batch_idx=None
+        )
+        super().__call__(p, q, out, lse, wide.descales)
+
+
+def _prefill(p: Problem) -> _Prefill:
+    return _WidenedPrefill(p) if p.k.dtype in FLOAT8_DTYPES else _Prefill(p)
 
 
 def _mods(p: Problem) -> ModArguments | None:
@@ -716,7 +765,7 @@ class _DecodeLatent(_Decode):
 
 #: What makes ready to solve problems like one.
 _SOLVERS: dict[Work, Callable[[Problem], Solver]] = {
-    "prefill": _Prefill,
+    "prefill": _prefill,
     "decode": _Decode,
     "absorbed MLA": _DecodeLatent,
 }

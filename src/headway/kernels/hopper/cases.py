@@ -56,6 +56,7 @@ def _cases() -> tuple[Case, ...]:
         case("mla prefill float8", portable.quantised_prefill, "hopper"),
         case("chunk 128 in pieces", decode, 128, page_size=64, seqlen_q=128, batch_size=1),
         case("chunk 128 page 17", decode, 128, page_size=17, seqlen_q=512, batch_size=1),
+        case("chunk 128 float8 cache", decode, 128, seqlen_q=512, batch_size=4, kv_dtype=_FLOAT8),
         case("decode 64", decode, 64),
         case("decode 128", decode, 128),
         case("decode 128 page 1", decode, 128, page_size=1),

@@ -23,6 +23,9 @@ from headway.kernels.hopper.softmax import (
     softmax_block,
 )
 
+#: Takes the place of a scale of 0.
+LEAST_SCALE: gl.constexpr = gl.constexpr(1e-37)
+
 
 @aggregate
 class Rows:
@@ -92,6 +95,7 @@ def _adjust(
     rows,
     block,
     masked,
+    scale,
     call,
     score_mod: gl.constexpr,
     mask_mod: gl.constexpr,
@@ -100,9 +104,9 @@ def _adjust(
 ):
     """Everything between QK and the softmax: soft cap, score and mask functions, and the mask."""
     if cfg.has_soft_cap:
-        scores = soft_cap(scores, call.softmax_scale, call.softcap)
+        scores = soft_cap(scores, scale, call.softcap)
     elif cfg.prescaled or score_mod is not None:
-        scores = scores * call.softmax_scale
+        scores = scores * scale
     if score_mod is not None or mask_mod is not None:
         columns = gl.arange(0, cfg.block_n, layout=gl.SliceLayout(0, cfg.scores))
         kv_idx = gl.expand_dims(block * cfg.block_n + columns, 0)
@@ -140,6 +144,7 @@ def _advance(
     accumulator,
     row_max,
     row_sum,
+    scale,
     scale_log2,
     rows,
     call,
@@ -154,7 +159,7 @@ def _advance(
     iterations are unpacked and packed again by the compiler, an eighth of all instructions."""
     MAY_BE_EMPTY: gl.constexpr = MASKED or score_mod is not None or mask_mod is not None
     if not cfg.overlap:
-        carried = _adjust(carried, rows, block, MASKED, call, score_mod, mask_mod, aux, cfg)
+        carried = _adjust(carried, rows, block, MASKED, scale, call, score_mod, mask_mod, aux, cfg)
         carried, row_max, row_sum, factor = softmax_block(
             carried, row_max, row_sum, scale_log2, MAY_BE_EMPTY
         )
@@ -171,7 +176,9 @@ def _advance(
     if cfg.overlap:
         scores = warpgroup_mma_wait(1, deps=[scores])
         pipeline.release_k(buffers, k_at)
-        scores = _adjust(scores, rows, block - 1, MASKED, call, score_mod, mask_mod, aux, cfg)
+        scores = _adjust(
+            scores, rows, block - 1, MASKED, scale, call, score_mod, mask_mod, aux, cfg
+        )
         carried, row_max, row_sum, factor = softmax_block(
             scores, row_max, row_sum, scale_log2, MAY_BE_EMPTY
         )
@@ -222,6 +229,7 @@ def _attend(
     v_at,
     tile,
     rows,
+    scale,
     scale_log2,
     call,
     score_mod: gl.constexpr,
@@ -245,7 +253,9 @@ def _attend(
         last = blocks - 1
         if cfg.overlap:
             masked = (rows.right > 0) | (rows.left >= blocks)
-            carried = _adjust(carried, rows, top, masked, call, score_mod, mask_mod, aux, cfg)
+            carried = _adjust(
+                carried, rows, top, masked, scale, call, score_mod, mask_mod, aux, cfg
+            )
             carried, row_max, row_sum, _ = softmax_block(
                 carried, row_max, row_sum, scale_log2, True
             )
@@ -262,25 +272,25 @@ def _attend(
         for i in range(right):
             carried, accumulator, row_max, row_sum, k_at, v_at = _advance(
                 buffers, held_q, slot, k_at, v_at, top - i, carried, accumulator, row_max,
-                row_sum, scale_log2, rows, call, score_mod, mask_mod, aux, True, cfg,
+                row_sum, scale, scale_log2, rows, call, score_mod, mask_mod, aux, True, cfg,
             )  # fmt: skip
         for i in range(right, left):
             carried, accumulator, row_max, row_sum, k_at, v_at = _advance(
                 buffers, held_q, slot, k_at, v_at, top - i, carried, accumulator, row_max,
-                row_sum, scale_log2, rows, call, score_mod, mask_mod, aux, False, cfg,
+                row_sum, scale, scale_log2, rows, call, score_mod, mask_mod, aux, False, cfg,
             )  # fmt: skip
         if cfg.left_limit:
             for i in range(left, last):
                 carried, accumulator, row_max, row_sum, k_at, v_at = _advance(
                     buffers, held_q, slot, k_at, v_at, top - i, carried, accumulator, row_max,
-                    row_sum, scale_log2, rows, call, score_mod, mask_mod, aux, True, cfg,
+                    row_sum, scale, scale_log2, rows, call, score_mod, mask_mod, aux, True, cfg,
                 )  # fmt: skip
         if cfg.early_q:
             pipeline.release_q(buffers, slot)
         if not cfg.overlap:
             masked = (last < rows.right) | (rows.left > 0)
             carried = _adjust(
-                carried, rows, rows.begin, masked, call, score_mod, mask_mod,
+                carried, rows, rows.begin, masked, scale, call, score_mod, mask_mod,
                 aux, cfg,
             )  # fmt: skip
             carried, row_max, row_sum, factor = softmax_block(
@@ -414,6 +424,19 @@ def _write_partial(values, tile, batch, start, out, call, cfg: gl.constexpr):
 
 
 @gluon.jit
+def _descales_at(tile, call):
+    """Where the two factors of the tile's keys and values are."""
+    return (tile.batch * (call.num_heads // call.group) + tile.head // call.group) * 2
+
+
+@gluon.jit
+def _scale_of(descales, tile, call):
+    """What scores are multiplied by. Above 0, for 0 times what is masked were no number."""
+    scale = call.softmax_scale * gl.load(descales + _descales_at(tile, call))
+    return gl.where(scale == 0.0, LEAST_SCALE, scale)
+
+
+@gluon.jit
 def _write(
     buffers,
     slot,
@@ -426,6 +449,7 @@ def _write(
     out,
     lse,
     sinks,
+    descales,
     call,
     WARPGROUP: gl.constexpr,
     cfg: gl.constexpr,
@@ -450,6 +474,8 @@ def _write(
         at += (tile.first_row + row) // cfg.pack
         at += tile.split.to(gl.int64) * call.stride_lse_split
         gl.store(lse + at, natural, mask=row < tile.rows)
+    if descales is not None:
+        factor *= gl.load(descales + _descales_at(tile, call) + 1)
     factor = gl.convert_layout(factor, cfg.output_row, assert_trivial=True)
     result = accumulator * gl.expand_dims(factor, 1)
     if cfg.split:
@@ -474,6 +500,7 @@ def consume(
     out,
     lse,
     sinks,
+    descales,
     call,
     aux,
     score_mod: gl.constexpr,
@@ -482,16 +509,20 @@ def consume(
     cfg: gl.constexpr,
 ):
     """Tiles in the order the producer publishes them, until it ends the work."""
-    if cfg.has_soft_cap or cfg.prescaled or score_mod is not None:
-        scale_log2 = LOG2E
-    else:
-        scale_log2 = call.softmax_scale * LOG2E
     k_at = pipeline.ring_start()
     v_at = pipeline.ring_start()
     order = gl.to_tensor(0)
     slot, tile = pipeline.await_tile(buffers, order, WARPGROUP, cfg)
     while tile.batch >= 0:
         rows = _rows_of(tile, call, WARPGROUP, cfg)
+        if descales is not None:
+            scale = _scale_of(descales, tile, call)
+        else:
+            scale = call.softmax_scale
+        if cfg.has_soft_cap or cfg.prescaled or score_mod is not None:
+            scale_log2 = LOG2E
+        else:
+            scale_log2 = scale * LOG2E
         accumulator, row_max, row_sum, k_at, v_at = _attend(
             buffers,
             slot,
@@ -500,6 +531,7 @@ def consume(
             v_at,
             tile,
             rows,
+            scale,
             scale_log2,
             call,
             score_mod,
@@ -520,6 +552,7 @@ def consume(
             out,
             lse,
             sinks,
+            descales,
             call,
             WARPGROUP,
             cfg,

@@ -68,6 +68,7 @@ def forward_kernel(
     out,
     lse,
     sinks,
+    descales,
     cu_seqlens_q,
     cu_seqlens_k,
     seqused_q,
@@ -136,8 +137,12 @@ def forward_kernel(
     # fmt: off
     if cfg.gathered:
         gl.warp_specialize([
-            (consume, (buffers, out_desc, out, lse, sinks, call, aux, score_mod, mask_mod, 0, cfg)),
-            (consume, (buffers, out_desc, out, lse, sinks, call, aux, score_mod, mask_mod, 1, cfg)),
+            (consume, (
+                buffers, out_desc, out, lse, sinks, descales, call, aux, score_mod, mask_mod, 0, cfg,
+            )),
+            (consume, (
+                buffers, out_desc, out, lse, sinks, descales, call, aux, score_mod, mask_mod, 1, cfg,
+            )),
             (produce, (
                 q_desc, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k,
                 cache_batch_idx, page_table, key_strides, schedule, buffers, call, cfg,
@@ -145,8 +150,12 @@ def forward_kernel(
         ], cfg.worker_warps, cfg.worker_registers)
     elif cfg.warpgroups == 2:
         gl.warp_specialize([
-            (consume, (buffers, out_desc, out, lse, sinks, call, aux, score_mod, mask_mod, 0, cfg)),
-            (consume, (buffers, out_desc, out, lse, sinks, call, aux, score_mod, mask_mod, 1, cfg)),
+            (consume, (
+                buffers, out_desc, out, lse, sinks, descales, call, aux, score_mod, mask_mod, 0, cfg,
+            )),
+            (consume, (
+                buffers, out_desc, out, lse, sinks, descales, call, aux, score_mod, mask_mod, 1, cfg,
+            )),
             (produce, (
                 q_desc, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k,
                 cache_batch_idx, page_table, key_strides, schedule, buffers, call, cfg,
@@ -157,9 +166,15 @@ def forward_kernel(
         ], cfg.worker_warps, cfg.worker_registers)
     else:
         gl.warp_specialize([
-            (consume, (buffers, out_desc, out, lse, sinks, call, aux, score_mod, mask_mod, 0, cfg)),
-            (consume, (buffers, out_desc, out, lse, sinks, call, aux, score_mod, mask_mod, 1, cfg)),
-            (consume, (buffers, out_desc, out, lse, sinks, call, aux, score_mod, mask_mod, 2, cfg)),
+            (consume, (
+                buffers, out_desc, out, lse, sinks, descales, call, aux, score_mod, mask_mod, 0, cfg,
+            )),
+            (consume, (
+                buffers, out_desc, out, lse, sinks, descales, call, aux, score_mod, mask_mod, 1, cfg,
+            )),
+            (consume, (
+                buffers, out_desc, out, lse, sinks, descales, call, aux, score_mod, mask_mod, 2, cfg,
+            )),
             (produce, (
                 q_desc, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k,
                 cache_batch_idx, page_table, key_strides, schedule, buffers, call, cfg,
@@ -196,6 +211,7 @@ def forward(
     cache_batch_idx: Tensor | None = None,
     page_table: Tensor | None = None,
     sinks: Tensor | None = None,
+    descales: Tensor | None = None,
     schedule: Tensor | None = None,
     **options: Any,
 ) -> None:
@@ -219,6 +235,7 @@ def forward(
         cache_batch_idx,
         page_table,
         sinks,
+        descales,
     )
     prepare(*given, **options)(*given, schedule)
 
@@ -237,6 +254,7 @@ def prepare(
     cache_batch_idx: Tensor | None = None,
     page_table: Tensor | None = None,
     sinks: Tensor | None = None,
+    descales: Tensor | None = None,
     *,
     max_seqlen_q: int,
     max_seqlen_k: int,
@@ -264,6 +282,7 @@ def prepare(
     - lse: float32 (B, Hq, Sq) or (Hq, total_q); natural log; -inf where a row sees nothing.
     - cu_seqlens_*: int32 (B + 1,). seqused_*, leftpad_k, cache_batch_idx: int32 (B,). ``seqused_k`` counts
       from the start of the row, padding on the left included. sinks: (Hq,).
+    - descales: float32 (B, Hkv, 2), contiguous: factors of keys, 0 or more, and of values.
     - Windows count keys beside the query's own; None is unlimited.
     - score_mod, mask_mod, aux: Gluon functions and what they look into, from headway.kernels.mods.
     - num_splits: pieces that each tile's keys are cut into, at most; 0: as many as fill the card, where
@@ -350,6 +369,7 @@ class Prepared:
         cache_batch_idx: Tensor | None = None,
         page_table: Tensor | None = None,
         sinks: Tensor | None = None,
+        descales: Tensor | None = None,
         schedule: Tensor | None = None,
     ) -> None:
         plan = self._plan
@@ -365,10 +385,10 @@ class Prepared:
         lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
         rest = *lengths, leftpad_k, cache_batch_idx, page_table, schedule
         if plan.splits == 1:
-            self._start(q, k, v, out, (out, lse, sinks, *rest))
+            self._start(q, k, v, out, (out, lse, sinks, descales, *rest))
             return
         parts = _partials(out, plan.splits)
-        self._start(q, k, v, out, (*parts, None, *rest))
+        self._start(q, k, v, out, (*parts, None, descales, *rest))
         merge(
             *parts,
             out,
