@@ -2,7 +2,8 @@
 
 ``prefill`` and ``decode`` are what kernels are judged by: the shapes of models and servers, where the best
 of several libraries is known. ``pages`` and ``decode-float8`` repeat decode cells with other pages and
-narrower caches; ``portable`` holds the shapes by which the tiles of the portable kernels were chosen.
+narrower caches; ``prefill-float8`` has prompts and chunks of prompts in an engine's pages, bfloat16 beside
+float8; ``portable`` holds the shapes by which the tiles of the portable kernels were chosen.
 """
 
 from __future__ import annotations
@@ -148,6 +149,28 @@ PREFILL = (
 )
 
 
+def _behind(batch: int, new: int, cached: int, heads: tuple[int, int]) -> tuple[Case, Case]:
+    """Prompts, or chunks of them behind what is cached, over bfloat16 and over float8 keys."""
+    name = f"d128 {batch}x{new} behind {cached}, {heads[0]}/{heads[1]}, pages of 16"
+    ends = (cached + new,) * batch
+    case = Case(name, "prefill", (new,) * batch, ends, *heads, 128, 128, page_size=16)
+    return case, replace(case, name=f"{name}, float8 keys", kv_dtype="fp8")
+
+
+PREFILL_FLOAT8 = tuple(
+    case
+    for shape in (
+        (2, 8000, 0, (16, 8)),
+        (16, 1000, 0, (16, 8)),
+        (1, 2048, 30000, (16, 8)),
+        (8, 512, 8192, (16, 8)),
+        (2, 8000, 0, (64, 8)),
+        (1, 2048, 30000, (32, 8)),
+    )
+    for case in _behind(*shape)
+)
+
+
 # --- decode -------------------------------------------------------------------------------------------
 
 
@@ -270,6 +293,7 @@ PORTABLE = (
 
 SUITES: dict[str, tuple[Case, ...]] = {
     "prefill": PREFILL,
+    "prefill-float8": PREFILL_FLOAT8,
     "decode": DECODE,
     "decode-float8": DECODE_FLOAT8,
     "pages": PAGES,
