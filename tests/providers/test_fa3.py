@@ -24,8 +24,11 @@ PACKAGES = {
 }
 
 
-@pytest.mark.parametrize("kind", ["sm90", "sm80"])
-@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize(
+    ("kind", "package"),
+    [("sm90", package) for package in PACKAGES]
+    + [("sm80", package) for package in PACKAGES if package != "vllm"],
+)
 def test_any_call_is_honoured_or_refused(package: str, kind: str) -> None:
     RAN.clear()
     REFUSED.clear()
@@ -141,6 +144,45 @@ def test_an_lse_over_no_keys_is_minus_infinity() -> None:
         )
     assert (out == 0).all()
     assert (lse == float("-inf")).all()
+
+
+def test_vllm_s_build_has_code_for_sm90_alone() -> None:
+    with installed("sm80", "vllm"):
+        reason = providers.get("fa3").unavailable(torch.device("cpu"))
+        assert reason is not None
+        assert "sm90 alone" in reason
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_splits_stay_within_the_packages_bounds(package: str) -> None:
+    with installed("sm90", package):
+        call = cached(cu_seqlens_q=torch.tensor([0, 3, 6], dtype=torch.int32), max_seqlen_q=3)
+        call.kwargs["q"] = call.kwargs["q"].flatten(0, 1)
+        if package == "fa3_fwd":  # has no pages
+            del call.kwargs["page_table"]
+            for name in ("k_cache", "v_cache"):
+                call.kwargs[name] = call.kwargs[name].flatten(0, 1).view(2, 48, 2, 64)
+        headway.flash_attn_with_kvcache(**call.kwargs, num_splits=1000, backend="fa3")
+        assert CALLS[0][1]["num_splits"] <= 256
+
+
+def test_dense_queries_over_pages_are_ragged_ones_for_vllm() -> None:
+    """Of equal lengths; the caller's out is written in place where it is contiguous, else copied into."""
+    call = cached()
+    expected = call.run("reference")
+    with installed("sm90", "vllm"):
+        assert_matches(call.run("fa3"), expected, call)
+        assert CALLS[0][1]["cu_seqlens_q"].tolist() == [0, 3, 6]
+        for apart in (False, True):
+            memory = torch.zeros(2, 6, 4, 64, dtype=torch.bfloat16)
+            out = memory[:, ::2] if apart else memory[:, :3].contiguous()
+            got, lse = headway.flash_attn_with_kvcache(
+                **call.kwargs, out=out, return_lse=True, backend="fa3"
+            )
+            assert got is out
+            torch.testing.assert_close(got, expected.out)
+            assert lse.shape == (2, 4, 3)
+            assert (memory[:, 1::2] == 0).all() or not apart
 
 
 def test_where_nothing_is_installed_it_says_what_to_install() -> None:

@@ -15,6 +15,7 @@ from tests.stand_ins import installed
 #: Providers with the device and the package that each is asked on.
 INSTALLED = (
     ("fa2", "sm90", "fa2"),
+    ("fa2", "sm90", "vllm"),
     ("fa3", "sm90", "sgl"),
     ("fa3", "sm90", "vllm"),
     ("fa4", "sm90", "fa4"),

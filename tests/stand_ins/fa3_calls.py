@@ -17,6 +17,7 @@ def run(name: str, function: str, q: Tensor, k: Tensor, v: Tensor, **arguments: 
     """Check as ``mha_fwd`` does, then compute. None stands for "not given"."""
     record(name, {"q": q, "k": k, "v": v, **arguments})
     arguments = {name: value for name, value in arguments.items() if value is not None}
+    assert 0 <= arguments.pop("num_splits", 0) <= 256
     dtypes = arguments.pop("dtypes", _DTYPES)
     check_heads(q, k, v, dtypes)
     _check_dims(q.shape[-1], v.shape[-1], q.dtype, arguments.get("qv"))

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from headway.problem import Mask, Problem, query_lengths
+from headway.problem import FLOAT8_DTYPES, Mask, Problem, query_lengths
 
 
 @dataclass(frozen=True)
@@ -210,6 +210,15 @@ def window(mask: Mask) -> tuple[int, int]:
     return (-1 if left is None else left, -1 if right is None else right)
 
 
+def lengths_over_pages(problem: Problem) -> Tensor:
+    """int32 (B,): keys per sequence, all that its row of the page table has room for if none are given."""
+    if problem.seqlens_k is not None:
+        return problem.seqlens_k
+    assert problem.page_table is not None
+    rows = problem.page_table.shape[1] * problem.k.shape[1]
+    return torch.full((problem.batch_size,), rows, dtype=torch.int32, device=problem.device)
+
+
 def addresses(*tensors: Tensor | None) -> tuple[int, ...]:
     """What tells the lengths and tables of one call from those of another."""
     return tuple(0 if t is None else t.data_ptr() for t in tensors)
@@ -218,6 +227,15 @@ def addresses(*tensors: Tensor | None) -> tuple[int, ...]:
 def first_of(parameters: frozenset[str], *names: str) -> str | None:
     """The name, of several in use for one argument, that a function has."""
     return next((name for name in names if name in parameters), None)
+
+
+def in_place(problem: Problem) -> Tensor | None:
+    """``out`` where a kernel can write it itself, and nothing but rows in use."""
+    # Without a single key there is no kernel: the host fills all of the tensor.
+    if problem.out is None or problem.k.numel() == 0:
+        return None
+    written = torch.bfloat16 if problem.q.dtype in FLOAT8_DTYPES else problem.q.dtype
+    return problem.out if problem.out.dtype == written else None
 
 
 def delivered(problem: Problem, result: Tensor) -> Tensor:

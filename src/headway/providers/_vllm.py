@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from headway.problem import KVLayout, Problem
-from headway.providers._packages import Package, given
+from headway.providers._packages import Package, given, lengths_over_pages
 from headway.providers.base import Exclusion, Feature, excludes
 
 #: What the function has no argument for, in either version.
@@ -71,11 +71,7 @@ def unpacked(p: Problem, out: Tensor, lse: Tensor | None) -> tuple[Tensor, Tenso
 
 def call(function: Callable[..., Any], version: int, p: Problem, **options: Any) -> Any:
     """Its result for a packed problem; ``options`` say all but where the tensors' rows lie."""
-    lengths = p.seqlens_k
-    if p.kv_layout is KVLayout.PAGED and lengths is None:
-        assert p.page_table is not None
-        rows = p.page_table.shape[1] * p.k.shape[1]
-        lengths = torch.full((p.batch_size,), rows, dtype=torch.int32, device=p.device)
+    lengths = lengths_over_pages(p) if p.kv_layout is KVLayout.PAGED else None
     arguments: dict[str, Any] = {
         "max_seqlen_q": p.max_seqlen_q,
         "cu_seqlens_q": p.cu_seqlens_q,

@@ -1,8 +1,11 @@
-"""FlashAttention 2, the package flash-attn: 16-bit, pages of 256 tokens and their multiples."""
+"""FlashAttention 2, from flash-attn or from vLLM: 16-bit inputs on any NVIDIA GPU since sm80.
+
+flash-attn takes pages of 256 tokens and their multiples, vLLM's build pages of 16 and theirs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +13,17 @@ from torch import Tensor
 
 from headway import devices
 from headway.problem import KVLayout, Problem
-from headway.providers._packages import Package, at_least, delivered, given, remembered, window
+from headway.providers import _fa2_rows, _vllm
+from headway.providers._packages import (
+    Package,
+    at_least,
+    delivered,
+    given,
+    in_place,
+    lengths_over_pages,
+    remembered,
+    window,
+)
 from headway.providers.base import (
     Capabilities,
     Feature,
@@ -20,19 +33,28 @@ from headway.providers.base import (
     excludes,
 )
 
-PACKAGE = Package(
+_FLASH_ATTN = Package(
     "flash_attn",
     "flash-attn",
     source="flash_attn_interface.py",
     install="flash-attn --no-build-isolation",
 )
+_VLLM = _vllm.package(2)
 
+#: In the order in which they are taken where both are installed: the most arguments first.
+PACKAGES = (_FLASH_ATTN, _VLLM)
+
+#: Of flash-attn: the first version whose ragged calls have the LSE of today's shape.
 _OLDEST = (2, 7)
 
 _ELSEWHERE = "FlashAttention 2 has none; ver=3 and Headway's kernels do"
+_VLLM_LACKS = "vLLM's build has no such argument; flash-attn and Headway's kernels do"
+_RAGGED_ALIKE = excludes(
+    Trait.DENSE_Q, KVLayout.RAGGED, why="takes ragged queries with ragged keys"
+)
 _EXCLUSIONS = (
     excludes(Feature.RAGGED_Q, KVLayout.DENSE, why="its cache function takes q (B, Sq, Hq, D)"),
-    excludes(Trait.DENSE_Q, KVLayout.RAGGED, why="takes ragged queries with ragged keys"),
+    _RAGGED_ALIKE,
     excludes(
         Feature.SEQUSED_K, KVLayout.RAGGED, why="no public function takes it; pass cu_seqlens_k"
     ),
@@ -57,47 +79,60 @@ class Fa2Provider(Provider):
             return f"runs on NVIDIA GPUs from sm80 on, this is {what}"
         if what.capability < (8, 0):
             return f"runs on sm80 and newer, this is {what}"
-        if not PACKAGE.found():
-            return PACKAGE.missing()
-        version = PACKAGE.version()
-        if version is not None and not at_least(version, *_OLDEST):
-            return f"flash-attn {version}: needs 2.7 or newer (the LSE of ragged calls changed its shape)"
-        return PACKAGE.broken()
+        package = _installed()
+        return _absent() if package is None else package.broken()
 
     def package(self) -> tuple[str, str] | None:
-        return PACKAGE.installed()
+        return (_installed() or _FLASH_ATTN).installed()
 
     def capabilities(self, device: torch.device) -> Capabilities:
-        return Capabilities(
-            device_types=frozenset({device.type}),
-            dtypes=frozenset({(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16)}),
-            features=_FEATURES,
-            head_dims=HeadDims(unequal=()),
-            page_size_multiple_of=256,
-            rotary_dim_multiple_of=16,
-            rotary_in_dtype_of_q=True,
-            exclusions=_EXCLUSIONS,
-            lacks={feature: _ELSEWHERE for feature in Feature if feature not in _FEATURES},
-        )
+        package = _installed()
+        assert package is not None, "asked for the capabilities of what is not available"
+        return _capabilities(package, device.type)
 
     def documented(self) -> Mapping[str, Capabilities]:
-        return {"sm80 and newer": self.capabilities(torch.device("cuda"))}
+        return {
+            "sm80 and newer": _capabilities(_FLASH_ATTN, "cuda"),
+            "sm80 and newer, vLLM's build": _capabilities(_VLLM, "cuda"),
+        }
 
     def load(self) -> None:
-        _module()
+        package = _installed()
+        if package is not None:
+            _module(package)
 
     def run(self, problem: Problem) -> tuple[Tensor, Tensor | None]:
+        package = _installed()
+        assert package is not None
+        if package is _VLLM:
+            return _vllm.unpacked(problem, *_run_vllm(problem))
         if problem.ragged_q:
-            result = _varlen(problem)
-        elif _is_plain(problem):
-            result = _dense(problem)
-        else:
-            result = _kvcache(problem)
-        if not problem.return_lse:
-            return delivered(problem, result), None
-        out, lse = result[:2]
-        # Its kernels write +inf for rows that see no key.
-        return delivered(problem, out), lse.masked_fill_(lse == float("inf"), float("-inf"))
+            return _ragged(problem, _varlen)
+        return _finished(problem, _dense(problem) if _is_plain(problem) else _kvcache(problem))
+
+
+# --- what a build can do ------------------------------------------------------------------------------
+
+
+@remembered
+def _installed() -> Package | None:
+    return next((one for one in PACKAGES if one.found() and _outdated(one) is None), None)
+
+
+def _outdated(package: Package) -> str | None:
+    version = package.version()
+    if package is not _FLASH_ATTN or version is None or at_least(version, *_OLDEST):
+        return None
+    return f"flash-attn {version}: needs 2.7 or newer (the LSE of ragged calls changed its shape)"
+
+
+def _absent() -> str:
+    """Why there is no package."""
+    outdated = _outdated(_FLASH_ATTN) if _FLASH_ATTN.found() else None
+    return outdated or (
+        "no package of FlashAttention 2 is installed: flash-attn, vllm"
+        f" (pip install {_FLASH_ATTN.install})"
+    )
 
 
 _FEATURES = frozenset(
@@ -117,6 +152,68 @@ _FEATURES = frozenset(
     }
 )
 
+_HALF = frozenset({(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16)})
+
+
+@remembered
+def _capabilities(package: Package, device_type: str) -> Capabilities:
+    vllm = package is _VLLM
+    features = _FEATURES - _vllm.LACKS if vllm else _FEATURES
+    return Capabilities(
+        device_types=frozenset({device_type}),
+        dtypes=_HALF,
+        features=features,
+        head_dims=HeadDims(unequal=()),
+        kv_layouts=_vllm.LAYOUTS if vllm else frozenset(KVLayout),
+        page_size_multiple_of=16 if vllm else 256,
+        rotary_dim_multiple_of=16,
+        rotary_in_dtype_of_q=True,
+        exclusions=(_RAGGED_ALIKE, _vllm.ONE_KIND_OF_LENGTHS) if vllm else _EXCLUSIONS,
+        lacks=dict.fromkeys(frozenset(Feature) - _FEATURES, _ELSEWHERE)
+        | dict.fromkeys(_FEATURES - features, _VLLM_LACKS),
+    )
+
+
+# --- calls --------------------------------------------------------------------------------------------
+
+
+def _finished(p: Problem, result: Any) -> tuple[Tensor, Tensor | None]:
+    if not p.return_lse:
+        return delivered(p, result), None
+    out, lse = result[:2]
+    # Its kernels write +inf for rows that see no key.
+    return delivered(p, out), lse.masked_fill_(lse == float("inf"), float("-inf"))
+
+
+def _ragged(p: Problem, run: Callable[[Problem], Any]) -> tuple[Tensor, Tensor | None]:
+    """Ragged queries, through a package's function for them."""
+    p = _fa2_rows.ragged_at_any_length(p)
+    if p.kv_layout is KVLayout.RAGGED:
+        return _finished(p, run(p))
+    seeing, others = _fa2_rows.without_unseeing(p, lengths_over_pages(p))
+    result = run(seeing)
+    out, *lse = result if p.return_lse else (result,)
+    out.masked_fill_(others[:, None, None], 0)
+    if p.return_lse:
+        lse[0].masked_fill_(others, float("-inf"))
+    return _finished(p, result)
+
+
+def _run_vllm(p: Problem) -> tuple[Tensor, Tensor | None]:
+    packed = _vllm.packed(p)
+    # Dense queries are as many rows as their LSEs have room for: rows that see no key spoil nothing else.
+    if not p.ragged_q and not p.return_lse:
+        return _finished(packed, _vllm_varlen(packed))
+    return _ragged(packed, _vllm_varlen)
+
+
+def _vllm_varlen(p: Problem) -> Any:
+    arguments = given(_common(p), out=in_place(p))
+    arguments["max_seqlen_k"] = _fa2_rows.longest_k(p)
+    if p.hints.num_splits == 1:
+        arguments["num_splits"] = 1  # it counts no further
+    return _vllm.call(_module(_VLLM).flash_attn_varlen_func, 2, p, **arguments)
+
 
 def _is_plain(p: Problem) -> bool:
     """Whether q, k and v are all there is to the call."""
@@ -125,34 +222,30 @@ def _is_plain(p: Problem) -> bool:
 
 
 def _dense(p: Problem) -> Any:
-    return _module().flash_attn_func(p.q, p.k, p.v, return_attn_probs=p.return_lse, **_common(p))
+    return _module(_FLASH_ATTN).flash_attn_func(
+        p.q, p.k, p.v, return_attn_probs=p.return_lse, **_common(p)
+    )
 
 
 def _varlen(p: Problem) -> Any:
-    cu_seqlens_k, max_seqlen_k = p.cu_seqlens_k, p.max_seqlen_k
-    if p.kv_layout is KVLayout.PAGED:
-        cu_seqlens_k = _as_cumulative(p)
-    return _module().flash_attn_varlen_func(
+    paged = p.kv_layout is KVLayout.PAGED
+    return _module(_FLASH_ATTN).flash_attn_varlen_func(
         p.q,
         p.k,
         p.v,
         p.cu_seqlens_q,
-        cu_seqlens_k,
+        _as_cumulative(p) if paged else p.cu_seqlens_k,
         p.max_seqlen_q,
-        max_seqlen_k,
+        _fa2_rows.longest_k(p),
         return_attn_probs=p.return_lse,
         **given(_common(p), block_table=p.page_table),
     )
 
 
 def _as_cumulative(p: Problem) -> Tensor:
-    """(B + 1,) int32: with pages, this package takes lengths as differences."""
-    assert p.page_table is not None
-    if p.seqlens_k is not None:
-        ends = torch.cumsum(p.seqlens_k, 0, dtype=torch.int32)
-        return torch.nn.functional.pad(ends, (1, 0))
-    rows = p.page_table.shape[1] * p.k.shape[1]
-    return torch.arange(p.batch_size + 1, dtype=torch.int32, device=p.device) * rows
+    """(B + 1,) int32: with pages, flash-attn takes lengths as differences."""
+    ends = torch.cumsum(lengths_over_pages(p), 0, dtype=torch.int32)
+    return torch.nn.functional.pad(ends, (1, 0))
 
 
 def _kvcache(p: Problem) -> Any:
@@ -170,23 +263,25 @@ def _kvcache(p: Problem) -> Any:
             arguments |= {"rotary_cos": rotary.cos, "rotary_sin": rotary.sin}
             arguments["rotary_interleaved"] = rotary.interleaved
     splits = min(p.hints.num_splits, 128)
-    return _module().flash_attn_with_kvcache(
+    return _module(_FLASH_ATTN).flash_attn_with_kvcache(
         p.q, p.k, p.v, num_splits=splits, return_softmax_lse=p.return_lse, **arguments
     )
 
 
 def _common(p: Problem) -> dict[str, Any]:
+    left, right = window(p.mask)
     return {
         "softmax_scale": p.scores.softmax_scale,
         "causal": p.mask.causal,
-        "window_size": window(p.mask),
+        # A right bound beside causal says nothing more, and keeps decode from packing heads.
+        "window_size": (left, -1 if p.mask.causal else right),
         "softcap": p.scores.softcap,
     }
 
 
 @remembered
-def _module() -> Any:
-    return PACKAGE.load()
+def _module(package: Package) -> Any:
+    return package.load()
 
 
 PROVIDER = Fa2Provider()

@@ -16,9 +16,17 @@ import torch
 from torch import Tensor
 
 from headway import devices
-from headway.problem import FLOAT8_DTYPES, KVLayout, Problem
+from headway.problem import KVLayout, Problem
 from headway.providers import _vllm
-from headway.providers._packages import Package, delivered, first_of, given, remembered, window
+from headway.providers._packages import (
+    Package,
+    delivered,
+    first_of,
+    given,
+    in_place,
+    remembered,
+    window,
+)
 from headway.providers.base import (
     ALL_FEATURES,
     Capabilities,
@@ -31,6 +39,8 @@ from headway.providers.base import (
     excludes,
 )
 
+_VLLM = _vllm.package(3)
+
 #: In the order in which they are taken where several are installed: the most arguments first.
 PACKAGES = (
     Package("sgl_kernel.flash_attn", "sglang-kernel"),
@@ -40,8 +50,11 @@ PACKAGES = (
         install="flash_attn_3, built from flash-attention/hopper",
     ),
     Package("fa3_fwd_interface", "fa3-fwd"),
-    _vllm.package(3),
+    _VLLM,
 )
+
+#: More are an error.
+_MOST_SPLITS = 256
 
 _HALF = frozenset({(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16)})
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e4m3fn)
@@ -83,6 +96,8 @@ class Fa3Provider(Provider):
                 "no package of FlashAttention 3 is installed: sglang-kernel, flash_attn_3, fa3-fwd, vllm"
                 " (pip install sglang-kernel)"
             )
+        if package is _VLLM and what.capability < (9, 0):
+            return f"vLLM's build of FlashAttention 3 runs on sm90 alone, this is {what}"
         return package.broken()
 
     def package(self) -> tuple[str, str] | None:
@@ -222,6 +237,9 @@ def _exclusions(vllm: bool) -> tuple[Exclusion, ...]:
     ]
     if vllm:
         found.append(_vllm.ONE_KIND_OF_LENGTHS)
+        found.append(
+            excludes(Feature.SINKS, Feature.UNEQUAL_HEAD_DIMS, why="takes sinks with one head_dim")
+        )
     return tuple(found)
 
 
@@ -267,7 +285,7 @@ class _Calls:
             page_table=p.page_table,
             cache_batch_idx=p.cache_batch_idx,
             cache_leftpad=p.leftpad_k,
-            out=_in_place(p) if self.kvcache_out else None,
+            out=in_place(p) if self.kvcache_out else None,
         )
         if p.ragged_q:
             arguments |= {"cu_seqlens_q": p.cu_seqlens_q, "max_seqlen_q": p.max_seqlen_q}
@@ -289,7 +307,7 @@ class _Calls:
             qv=p.qv,
             seqused_q=p.seqused_q,
             seqused_k=p.seqlens_k,
-            out=_in_place(p) if self.varlen_out else None,
+            out=in_place(p) if self.varlen_out else None,
         )
         return self.varlen(
             p.q,
@@ -306,7 +324,7 @@ class _Calls:
         """vLLM's build: its function has fewer hints."""
         arguments = self._common(p)
         del arguments["pack_gqa"], arguments["sm_margin"]
-        given(arguments, q_v=p.qv, out=_in_place(p))
+        given(arguments, q_v=p.qv, out=in_place(p))
         return _vllm.call(self.varlen, 3, p, **arguments)
 
     def _common(self, p: Problem) -> dict[str, Any]:
@@ -315,7 +333,7 @@ class _Calls:
             "causal": p.mask.causal,
             "window_size": window(p.mask),
             "softcap": p.scores.softcap,
-            "num_splits": p.hints.num_splits if self.splits else 1,
+            "num_splits": min(p.hints.num_splits, _MOST_SPLITS) if self.splits else 1,
             "pack_gqa": p.hints.pack_gqa,
             "sm_margin": p.hints.sm_margin,
         }
@@ -325,14 +343,6 @@ class _Calls:
             arguments[self.sinks] = p.scores.sinks
         d = p.descales
         return given(arguments, q_descale=d.q, k_descale=d.k, v_descale=d.v)
-
-
-def _in_place(p: Problem) -> Tensor | None:
-    """``out`` where the kernel can write it itself."""
-    if p.out is None:
-        return None
-    kernels = torch.bfloat16 if p.q.dtype in FLOAT8_DTYPES else p.q.dtype
-    return p.out if p.out.dtype == kernels else None
 
 
 @remembered

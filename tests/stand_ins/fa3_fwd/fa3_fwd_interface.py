@@ -60,6 +60,7 @@ def flash_attn_varlen_func(
         window_size=window_size,
         attention_chunk=_absent(attention_chunk, window_size, None),
         softcap=softcap,
+        num_splits=num_splits,
     )
     return result if return_attn_probs else result[0]
 
@@ -124,6 +125,7 @@ def flash_attn_with_kvcache(
         window_size=window_size,
         attention_chunk=_absent(attention_chunk, window_size, page_table),
         softcap=softcap,
+        num_splits=num_splits,
         rotary_interleaved=rotary_interleaved,
     )
     return (*result, None, None) if return_softmax_lse else result[0]

@@ -1,15 +1,13 @@
 """Stand-in for FlashAttention 2's functions."""
 
-import torch
 from tests.stand_ins import record
 from tests.stand_ins.compute import attend, check_heads, check_int32, check_rotary, check_window
-
-_HALF = (torch.bfloat16, torch.float16)
+from tests.stand_ins.fa2_calls import HALF, varlen
 
 
 def _run(name, function, q, k, v, **arguments):
     record(name, {"q": q, "k": k, "v": v, **arguments})
-    check_heads(q, k, v, _HALF)
+    check_heads(q, k, v, HALF)
     assert q.shape[-1] == v.shape[-1] <= 256
     assert q.shape[-1] % 8 == 0
     check_window(arguments["window_size"])
@@ -18,10 +16,6 @@ def _run(name, function, q, k, v, **arguments):
         "Paged KV cache block size must be divisible by 256"
     )
     check_int32(table)
-    if table is not None and arguments.get("cu_seqlens_k") is not None:
-        lengths = arguments.pop("cu_seqlens_k")
-        check_int32(lengths)
-        arguments["seqused_k"] = lengths[1:] - lengths[:-1]
     k_new, v_new = arguments.pop("k_new", None), arguments.pop("v_new", None)
     given = {key: value for key, value in arguments.items() if value is not None}
     if k_new is not None:
@@ -89,21 +83,24 @@ def flash_attn_varlen_func(
     return_attn_probs=False,
     block_table=None,
 ):
-    out, lse = _run(
-        "flash_attn.flash_attn_varlen_func",
-        "flash_attn_varlen_func",
+    record("flash_attn.flash_attn_varlen_func", {"q": q, "k": k, "v": v})
+    assert block_table is None or k.shape[1] % 256 == 0, (
+        "Paged KV cache block size must be divisible by 256"
+    )
+    out, lse = varlen(
         q,
         k,
         v,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        None,
+        block_table,
+        max_seqlen_q,
+        max_seqlen_k,
+        causal,
+        window_size,
         softmax_scale=softmax_scale,
-        causal=causal,
-        window_size=window_size,
         softcap=softcap,
-        block_table=block_table,
     )
     return (out, lse, None) if return_attn_probs else out
 

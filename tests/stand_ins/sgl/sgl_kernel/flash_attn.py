@@ -74,6 +74,7 @@ def flash_attn_with_kvcache(
         window_size=window_size,
         attention_chunk=attention_chunk or 0,
         softcap=softcap,
+        num_splits=num_splits,
         rotary_interleaved=rotary_interleaved,
         sinks=sinks,
         out=out,
@@ -136,6 +137,7 @@ def flash_attn_varlen_func(
         window_size=window_size,
         attention_chunk=attention_chunk,
         softcap=softcap,
+        num_splits=num_splits,
         sinks=sinks,
         out=out,
     )

@@ -1,5 +1,7 @@
 """Stand-in for vLLM's fork: one function, FlashAttention 2 unless told otherwise."""
 
+from tests.stand_ins import record
+from tests.stand_ins.fa2_calls import varlen
 from tests.stand_ins.fa3_calls import run
 
 DEFAULT_FA_VERSION = 2
@@ -39,32 +41,48 @@ def flash_attn_varlen_func(
     cp_rank=0,
     cp_tot_seqused_k=None,
 ):
-    assert fa_version == 3
     assert (cu_seqlens_k is None) != (seqused_k is None)
     assert block_table is None or seqused_k is not None
     assert window_size is None or len(window_size) == 2
     assert q.dim() == 3
-    result = run(
-        "vllm.flash_attn_varlen_func",
-        "flash_attn_varlen_func",
-        q,
-        k,
-        v,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-        seqused_k=seqused_k,
-        qv=q_v,
-        page_table=block_table,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window_size=tuple(window_size),
-        softcap=softcap,
-        q_descale=q_descale,
-        k_descale=k_descale,
-        v_descale=v_descale,
-        sinks=s_aux,
-        out=out,
-    )
+    assert cp_world_size == 1
+    assert dropout_p == 0
+    assert not return_attn_probs
+    assert alibi_slopes is None
+    window = (-1, -1) if window_size is None else tuple(window_size)
+    given = {
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
+        "seqused_k": seqused_k,
+        "max_seqlen_q": max_seqlen_q,
+        "max_seqlen_k": max_seqlen_k,
+        "softmax_scale": softmax_scale,
+        "causal": causal,
+        "window_size": window,
+        "softcap": softcap,
+        "out": out,
+    }
+    if fa_version == 2:
+        record("vllm.flash_attn_varlen_func", {"q": q, "k": k, "v": v, **given})
+        assert q_v is s_aux is q_descale is k_descale is v_descale is scheduler_metadata is None
+        assert num_splits in (0, 1)
+        assert block_table is None or k.shape[1] % 16 == 0
+        result = varlen(q, k, v, block_table=block_table, **given)
+    else:
+        assert fa_version == 3
+        result = run(
+            "vllm.flash_attn_varlen_func",
+            "flash_attn_varlen_func",
+            q,
+            k,
+            v,
+            qv=q_v,
+            page_table=block_table,
+            q_descale=q_descale,
+            k_descale=k_descale,
+            v_descale=v_descale,
+            sinks=s_aux,
+            num_splits=num_splits,
+            **given,
+        )
     return result if return_softmax_lse else result[0]
