@@ -135,6 +135,45 @@ def test_rows_that_see_no_key_are_kept_from_the_pages_kernel(
         assert_matches(call.run("fa2"), call.run("reference"), call)
 
 
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_right_bound_as_long_as_the_keys_still_hides_some(package: str) -> None:
+    """Query 0 of 20 stands 16 rows before the first of 4 keys."""
+    torch.manual_seed(0)
+    kwargs: dict[str, Any] = {
+        "q": torch.randn(20, 4, 64, dtype=torch.bfloat16),
+        "k": torch.randn(4, 2, 64, dtype=torch.bfloat16),
+        "v": torch.randn(4, 2, 64, dtype=torch.bfloat16),
+        "cu_seqlens_q": torch.tensor([0, 20], dtype=torch.int32),
+        "cu_seqlens_k": torch.tensor([0, 4], dtype=torch.int32),
+        "max_seqlen_q": 20,
+        "max_seqlen_k": 4,
+        "window_size": (-1, 6),
+    }
+    call = Call("varlen", kwargs, "a long right bound")
+    with installed("sm90", package):
+        assert_matches(call.run("fa2"), call.run("reference"), call)
+
+
+@pytest.mark.parametrize(
+    ("provider", "package"), [("fa2", "fa2"), ("fa2", "vllm"), ("fa3", "vllm"), ("fa3", "sgl")]
+)
+def test_without_a_key_rows_of_padding_stay_as_they_were(provider: str, package: str) -> None:
+    """There the host fills all of the out that it is handed."""
+    nothing = torch.empty(0, 2, 64, dtype=torch.bfloat16)
+    kwargs: dict[str, Any] = {
+        "q": torch.randn(5, 4, 64, dtype=torch.bfloat16),
+        "k": nothing,
+        "v": nothing,
+        "cu_seqlens_q": torch.tensor([0, 1, 3], dtype=torch.int32),
+        "cu_seqlens_k": torch.tensor([0, 0, 0], dtype=torch.int32),
+        "max_seqlen_q": 2,
+        "max_seqlen_k": 0,
+    }
+    call = Call("varlen", kwargs, "no keys")
+    with installed("sm90", package):
+        assert_matches(call.run(provider), call.run("reference"), call)
+
+
 def test_flash_attn_is_taken_before_vllm_unless_it_is_too_old(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

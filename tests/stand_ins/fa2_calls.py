@@ -73,6 +73,8 @@ def varlen(
             **scores,
         )
         got[start:end], lse[:, start:end] = one[0], its_lse[0]
+    if max_seqlen_k == 0:
+        return got.zero_(), lse.fill_(float("inf"))
     if displaced:
         lse.fill_(float("nan"))
     return got, lse.masked_fill(lse == float("-inf"), float("inf"))

@@ -44,6 +44,7 @@ def run(name: str, function: str, q: Tensor, k: Tensor, v: Tensor, **arguments: 
         arguments |= {"k": k_new, "v": v_new}
     out, lse = _attend(function, q, k, v, arguments)
     if k.numel() == 0:
+        out.zero_()
         lse.fill_(float("inf"))
     return out, lse
 
