@@ -230,6 +230,17 @@ def test_a_captured_call_replays_with_other_lengths() -> None:
     torch.testing.assert_close(out, want, atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_sequences_take_turns(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = (900, 400, 300, 1, 1024, 77)
+    call = paged((200, 100, 300, 1, 60, 77), keys, 16, window_size=(500, 0))
+    monkeypatch.setattr(widen, "MOST_BYTES", at_once * 1024 * 2 * 2 * 256)
+    must_run(call)
+    dense = {name: normal(6, 130, 4, 64, seed=i) for i, name in enumerate("qkv")}
+    monkeypatch.setattr(widen, "MOST_BYTES", at_once * 130 * 2 * 4 * 128)
+    must_run(in_float8(Call("dense", dense | {"causal": True}, "dense")))
+
+
 def test_few_queries_run_on_the_portable_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(widen, "LEAST_QUERIES", 10**9)
     base.forget()

@@ -193,6 +193,16 @@ def chunk(
 
 
 @pytest.mark.parametrize(
+    ("batch_size", "keys", "at_once"),
+    [(16, 8192, 16), (17, 8192, 12), (64, 8192, 16), (4, 40000, 2), (3, 40000, 3), (1, 131073, 0)],
+)
+def test_as_many_sequences_at_once_as_there_is_room_for(
+    batch_size: int, keys: int, at_once: int
+) -> None:
+    assert widen.sequences_at_once(chunk(keys, 0, batch_size)) == at_once
+
+
+@pytest.mark.parametrize(
     ("problem", "against"),
     [
         (chunk(8000, 0, 2), None),
@@ -205,7 +215,12 @@ def chunk(
         (chunk(2048, 0, window_size=(127, 0)), "256 queries and heads to a key"),
         (chunk(2048, 0, window_size=(1023, 0)), None),
         (chunk(2048, 0, attention_chunk=128), "256 queries and heads to a key"),
-        (chunk(2048, 131072), "16-bit keys and values would take 520 MiB; at most 512"),
+        (chunk(2048, 131072), "16-bit copies of the keys and values would take more than 512 MiB"),
+        (chunk(2048, 32768, 16), None),
+        (
+            chunk(2048, 32768, 16, mask_mod=lambda b, h, i, j: i >= j),
+            "score_mod and mask_mod know all 16 sequences, of which 4 fit",
+        ),
     ],
     ids=lambda x: "" if isinstance(x, Problem) else str(x)[:12],
 )

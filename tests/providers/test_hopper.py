@@ -388,6 +388,35 @@ def test_new_tokens_in_a_float8_cache_are_widened_with_it(kernels: None) -> None
     assert RAN == ["widen", "forward"]
 
 
+@pytest.mark.parametrize("sequences", [1, 2])
+@pytest.mark.parametrize(
+    "call",
+    [
+        cached(20),
+        cached(20, cache_leftpad=int32(3, 0, 0), cache_batch_idx=int32(2, 0, 1)),
+        cached(20, k=normal(3, 20, 2, 64), v=normal(3, 20, 2, 64), cache_seqlens=int32(5, 1, 0)),
+        cached(q=normal(90, 8, 64), cu_seqlens_q=int32(0, 20, 70, 90), max_seqlen_q=50),
+        Call("dense", {name: normal(5, 50, n, 64) for name, n in (("q", 4), ("k", 2), ("v", 2))}),
+    ],
+    ids=lambda call: "-".join([call.label, *list(call.kwargs)[6:]]),
+)
+def test_sequences_take_turns_where_copies_of_all_would_be_too_large(
+    kernels: None, call: Call, sequences: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from headway.kernels.hopper import widen
+
+    call = call.copy()
+    names = ("k", "v") if call.function == "dense" else ("k_cache", "v_cache")
+    float8(call, *names)
+    count = call.problem().batch_size
+    for name in ("k_descale", "v_descale"):
+        call.kwargs[name] = torch.rand(count, 2) + 0.5
+    rows = 50 if call.function == "dense" else 64
+    monkeypatch.setattr(widen, "MOST_BYTES", sequences * rows * 2 * 2 * 128)
+    assert honoured.honoured_or_refused(call, "hopper")
+    assert ["widen", "forward"] * -(-count // sequences) == RAN
+
+
 def test_float8_keys_of_few_queries_are_left_to_the_portable_kernels(
     kernels: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

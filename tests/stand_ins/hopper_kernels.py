@@ -65,7 +65,8 @@ def _solve(
     if lse is not None:
         assert got is not None
         assert lse.shape == got.shape
-        lse.copy_(got)
+        mine = slice(None) if cu is None else slice(int(cu[0]), int(cu[-1]))
+        lse[..., mine] = got[..., mine]
 
 
 def forward(
@@ -329,6 +330,12 @@ def widen(problem: Problem, dtype: torch.dtype) -> Any:
     return widen.widen(problem, dtype)
 
 
+def at_once(problem: Problem) -> int:
+    from headway.kernels.hopper import widen
+
+    return widen.sequences_at_once(problem)
+
+
 def _kind(*tensors: Tensor | None) -> list[Any]:
     return [None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors]
 
@@ -352,6 +359,7 @@ def installed() -> Iterator[None]:
         prepare_forward=prepare_forward,
         reason_against_widening=lambda problem: None,
         widen=widen,
+        widened_at_once=at_once,
         make_plan=make_plan,
         plan_decode=plan_decode,
         prepare_decode=prepare_decode,

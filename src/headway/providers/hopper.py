@@ -22,7 +22,7 @@ from torch import Tensor
 
 from headway import providers
 from headway.plan import Plan, PlanKey
-from headway.problem import FLOAT8_DTYPES, Append, KVLayout, Problem
+from headway.problem import FLOAT8_DTYPES, Append, Descales, KVLayout, Problem
 from headway.providers import base
 from headway.providers._packages import delivered
 from headway.providers.base import (
@@ -319,6 +319,7 @@ def _kernels() -> SimpleNamespace:
         prepare_forward=forward.prepare,
         reason_against_widening=widen.reason_against,
         widen=widen.widen,
+        widened_at_once=widen.sequences_at_once,
         make_plan=decode.make_plan,
         plan_decode=decode_plan.plan_decode,
         prepare_decode=decode.prepare,
@@ -454,26 +455,62 @@ class _Prefill:
         return prepared
 
 
-class _WidenedPrefill(_Prefill):
-    """The same over 16-bit copies of float8 keys and values."""
+class _WidenedPrefill:
+    """The same over 16-bit copies of float8 keys and values, of some sequences after the other where there
+    is no room for those of all."""
 
-    def __call__(
-        self,
-        p: Problem,
-        q: Tensor,
-        out: Tensor,
-        lse: Tensor | None,
-        descales: Tensor | None = None,
-    ) -> None:
-        wide = _kernels().widen(p, q.dtype)
-        layout = KVLayout.RAGGED if p.kv_layout is KVLayout.RAGGED else KVLayout.DENSE
-        p = dataclasses.replace(
-            p, k=wide.k, v=wide.v, kv_layout=layout, page_table=None, cache_batch_idx=None
-        )
-        super().__call__(p, q, out, lse, wide.descales)
+    def __init__(self, p: Problem) -> None:
+        size = max(_kernels().widened_at_once(p), 1)
+        parts = [slice(i, min(i + size, p.batch_size)) for i in range(0, p.batch_size, size)]
+        self._parts = [(part, _Prefill(p)) for part in parts]
+
+    def __call__(self, p: Problem, q: Tensor, out: Tensor, lse: Tensor | None) -> None:
+        if len(self._parts) == 1:
+            _widened(self._parts[0][1], p, q, out, lse)
+            return
+        p = dataclasses.replace(p, seqlens_k=_ends(p), append=None)
+        for part, attend in self._parts:
+            rows = slice(None) if p.ragged_q else part
+            of_part = None if lse is None else lse[rows]
+            _widened(attend, _sequences(p, part), q[rows], out[rows], of_part)
 
 
-def _prefill(p: Problem) -> _Prefill:
+def _widened(attend: _Prefill, p: Problem, q: Tensor, out: Tensor, lse: Tensor | None) -> None:
+    wide = _kernels().widen(p, q.dtype)
+    layout = KVLayout.RAGGED if p.kv_layout is KVLayout.RAGGED else KVLayout.DENSE
+    p = dataclasses.replace(
+        p, k=wide.k, v=wide.v, kv_layout=layout, page_table=None, cache_batch_idx=None
+    )
+    attend(p, q, out, lse, wide.descales)
+
+
+def _sequences(p: Problem, some: slice) -> Problem:
+    """Some of a problem's sequences, all but its q and out. The keys are not ragged."""
+
+    def cut(t: Tensor | None, more: int = 0) -> Tensor | None:
+        if t is None:
+            return None
+        t = t[some.start : some.stop + more]
+        return t.clone() if t.data_ptr() % 16 else t  # what is ready is for aligned ones
+
+    everyone = p.cache_batch_idx is not None
+    own = p.kv_layout is KVLayout.DENSE and not everyone
+    return dataclasses.replace(
+        p,
+        k=p.k[some] if own else p.k,
+        v=p.v[some] if own else p.v,
+        batch_size=some.stop - some.start,
+        cu_seqlens_q=cut(p.cu_seqlens_q, 1),
+        seqused_q=cut(p.seqused_q),
+        seqlens_k=cut(p.seqlens_k),
+        leftpad_k=cut(p.leftpad_k),
+        cache_batch_idx=cut(p.cache_batch_idx),
+        page_table=p.page_table if everyone else cut(p.page_table),
+        descales=Descales(None, cut(p.descales.k), cut(p.descales.v)),
+    )
+
+
+def _prefill(p: Problem) -> Solver:
     return _WidenedPrefill(p) if p.k.dtype in FLOAT8_DTYPES else _Prefill(p)
 
 

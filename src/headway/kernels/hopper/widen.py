@@ -30,8 +30,8 @@ SEQUENCES = 64
 #: holds one that it does not: they have to be numbers.
 BLOCK_KEYS = tl.constexpr(128)
 
-#: Of the copies of a call, at most: memory that an engine must find beside its cache. Enough for 131,072
-#: keys of 8 heads of 128.
+#: Of the copies that there are at once, at most: memory that an engine must find beside its cache. Enough
+#: for 131,072 keys of 8 heads of 128. Sequences that need more take turns.
 MOST_BYTES = 512 << 20
 
 #: Queries that see a key, times the query heads that share it, on average: from so many on the time that
@@ -194,15 +194,32 @@ def reason_against(problem: Problem) -> str | None:
     The answer follows from shapes and options. Lengths are on the device: what bounds them is max_seqlen_k
     and, for the copies, the batch size times it.
     """
-    p = problem
-    row_bytes = 2 * p.num_kv_heads * (p.head_dim + p.head_dim_v)
-    size = rows_of(p) * (1 if p.kv_layout is KVLayout.RAGGED else p.batch_size) * row_bytes
-    if size > MOST_BYTES:
-        return f"16-bit keys and values would take {size >> 20} MiB; at most {MOST_BYTES >> 20}"
+    p, at_once = problem, sequences_at_once(problem)
+    if at_once == 0:
+        return f"16-bit copies of the keys and values would take more than {MOST_BYTES >> 20} MiB"
+    if at_once < p.batch_size and (p.scores.score_mod or p.mask.mask_mod):
+        return f"score_mod and mask_mod know all {p.batch_size} sequences, of which {at_once} fit"
     seen = queries_per_key(p) * (p.num_q_heads // p.num_kv_heads)
     if seen < LEAST_QUERIES:
         return f"{seen:.0f} queries and heads to a key; from {LEAST_QUERIES} on it pays to widen it"
     return None
+
+
+def sequences_at_once(problem: Problem) -> int:
+    """Sequences of which there may be copies at the same time; 0: not one. Ragged keys are one to that end.
+
+    So many that turns are of equal length, and in fours where possible: their lengths then begin at
+    multiples of 16 bytes, as those of all do.
+    """
+    p = problem
+    row_bytes = 2 * p.num_kv_heads * (p.head_dim + p.head_dim_v)
+    most = MOST_BYTES // (rows_of(p) * row_bytes)
+    if p.kv_layout is KVLayout.RAGGED:
+        return p.batch_size if most else 0
+    if most >= p.batch_size or most == 0:
+        return min(most, p.batch_size)
+    even = cdiv(p.batch_size, cdiv(p.batch_size, most))
+    return min(cdiv(even, 4) * 4, most // 4 * 4) if most >= 4 else even
 
 
 def rows_of(problem: Problem) -> int:
