@@ -219,7 +219,7 @@ def test_as_many_sequences_at_once_as_there_is_room_for(
         (chunk(2048, 32768, 16), None),
         (
             chunk(2048, 32768, 16, mask_mod=lambda b, h, i, j: i >= j),
-            "score_mod and mask_mod know all 16 sequences, of which 4 fit",
+            "score_mod and mask_mod know all 16 sequences, of which 3 fit",
         ),
     ],
     ids=lambda x: "" if isinstance(x, Problem) else str(x)[:12],
