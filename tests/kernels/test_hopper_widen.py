@@ -94,7 +94,15 @@ def test_any_call() -> None:
     @settings(
         max_examples=40, deadline=None, database=None, suppress_health_check=list(HealthCheck)
     )
-    @given(call=calls((torch.bfloat16, torch.float16), mods=False, qv=False, float8=False))
+    @given(
+        call=calls(
+            (torch.bfloat16, torch.float16),
+            head_dims=(16, 48, 64, 96),
+            mods=False,
+            qv=False,
+            float8=False,
+        )
+    )
     def matches(call: Call) -> None:
         p = in_float8(call)
         if p.kv_layout is KVLayout.RAGGED:

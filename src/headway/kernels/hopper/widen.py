@@ -8,15 +8,14 @@ their places, so lengths, padding on the left, windows and positions mean what t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from headway.kernels._triton import cdiv, jit, tl, triton
+from headway.kernels._triton import cdiv, jit, launch, tl, triton
 from headway.kernels.portable.numeric import cast
 from headway.kernels.portable.numeric import widen as widened
-from headway.kernels.portable.operands import bits, block_width, device_of, lengths, strides
+from headway.kernels.portable.operands import bits, block_width, device_of
 from headway.kernels.portable.spans import key_span, query_span, visible_span
 from headway.problem import KVLayout, Problem
 
@@ -25,6 +24,9 @@ ROWS, WARPS = 32, 4
 
 #: Sequences whose descales are copied at once.
 SEQUENCES = 64
+
+#: Bytes, and float8 numbers, of which addresses and strides are multiples.
+UNIT = 16
 
 #: Keys of a block of the forward kernel, at most. It multiplies values that its mask hides, if their block
 #: holds one that it does not: they have to be numbers.
@@ -67,12 +69,18 @@ def _in_16_bits(x, dtype: tl.constexpr):
         "window_left",
         "chunk",
         "stride_table",
+        "stride_k_page",
+        "stride_k_row",
+        "stride_k_head",
+        "stride_v_page",
+        "stride_v_row",
+        "stride_v_head",
         "stride_k_descale_batch",
         "stride_k_descale_head",
         "stride_v_descale_batch",
         "stride_v_descale_head",
     ],
-    do_not_specialize_on_alignment=[*_LENGTHS, "page_table", "k_descale", "v_descale"],
+    do_not_specialize_on_alignment=[*_LENGTHS, "page_table", "descales", "k_descale", "v_descale"],
 )
 def widen_kernel(
     k,
@@ -97,7 +105,7 @@ def widen_kernel(
     window_left,
     chunk,
     stride_table,
-    stride_k_page,
+    stride_k_page,  # these six in units of UNIT elements, which the compiler is to know
     stride_k_row,
     stride_k_head,
     stride_v_page,
@@ -117,6 +125,8 @@ def widen_kernel(
     BLOCK_DV: tl.constexpr,
     ROWS: tl.constexpr,
     SEQUENCES: tl.constexpr,
+    UNIT: tl.constexpr,
+    num_warps: tl.constexpr,
 ):
     h = tl.program_id(0) % HEADS
     start = tl.program_id(0) // HEADS * ROWS
@@ -159,8 +169,8 @@ def widen_kernel(
     else:
         page = source.to(tl.int64)
         row = at.to(tl.int64)
-    k_rows = k + h * stride_k_head + page * stride_k_page + row * stride_k_row
-    v_rows = v + h * stride_v_head + page * stride_v_page + row * stride_v_row
+    k_rows = k + (h * stride_k_head + page * stride_k_page + row * stride_k_row) * UNIT
+    v_rows = v + (h * stride_v_head + page * stride_v_page + row * stride_v_row) * UNIT
     wide_rows = (b.to(tl.int64) * rows + at) * HEADS + h
     cols = tl.arange(0, BLOCK_D)[None, :]
     cols_v = tl.arange(0, BLOCK_DV)[None, :]
@@ -260,68 +270,78 @@ def queries_per_key(problem: Problem) -> float:
 def widen(problem: Problem, dtype: torch.dtype) -> Widened:
     """The keys and values that a call's queries may see, appended ones included, as ``dtype``.
 
-    k, v: float8_e4m3fn in any layout; descales: as the problem has them. Nothing synchronises.
+    k, v: float8_e4m3fn in any layout, addresses and strides multiples of 16 bytes; descales: as the problem
+    has them. Nothing synchronises.
     """
     p = problem
     rows, ragged = rows_of(p), p.kv_layout is KVLayout.RAGGED
     shape = (rows,) if ragged else (p.batch_size, rows)
-    k, v = (torch.empty((*shape, *t.shape[-2:]), dtype=dtype, device=p.device) for t in (p.k, p.v))
+    heads, d, dv = p.num_kv_heads, p.head_dim, p.head_dim_v
+    k = torch.empty((*shape, heads, d), dtype=dtype, device=p.device)
+    v = torch.empty((*shape, heads, dv), dtype=dtype, device=p.device)
     descales = None
     if p.descales.k is not None or p.descales.v is not None:
-        sizes = p.batch_size, p.num_kv_heads, 2
-        descales = torch.empty(sizes, dtype=torch.float32, device=p.device)
-    grid = (cdiv(rows, ROWS) * p.num_kv_heads, 1 if ragged else p.batch_size)
-    if 0 not in grid:
-        widen_kernel[grid](**_arguments(p, Widened(k, v, descales), rows))
-    return Widened(k, v, descales)
+        descales = torch.empty((p.batch_size, heads, 2), dtype=torch.float32, device=p.device)
+    wide = Widened(k, v, descales)
+    if p.batch_size:
+        grid = (cdiv(rows, ROWS) * heads, 1 if ragged else p.batch_size, 1)
+        _launch(p, wide, rows, grid)
+    return wide
 
 
-def _arguments(p: Problem, to: Widened, rows: int) -> dict[str, Any]:
+def _launch(p: Problem, to: Widened, rows: int, grid: tuple[int, int, int]) -> None:
     native, ragged = device_of(p.device).converts_float8, p.kv_layout is KVLayout.RAGGED
-    places: dict[str, Any] = dict.fromkeys(_LENGTHS)
-    places |= {"rows_q": 0, "num_new": 0, "capacity": rows}
-    mask = p.mask
-    if not ragged:  # whose rows stay where they are, whosever they are
-        given = lengths(p)
-        places = {name: given[name] for name in places}
-        if p.seqlens_k is None:
-            places["capacity"] = rows
-    left = None if ragged else mask.window_left
-    table = p.page_table
-    at = {name: strides(name, t, ("page", "row", "head")) for name, t in (("k", p.k), ("v", p.v))}
-    if ragged:
-        at = {
-            name: {f"stride_{name}_page": 0} | strides(name, t, ("row", "head"))
-            for name, t in (("k", p.k), ("v", p.v))
-        }
-    return {
-        "k": bits(p.k, native),
-        "v": bits(p.v, native),
-        "k_wide": to.k,
-        "v_wide": to.v,
-        "descales": to.descales,
-        "k_descale": p.descales.k,
-        "v_descale": p.descales.v,
-        "page_table": table,
-        "rows": rows,
-        "batch_size": p.batch_size,
-        "window_left": left or 0,
-        "chunk": mask.attention_chunk,
-        "stride_table": 0 if table is None else table.stride(0),
-        "HEADS": p.num_kv_heads,
-        "HAS_LEFT": left is not None,
-        "HAS_CHUNK": mask.attention_chunk > 0 and not ragged,
-        "PAGE_SIZE": p.page_size or 0,
-        "D": p.head_dim,
-        "DV": p.head_dim_v,
-        "BLOCK_D": block_width(p.head_dim),
-        "BLOCK_DV": block_width(p.head_dim_v),
-        "ROWS": ROWS,
-        "SEQUENCES": SEQUENCES,
-        "num_warps": WARPS,
-        **places,
-        **at["k"],
-        **at["v"],
-        **strides("k_descale", p.descales.k, ("batch", "head")),
-        **strides("v_descale", p.descales.v, ("batch", "head")),
-    }
+    mask, table = p.mask, p.page_table
+    where, new_tokens = _places(p)
+    left, chunk = (None, 0) if ragged else (mask.window_left, mask.attention_chunk)
+    tensors = (
+        bits(p.k, native),
+        bits(p.v, native),
+        to.k,
+        to.v,
+        to.descales,
+        p.descales.k,
+        p.descales.v,
+        *where,
+        table,
+    )
+    numbers = (
+        p.max_seqlen_q if p.ragged_q else p.q.shape[1],
+        new_tokens,
+        rows,
+        rows,
+        p.batch_size,
+        left or 0,
+        chunk,
+        0 if table is None else table.stride(0),
+        *_steps(p.k, ragged),
+        *_steps(p.v, ragged),
+        *((0, 0) if p.descales.k is None else p.descales.k.stride()),
+        *((0, 0) if p.descales.v is None else p.descales.v.stride()),
+    )
+    d, dv = p.head_dim, p.head_dim_v
+    widths = d, dv, block_width(d), block_width(dv)
+    limits = left is not None, chunk > 0
+    constants = (p.num_kv_heads, *limits, p.page_size or 0, *widths, ROWS, SEQUENCES, UNIT, WARPS)
+    kinds = [None if t is None else t.dtype for t in tensors]
+    key = (widen_kernel, *constants, *kinds, *(n >= 2**31 for n in numbers), p.device)
+    launch(widen_kernel, grid, key, (*tensors, *numbers, *constants))
+
+
+def _places(p: Problem) -> tuple[tuple[Tensor | None, ...], int]:
+    """The tensors of ``_LENGTHS``, and the new tokens of every sequence. Ragged rows stay where they are,
+    whosever they are."""
+    if p.kv_layout is KVLayout.RAGGED:
+        return (None,) * len(_LENGTHS), 0
+    cu_seqlens_new, count = None, 0
+    if p.append is not None and p.seqlens_k is not None:
+        cu_seqlens_new = p.append.cu_seqlens
+        count = p.append.k.shape[1] if cu_seqlens_new is None else 0
+    queries = p.cu_seqlens_q, p.seqused_q
+    return (*queries, p.seqlens_k, cu_seqlens_new, p.leftpad_k, p.cache_batch_idx), count
+
+
+def _steps(t: Tensor, ragged: bool) -> tuple[int, int, int]:
+    """Strides of page, row and head, in units."""
+    *pages, row, head, _ = t.stride()
+    return (0 if ragged else pages[0] // UNIT), row // UNIT, head // UNIT
