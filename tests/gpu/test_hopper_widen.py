@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import hypothesis
@@ -16,7 +18,6 @@ from headway.providers import base, hopper
 from tests import calls
 from tests.calls import Call
 from tests.gpu.captured import captured
-from tests.kernels import test_portable_attention as shared
 from tests.kernels.portable_device import DEVICE, EXAMPLES
 from tests.providers import honoured
 
@@ -33,21 +34,17 @@ pytestmark = pytest.mark.skipif(_absent() is not None, reason=str(_absent()))
 
 
 @pytest.fixture(autouse=True)
-def _small_calls_are_widened_too(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Without LEAST_QUERIES and with memory that is NaN before it is written."""
+def _small_calls_are_widened_too(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Without LEAST_QUERIES, and into memory that is NaN before it is written."""
+
+    def empty(shape: tuple[int, ...], **how: Any) -> Tensor:
+        return torch.full(shape, float("nan"), **how)
+
     monkeypatch.setattr(widen, "LEAST_QUERIES", 0)
-    monkeypatch.setattr(widen.torch, "empty", _poisoned)
+    monkeypatch.setattr(widen, "torch", SimpleNamespace(empty=empty, float32=torch.float32))
     base.forget()
     yield
     base.forget()
-
-
-_EMPTY = torch.empty
-
-
-def _poisoned(*shape: Any, **how: Any) -> Tensor:
-    made = _EMPTY(*shape, **how)
-    return made.fill_(float("nan")) if made.is_floating_point() else made
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -68,21 +65,18 @@ def in_float8(call: Call) -> Call:
     return call
 
 
-def must_run(call: Call, with_lse: bool = True) -> None:
+def must_run(call: Call) -> None:
     problem = call.copy(DEVICE).problem()
     assert hopper.work_of(problem) == "prefill"
     assert "widened" in hopper.PROVIDER.note(problem)
-    assert honoured.honoured_or_refused(call, "hopper", DEVICE, with_lse=with_lse), call.label
+    assert honoured.honoured_or_refused(call, "hopper", DEVICE), call.label
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_any_call(seed: int) -> None:
-    """Every feature of small calls, drawn together."""
-    prefilled = 0
+def test_any_call() -> None:
+    """Every feature of small calls, drawn together: few, for each compiles a kernel of its own."""
 
-    @hypothesis.seed(seed)
     @hypothesis.settings(
-        max_examples=max(EXAMPLES // 10, 2),
+        max_examples=max(EXAMPLES // 20, 2),
         deadline=None,
         database=None,
         phases=[hypothesis.Phase.generate],
@@ -90,27 +84,21 @@ def test_any_call(seed: int) -> None:
     )
     @hypothesis.given(
         call=calls.calls(
-            shared.DTYPES,
-            head_dims=(64, 128, 256) if seed % 2 else (16, 48, 96, 192),
-            page_sizes=(1, 7, 16, 64, 128),
+            (torch.bfloat16, torch.float16),
+            head_dims=(64, 128),
+            page_sizes=(1, 7, 16, 128),
             max_len=400,
             qv=False,
             float8=False,
-            mods=seed % 2 == 0,
+            mods=False,
         )
     )
     def matches(call: Call) -> None:
-        nonlocal prefilled
-        if not call.kwargs["q"].numel():
-            return
         call = in_float8(call)
-        if hopper.work_of(call.problem()) == "prefill":
-            prefilled += 1
-            if not honoured.honoured_or_refused(call, "hopper", DEVICE):
-                honoured.honoured_or_refused(call, "hopper", DEVICE, with_lse=False)
+        hypothesis.assume(hopper.work_of(call.problem()) == "prefill")
+        must_run(call)
 
     matches()
-    assert prefilled
 
 
 def paged(
@@ -147,8 +135,14 @@ def paged(
     return in_float8(Call("varlen", kwargs | more, f"{queries} over {keys}, pages of {page_size}"))
 
 
-@pytest.mark.parametrize("dims", [(64, 64), (96, 96), (128, 128), (192, 128), (256, 256)], ids=str)
-@pytest.mark.parametrize("page_size", [1, 16, 24, 256])
+@pytest.mark.parametrize(
+    ("dims", "page_size"),
+    [
+        *(((128, 128), size) for size in (1, 16, 24, 256)),
+        *((dims, 16) for dims in ((64, 64), (96, 80), (192, 128), (256, 256))),
+    ],
+    ids=str,
+)
 def test_chunks_of_every_width_and_page(dims: tuple[int, int], page_size: int) -> None:
     must_run(paged((200, 1, 0, 77, 300), (900, 1, 5, 77, 1111), page_size, dims))
 
@@ -156,12 +150,9 @@ def test_chunks_of_every_width_and_page(dims: tuple[int, int], page_size: int) -
 @pytest.mark.parametrize(
     "more",
     [
-        {"window_size": (100, 0)},
-        {"window_size": (700, 20), "causal": False},
-        {"attention_chunk": 300},
-        {"softcap": 20.0, "sinks": normal(8).float()},
-        {"softmax_scale": -0.05},
-        {"score_mod": lambda s, b, h, i, j: s - 0.01 * (b + h) * (i - j)},
+        {"window_size": (100, 0), "sinks": normal(8).float()},
+        {"attention_chunk": 300, "softcap": 20.0, "causal": False},
+        {"score_mod": lambda s, b, h, i, j: s - 0.01 * (b + h) * (i - j), "softmax_scale": -0.05},
     ],
     ids=lambda x: "-".join(x),
 )
@@ -170,13 +161,11 @@ def test_long_chunks(more: dict[str, Any]) -> None:
     must_run(paged((600, 130), (2500, 1300), 16, **more))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_keys_cut_into_pieces(dtype: torch.dtype) -> None:
+def test_keys_cut_into_pieces() -> None:
     """One tile over many keys: descales are applied once, before the merge."""
     call = paged((100,), (20000,), 16, num_splits=0)
-    call.kwargs["q"] = call.kwargs["q"].to(dtype)
+    call.kwargs["q"] = call.kwargs["q"].half()
     must_run(call)
-    must_run(call, with_lse=False)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 448.0])

@@ -36,9 +36,13 @@ BLOCK_KEYS = tl.constexpr(128)
 #: for 131,072 keys of 8 heads of 128. Sequences that need more take turns.
 MOST_BYTES = 512 << 20
 
-#: Queries that see a key, times the query heads that share it, on average: from so many on the time that
-#: 16-bit products save is more than the time of widening. docs/notes/hopper-prefill.md has the arithmetic.
+#: Queries that a key is multiplied with, times the query heads that share it, on average: from so many on
+#: the time that 16-bit products save is more than the time of widening. Reading in
+#: docs/notes/hopper-prefill.md: 256 lose (0.83 to 1.10 of the portable kernel), 508 win (1.09 to 1.52).
 LEAST_QUERIES = 384
+
+#: More of them for the mask's sake: a tile is multiplied with all of a block that one of its queries sees.
+MASKED_QUERIES = 64
 
 _LENGTHS = (
     "cu_seqlens_q",
@@ -223,7 +227,7 @@ def sequences_at_once(problem: Problem) -> int:
     """
     p = problem
     row_bytes = 2 * p.num_kv_heads * (p.head_dim + p.head_dim_v)
-    most = MOST_BYTES // (rows_of(p) * row_bytes)
+    most = MOST_BYTES // max(rows_of(p) * row_bytes, 1)
     if p.kv_layout is KVLayout.RAGGED:
         return p.batch_size if most else 0
     if most >= p.batch_size or most == 0:
@@ -256,14 +260,14 @@ def queries_per_key(problem: Problem) -> float:
     seen = queries
     if right is not None:
         queries = min(queries, keys)
-        seen = queries - queries**2 / (2 * keys)  # none sees what lies behind it
+        seen = min(queries, queries - queries**2 / (2 * keys) + MASKED_QUERIES)
     width = keys
     if mask.window_left is not None and right is not None:
         width = min(width, mask.window_left + right + 1)
     if mask.attention_chunk:
         width = min(width, mask.attention_chunk)
     if width < keys:
-        seen = min(seen, queries * width / min(keys, queries + width))
+        seen = min(seen, queries * (width + MASKED_QUERIES) / min(keys, queries + width))
     return seen
 
 
