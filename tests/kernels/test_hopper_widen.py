@@ -150,7 +150,7 @@ def cached(queries: int, keys: int, page_size: int = 64, **more: Any) -> Call:
     ],
     ids=lambda x: "-".join(x) or "plain",
 )
-@pytest.mark.parametrize("page_size", [1, 16, 64, 256])
+@pytest.mark.parametrize("page_size", [1, 24, 256])
 def test_far_keys_are_left_out(page_size: int, more: dict[str, Any]) -> None:
     check(in_float8(cached(30, 500, page_size, **more)), torch.bfloat16)
 
