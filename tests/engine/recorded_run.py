@@ -26,7 +26,7 @@ from triton.compiler.compiler import get_cache_invalidating_env_vars, make_backe
 from triton.runtime.cache import get_cache_key
 
 from headway import precompile
-from headway.engine import describe, fusion, llm, loader, rehearsal, trial
+from headway.engine import describe, fusion, llm, loader, pieces, rehearsal, trial
 from headway.engine.blocks import style_of
 from headway.engine.config import EngineConfig
 from headway.engine.fused_layer import Norm
@@ -123,7 +123,8 @@ def launched(config: EngineConfig, target: str) -> dict[str, str]:
     replace(fusion, "_norm_of", norm_of)
     for module in (fusion, trial):  # what is tried agrees: meta tensors have no content to look at
         replace(module, "agree", lambda mine, theirs: mine.shape == theirs.shape)
-    replace(fusion, "_same", lambda before, after: True)
+    for module in (fusion, pieces):
+        replace(module, "grown_alike", lambda before, after: True)
     return kernels(lambda: serve(MetaLLM(config)), target)
 
 

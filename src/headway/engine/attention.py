@@ -8,7 +8,7 @@ each stores and masks, is learnt by running it once on a few tokens: no model is
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from headway.errors import UnsupportedError
 from headway.problem import Mask
 from headway.serving.base import AttentionBackend, AttentionLayer
 from headway.serving.mla import MLALayer
+
+if TYPE_CHECKING:
+    from headway.engine.pieces import Pieces
 
 #: The name under which transformers finds :func:`paged_attention`. transformers builds no mask for a
 #: name that has no mask function of its own, so the masks are Headway's alone.
@@ -67,7 +70,12 @@ AttentionInterface.register(ATTENTION_NAME, paged_attention)
 
 
 class PagedAttention:
-    """The ``headway=`` of the engine's steps: a backend, the layers, and their caches."""
+    """The ``headway=`` of the engine's steps: a backend, the layers, and their caches.
+
+    ``pieces``: the captured pieces that the current step runs in, if it does (:mod:`.pieces`).
+    """
+
+    pieces: Pieces | None = None
 
     def __init__(
         self, backend: AttentionBackend, layers: dict[int, AttentionLayer], cache: KVCache

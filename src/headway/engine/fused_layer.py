@@ -51,6 +51,13 @@ class Linear:
     def __call__(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.weight, self.bias)
 
+    def into(self, out: Tensor, x: Tensor) -> None:
+        """out = the product."""
+        if self.bias is None:
+            torch.mm(x, self.weight.T, out=out)
+        else:
+            torch.addmm(self.bias, x, self.weight.T, out=out)
+
     def add_to(self, residual: Tensor, x: Tensor) -> None:
         """residual += the product, in the product's own kernel."""
         residual.addmm_(x, self.weight.T)
@@ -90,6 +97,16 @@ class FusedLayer(LayerForward):
         self._gate_up = Linear.of(mlp.gate_proj, mlp.up_proj)
         self._down = Linear.of(mlp.down_proj)
 
+    @property
+    def weight(self) -> Tensor:
+        """Of the first product, for what else lies where it lies."""
+        return self._qkv.weight
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Columns of hidden states, of queries with keys and values, and of what attention returns."""
+        return self._qkv.weight.shape[1], self._qkv.weight.shape[0], self._out.weight.shape[1]
+
     def __call__(
         self,
         hidden_states: Tensor,
@@ -98,16 +115,33 @@ class FusedLayer(LayerForward):
         headway: Any,
         **__: Any,
     ) -> Tensor:
+        pieces = getattr(headway, "pieces", None)
+        if pieces is not None:
+            hidden_states, qkv = pieces.before(self, hidden_states)
+            pieces.after(self, self._attended(qkv, position_embeddings, headway))
+            return hidden_states
         hidden = hidden_states[0]
-        qkv = self._qkv(self._before(hidden)).split(self._sizes, dim=-1)
-        q, k, v = (part.unflatten(-1, (-1, self._head_dim)) for part in qkv)
-        cos, sin = position_embeddings
-        half = cos.shape[-1] // self.repeats
-        rotary = TokenRotary(cos[0, :, :half], sin[0, :, :half], norms=self._head_norms)
-        attended = headway(self._attention, q, k, v, {**self._options, "rotary": rotary})
-        self._out.add_to(hidden, attended.flatten(1))
-        self._down.add_to(hidden, gated(self._gate_up(self._between(hidden)), self._activation))
+        qkv = self._qkv(self._before(hidden))
+        self.finish(hidden, self._attended(qkv, position_embeddings, headway))
         return hidden_states
+
+    def project(self, hidden: Tensor, qkv: Tensor) -> None:
+        """What comes before attention: hidden states (tokens, width) to queries, keys and values."""
+        self._qkv.into(qkv, self._before(hidden))
+
+    def finish(self, hidden: Tensor, attended: Tensor) -> None:
+        """What comes after attention, whose results (tokens, heads * head_dim) are given."""
+        self._out.add_to(hidden, attended)
+        self._down.add_to(hidden, gated(self._gate_up(self._between(hidden)), self._activation))
+
+    def _attended(self, qkv: Tensor, angles: tuple[Tensor, Tensor], headway: Any) -> Tensor:
+        parts = qkv.split(self._sizes, dim=-1)
+        q, k, v = (part.unflatten(-1, (-1, self._head_dim)) for part in parts)
+        tokens, half = qkv.shape[0], angles[0].shape[-1] // self.repeats
+        cos, sin = (angle[0, :tokens, :half] for angle in angles)
+        rotary = TokenRotary(cos, sin, norms=self._head_norms)
+        attended: Tensor = headway(self._attention, q, k, v, {**self._options, "rotary": rotary})
+        return attended.flatten(1)
 
     def take_over(self, layer: nn.Module) -> None:
         """Become the layer's forward; weights that are joined here are given up there."""

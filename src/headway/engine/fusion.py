@@ -18,7 +18,7 @@ checked on the whole model.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,10 +32,11 @@ from headway.engine.parts import ROPE, SharedProduct, with_rope
 from headway.engine.trial import (
     TRIAL_ROWS,
     LayerTrial,
-    Witness,
     agree,
+    grown_alike,
     is_taken,
     looks_plain,
+    queries_and_keys,
     random_like,
 )
 from headway.kernels.portable.gated import ACTIVATIONS, Activation, gated
@@ -273,7 +274,7 @@ def _repeats(original: Callable[..., Any], like: Tensor) -> int | None:
 def _defer_rotaries(model: nn.Module, report: Fusion) -> None:
     like = next(model.parameters())
     exchanged: list[nn.Module] = []
-    before = _queries_and_keys(model)
+    before = queries_and_keys(model)
     forwards: dict[type, Any] = {}
     for path, module in model.named_modules():
         kind = type(module)
@@ -294,32 +295,12 @@ def _defer_rotaries(model: nn.Module, report: Fusion) -> None:
             continue
         module.forward = types.MethodType(forwards[kind], module)  # type: ignore[method-assign]
         exchanged.append(module)
-    if exchanged and not _same(before, _queries_and_keys(model)):
+    if exchanged and not grown_alike(before, queries_and_keys(model)):
         for module in exchanged:
             del module.forward
         report.left_alone[ROPE] = "rotary embedding: something happens to queries or keys behind it"
         return
     report.rotaries = len(exchanged)
-
-
-def _queries_and_keys(model: nn.Module) -> list[Tensor]:
-    """What every attention layer attends with, for a few tokens at positions that differ."""
-    device = next(model.parameters()).device
-    witness = Witness()
-    ids = torch.arange(4, device=device)[None]
-    positions = torch.tensor([[0, 1, 5, 11]], device=device)
-    model(input_ids=ids, position_ids=positions, use_cache=False, headway=witness)
-    return witness.seen
-
-
-def _same(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
-    """Equal but for what roundings grow to over a model's layers; a rotation too many is far beyond."""
-
-    def errors() -> Iterator[float]:
-        for a, b in zip(before, after, strict=True):
-            yield ((a.float() - b.float()).norm() / a.float().norm().clamp(min=1e-20)).item()
-
-    return len(before) == len(after) and all(error < 0.1 for error in errors())
 
 
 # --- angles -----------------------------------------------------------------------------------------

@@ -92,11 +92,10 @@ class DecodeGraphs:
         self._backend.init_forward_metadata_in_graph()
         return self._forward(ids, positions)
 
-    def covers(self, batch: ForwardBatch, num_tokens: int) -> bool:
-        """Whether there is a graph for such a step, of so many tokens in all."""
+    def covers(self, new_tokens: Sequence[int]) -> bool:
+        """Whether there is a graph for a step of sequences with so many new tokens each."""
         each = self._limits.tokens_per_sequence
-        alike = batch.max_seqlen_q == each and num_tokens == each * batch.batch_size
-        return alike and batch.batch_size <= self._sizes[-1]
+        return len(new_tokens) <= self._sizes[-1] and all(new == each for new in new_tokens)
 
     def run(self, ids: Tensor, positions: Tensor, batch: ForwardBatch) -> Tensor:
         """Logits (tokens, vocabulary) of all tokens of a step that is covered, until the next call.

@@ -46,6 +46,7 @@ from headway.serving.mla import MLABackend, MLALayer
 
 if TYPE_CHECKING:
     from headway.engine.fusion import Fusion
+    from headway.engine.pieces import Pieces
 
 logger = logging.getLogger(__name__)
 
@@ -185,6 +186,7 @@ class LLM(Intake):
             max_sequences=config.max_running_requests,
             max_pages=kv_cache.pages_for(self.max_model_len, config.page_size),
             graphs=self._capture(num_pages, config.max_running_requests, progress=progress),
+            pieces=self._capture_pieces(config.chunked_prefill_size, progress=progress),
         )
         self._in_flight: Step | None = None
         self._requests: dict[str, Request] = {}
@@ -625,6 +627,21 @@ class LLM(Intake):
                 break
             captured.append(graphs)
         return captured
+
+    def _capture_pieces(self, most: int, *, progress: bool = False) -> Pieces | None:
+        """What lies between the attention calls of plain layers, for steps of up to ``most`` tokens."""
+        layers = getattr(self.acceleration, "layers", 0) if self.config.cuda_graphs else 0
+        if layers == 0:
+            return None
+        from headway.engine.pieces import MOST_ROWS, pieces_of, row_counts
+
+        counts = row_counts(min(most, MOST_ROWS))
+        try:
+            with _bar("Capturing pieces of prefill", len(counts), show=progress) as advance:
+                return pieces_of(self.model, counts, CudaRecorder(self.device), advance)
+        except Exception as error:  # whatever a model does that cannot be captured
+            logger.warning("prefill runs without CUDA graphs: %s: %s", type(error).__name__, error)
+            return None
 
     def graphs_of(
         self,

@@ -9,7 +9,11 @@ has drawn is taken over on the device, before the host knows it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,6 +24,9 @@ from headway.engine.graphs import DecodeGraphs
 from headway.engine.scheduler import Chunk, Sequence
 from headway.engine.transfer import upload
 from headway.serving.base import AttentionBackend, ForwardBatch
+
+if TYPE_CHECKING:
+    from headway.engine.pieces import Pieces
 
 #: Kernels are compiled for addresses and strides that are multiples of 16 bytes, and for others: rows of
 #: what is sent begin at such addresses, so that one kernel serves every step.
@@ -56,6 +63,26 @@ class PageTable:
         return self.table[:rows, : -(-columns // COLUMNS) * COLUMNS]
 
 
+@dataclass
+class _Flat:
+    """A step's tokens in a row: which they are, where those come from that the host does not know yet (-1:
+    from ``ids``), their positions; each sequence's tokens in the cache and the ends of its new ones; the
+    rows that are looked at."""
+
+    ids: list[int] = field(default_factory=list)
+    sources: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    contexts: list[int] = field(default_factory=list)
+    ends: list[int] = field(default_factory=lambda: [0])
+    rows: list[int] = field(default_factory=list)
+
+    def pad(self, count: int) -> None:
+        """So many tokens more, which belong to no sequence."""
+        self.ids += [0] * count
+        self.sources += [-1] * count
+        self.positions += [0] * count
+
+
 class ModelRunner:
     """Runs chunks of sequences through a model.
 
@@ -74,10 +101,12 @@ class ModelRunner:
         max_sequences: int,
         max_pages: int,
         graphs: Seq[DecodeGraphs] = (),
+        pieces: Pieces | None = None,
     ) -> None:
         self.model = model
         self.device = next(model.parameters()).device
         self.graphs = list(graphs)
+        self.pieces = pieces
         self._attention = attention
         self._backend = backend
         self._pages = PageTable(max_sequences, max_pages)
@@ -95,49 +124,71 @@ class ModelRunner:
             (rows, vocabulary) logits, ``chunk.num_rows`` rows for each chunk, in order. They are valid
             until the next call.
         """
-        ids: list[int] = []
-        sources: list[int] = []
-        positions: list[int] = []
-        ends: list[int] = [0]
-        rows: list[int] = []
-        contexts: list[int] = []
-        for chunk in chunks:
-            start = chunk.sequence.num_computed
-            stop = start + chunk.num_tokens
-            ids += chunk.tokens
-            sources += [-1] * chunk.num_tokens
-            if chunk.takes_pending:
-                sources[-1] = self._source(chunk.sequence)
-            positions += range(start, stop)
-            contexts.append(start)
-            ends.append(len(ids))
-            rows += range(len(ids) - chunk.num_rows, len(ids))
+        flat = self._flattened(chunks)
         table = self._pages.fill(chunks)
         if self.device.type != "cpu":
             table = self._pages.padded(table)
-        pending = any(source >= 0 for source in sources)
-        sent = self._send(ids, sources if pending else [], positions, contexts, ends, rows, table)
-        ids_there, sources_there, positions_there, contexts_there, ends_there, rows_there = sent[:6]
+        num_tokens, num_rows = len(flat.ids), len(flat.rows)
+        graphs = self._graphs_for(chunks) if num_rows == num_tokens else None
+        rows = (
+            None if graphs is not None or self.pieces is None else self.pieces.rows_for(num_tokens)
+        )
+        if rows is not None:
+            flat.pad(rows - num_tokens)
+        pending = any(source >= 0 for source in flat.sources)
+        sent = self._send(flat, table, pending)
+        ids, sources, positions, contexts, ends, rows_there = sent[:6]
         batch = ForwardBatch(
-            cu_seqlens_q=ends_there,
-            seqlens_k=contexts_there,
+            cu_seqlens_q=ends,
+            seqlens_k=contexts,
             page_table=sent[6].view(table.shape),
             max_seqlen_q=max(chunk.num_tokens for chunk in chunks),
             max_seqlen_k=max(
-                start + chunk.num_tokens for start, chunk in zip(contexts, chunks, strict=True)
+                start + chunk.num_tokens for start, chunk in zip(flat.contexts, chunks, strict=True)
             ),
             num_decodes=_leading_decodes(chunks),
-            host_lengths=(np.array(ends, np.int32), np.array(contexts, np.int32)),
+            host_lengths=(np.array(flat.ends, np.int32), np.array(flat.contexts, np.int32)),
         )
         if pending:
             assert self._drawn is not None
-            drawn = self._drawn[1][sources_there.clamp(min=0)]
-            ids_there = torch.where(sources_there >= 0, drawn, ids_there)
-        if len(rows) == len(ids):
-            for graphs in self.graphs:
-                if graphs.covers(batch, len(ids)):
-                    return graphs.run(ids_there, positions_there, batch)
-        return self._run_eagerly(ids_there, positions_there, batch, rows_there, len(rows))
+            drawn = self._drawn[1][sources.clamp(min=0)]
+            ids = torch.where(sources >= 0, drawn, ids)
+        if graphs is not None:
+            return graphs.run(ids, positions, batch)
+        if rows is None:
+            return self._run_eagerly(ids, positions, batch, rows_there, num_rows)
+        with self._in_pieces(num_tokens):
+            return self._run_eagerly(ids, positions, batch, rows_there, num_rows)
+
+    def _flattened(self, chunks: Seq[Chunk]) -> _Flat:
+        flat = _Flat()
+        for chunk in chunks:
+            start = chunk.sequence.num_computed
+            flat.ids += chunk.tokens
+            flat.sources += [-1] * chunk.num_tokens
+            if chunk.takes_pending:
+                flat.sources[-1] = self._source(chunk.sequence)
+            flat.positions += range(start, start + chunk.num_tokens)
+            flat.contexts.append(start)
+            end = len(flat.ids)
+            flat.ends.append(end)
+            flat.rows += range(end - chunk.num_rows, end)
+        return flat
+
+    def _graphs_for(self, chunks: Seq[Chunk]) -> DecodeGraphs | None:
+        new_tokens = [chunk.num_tokens for chunk in chunks]
+        return next((one for one in self.graphs if one.covers(new_tokens)), None)
+
+    @contextmanager
+    def _in_pieces(self, num_tokens: int) -> Iterator[None]:
+        """The model runs in captured pieces here."""
+        assert self.pieces is not None
+        self.pieces.begin(num_tokens)
+        self._attention.pieces = self.pieces
+        try:
+            yield
+        finally:
+            self._attention.pieces = None
 
     def _run_eagerly(
         self, ids: Tensor, positions: Tensor, batch: ForwardBatch, rows: Tensor, num_rows: int
@@ -158,23 +209,15 @@ class ModelRunner:
         assert self._drawn is not None
         return self._drawn[0][sequence]
 
-    def _send(
-        self,
-        ids: list[int],
-        sources: list[int],
-        positions: list[int],
-        contexts: list[int],
-        ends: list[int],
-        rows: list[int],
-        table: np.ndarray,
-    ) -> tuple[Tensor, ...]:
+    def _send(self, flat: _Flat, table: np.ndarray, pending: bool) -> tuple[Tensor, ...]:
         """All of a step's numbers as int32 tensors on the device, in one copy."""
-        parts = [ids, sources, positions, contexts, ends, rows or [0]]
-        flat: list[int] = []
+        sources = flat.sources if pending else []
+        parts = [flat.ids, sources, flat.positions, flat.contexts, flat.ends, flat.rows or [0]]
+        numbers: list[int] = []
         for part in parts:
-            flat += part
-            flat += [0] * (-len(part) % ALIGNMENT)
-        packed = np.concatenate((np.array(flat, dtype=np.int32), table.reshape(-1)))
+            numbers += part
+            numbers += [0] * (-len(part) % ALIGNMENT)
+        packed = np.concatenate((np.array(numbers, dtype=np.int32), table.reshape(-1)))
         there = upload(packed, torch.int32, self.device)
         sizes = [len(part) + -len(part) % ALIGNMENT for part in parts]
         *padded, table_there = there.split([*sizes, table.size])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -123,9 +124,13 @@ class LayerTrial:
 
 
 class Witness:
-    """A ``headway=`` that writes down what it is given, encoded, and hands values on."""
+    """A ``headway=`` that writes down what it is given, encoded, and hands values on.
 
-    def __init__(self) -> None:
+    ``pieces``: captured pieces that the model's layers run in.
+    """
+
+    def __init__(self, pieces: Any = None) -> None:
+        self.pieces = pieces
         self.seen: list[Tensor] = []
         self.options: dict[str, Any] = {}
 
@@ -138,9 +143,43 @@ class Witness:
             q, k = normalised(q, k, rotary.norms)
         for x in (q, k):
             heads_first = x.transpose(0, 1)[None]
-            self.seen.append(heads_first if rotary is None else rotated(heads_first, rotary))
-        self.seen.append(v)
+            self.seen.append(
+                heads_first.clone() if rotary is None else rotated(heads_first, rotary)
+            )
+        self.seen.append(v.clone())  # the memory may be the next layer's too
         expansion = expansion_of(module)
         if expansion is not None:
             return expansion.values(v)
         return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+
+
+def queries_and_keys(model: nn.Module, pieces: Any = None) -> list[Tensor]:
+    """What every attention layer attends with, for a few tokens at positions that differ: q, k, v of each.
+
+    ``pieces``: captured pieces (:mod:`.pieces`) to run the model in.
+    """
+    device = next(model.parameters()).device
+    witness = Witness(pieces)
+    tokens = [0, 1, 2, 3]
+    positions = [0, 1, 5, 11]
+    if pieces is not None:
+        pieces.begin(len(tokens))
+        padding = [0] * (pieces.rows_for(len(tokens)) - len(tokens))
+        tokens, positions = tokens + padding, positions + padding
+    model(
+        input_ids=torch.tensor([tokens], device=device),
+        position_ids=torch.tensor([positions], device=device),
+        use_cache=False,
+        headway=witness,
+    )
+    return witness.seen
+
+
+def grown_alike(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
+    """Equal but for what roundings grow to over a model's layers; a rotation too many is far beyond."""
+
+    def errors() -> Iterator[float]:
+        for a, b in zip(before, after, strict=True):
+            yield ((a.float() - b.float()).norm() / a.float().norm().clamp(min=1e-20)).item()
+
+    return len(before) == len(after) and all(error < 0.1 for error in errors())

@@ -106,13 +106,17 @@ class ForwardBatch:
             n,
             None if known is None else (known[0][: n + 1], known[1][:n]),
         )
+        rest, longest = None, self.max_seqlen_k
+        if known is not None:  # the longest sequence may be one that decodes
+            rest = known[0][n:] - n, known[1][n:]
+            longest = int((rest[1] + np.diff(rest[0])).max())
         others = ForwardBatch(
             self.cu_seqlens_q[n:] - n,
             self.seqlens_k[n:],
             self.page_table[n:],
             self.max_seqlen_q,
-            self.max_seqlen_k,
-            host_lengths=None if known is None else (known[0][n:] - n, known[1][n:]),
+            longest,
+            host_lengths=rest,
         )
         return decodes, others
 

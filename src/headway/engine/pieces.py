@@ -1,0 +1,118 @@
+"""Steps that prefill, in pieces: what plain layers compute between their attention calls, as CUDA graphs.
+
+Launched kernel by kernel, the layers of a small model take the host longer than some hundred tokens take
+the device. What an attention call launches depends on which tokens belong together, so it is launched anew
+in every step. Products, norms and activations depend on the number of rows alone: they are captured for
+some numbers of rows, in memory that all layers share. A step of fewer tokens computes on padding, at which
+nobody looks.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from headway.engine.fused_layer import FusedLayer
+from headway.engine.graphs import Record
+from headway.engine.trial import grown_alike, queries_and_keys
+
+#: Most tokens of a step that runs in pieces: those of larger ones keep a GPU busy for as long as the host.
+MOST_ROWS = 2048
+
+
+def row_counts(most: int) -> list[int]:
+    """Numbers of rows worth graphs of their own: from 16 on, each 1.3 to 2 times the one before."""
+    counts = [16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048]
+    return [*(count for count in counts if count < most), most]
+
+
+class Pieces:
+    """What lies between the attention calls of a model's layers, for steps of up to ``counts[-1]`` tokens.
+
+    Args:
+        layers: all of the model's, in order, with products of the same sizes.
+        counts: numbers of rows to capture, ascending.
+        record: how a piece is captured.
+    """
+
+    def __init__(self, layers: Sequence[FusedLayer], counts: Sequence[int], record: Record) -> None:
+        self._layers = list(layers)
+        self._counts = list(counts)
+        self._record = record
+        self._after = {layer: place for place, layer in enumerate(self._layers, 1)}
+        like, most = self._layers[0].weight, self._counts[-1]
+        width, qkv_width, attended_width = self._layers[0].sizes
+        self._hidden = like.new_zeros(1, most, width)
+        self._qkv = like.new_zeros(most, qkv_width)
+        self._attended = like.new_zeros(most, attended_width)
+        #: by number of rows: the first layer's beginning, then what follows each layer's attention
+        self._replays: dict[int, list[Callable[[], Tensor]]] = {}
+        self._tokens = self._rows = 0
+
+    @torch.inference_mode()
+    def capture(self, advance: Callable[[], None] = lambda: None) -> None:
+        """Capture every number of rows, the largest first, so that the others fit into its memory."""
+        for rows in reversed(self._counts):
+            self._replays[rows] = [
+                self._record(functools.partial(self._piece, place, rows))
+                for place in range(len(self._layers) + 1)
+            ]
+            advance()
+
+    def _piece(self, place: int, rows: int) -> Tensor:
+        hidden = self._hidden[0, :rows]
+        if place > 0:
+            self._layers[place - 1].finish(hidden, self._attended[:rows])
+        if place < len(self._layers):
+            self._layers[place].project(hidden, self._qkv[:rows])
+        return hidden
+
+    def rows_for(self, num_tokens: int) -> int | None:
+        """Rows that such a step computes; None where it is too large."""
+        found = bisect.bisect_left(self._counts, num_tokens)
+        return self._counts[found] if found < len(self._counts) else None
+
+    def begin(self, num_tokens: int) -> None:
+        """A step of so many tokens begins."""
+        rows = self.rows_for(num_tokens)
+        assert rows is not None
+        self._tokens, self._rows = num_tokens, rows
+
+    def before(self, layer: FusedLayer, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer's hidden states (1, rows, width) where they stay, and its q, k and v of the tokens."""
+        hidden = self._hidden[:, : self._rows]
+        if layer is self._layers[0]:
+            hidden.copy_(hidden_states)
+            self._replays[self._rows][0]()
+        return hidden, self._qkv[: self._tokens]
+
+    def after(self, layer: FusedLayer, attended: Tensor) -> None:
+        """Go on from attention (tokens, heads * head_dim) to the next layer's, or to the end."""
+        self._attended[: self._tokens].copy_(attended)
+        self._replays[self._rows][self._after[layer]]()
+
+
+@torch.inference_mode()
+def pieces_of(
+    model: nn.Module,
+    counts: Sequence[int],
+    record: Record,
+    advance: Callable[[], None] = lambda: None,
+) -> Pieces | None:
+    """Captured pieces of a model, for these numbers of rows.
+
+    None where not all of its layers with attention are plain, they cannot share memory, or a trial says
+    that the model does not run through them one after the other.
+    """
+    exchanged = (vars(module).get("forward") for module in model.modules())
+    layers = [forward for forward in exchanged if isinstance(forward, FusedLayer)]
+    wanted = queries_and_keys(model)
+    if 3 * len(layers) != len(wanted) or len({layer.sizes for layer in layers}) != 1:
+        return None
+    pieces = Pieces(layers, counts, record)
+    pieces.capture(advance)
+    return pieces if grown_alike(wanted, queries_and_keys(model, pieces)) else None

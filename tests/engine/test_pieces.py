@@ -1,0 +1,147 @@
+"""Prefill in pieces: what stands for a captured piece here is doing it again, in the same memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from headway.engine import fused_layer, fusion
+from headway.engine.llm import LLM
+from headway.engine.pieces import MOST_ROWS, Pieces, pieces_of, row_counts
+from headway.engine.request import SamplingParams
+from tests.engine.conftest import TinyModel, engine
+from tests.engine.test_fusion import gated, rms_norm
+from tests.engine.test_overlap import GREEDY, PROMPTS, replaying
+
+COUNTS = [4, 16, 24]
+
+
+@pytest.fixture(autouse=True)
+def kernels_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_layer, "rms_norm", rms_norm)
+    monkeypatch.setattr(fused_layer, "gated", gated)
+    monkeypatch.setattr(fusion, "gated", gated)
+
+
+class Replays:
+    """Counts what is replayed."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def record(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        function()
+
+        def replay() -> Tensor:
+            self.count += 1
+            return function()
+
+        return replay
+
+
+def in_pieces(llm: LLM) -> Replays:
+    fusion.fuse(llm.model, llm.max_model_len)
+    replays = Replays()
+    llm._runner.pieces = pieces_of(llm.model, COUNTS, replays.record)
+    assert llm._runner.pieces is not None
+    replays.count = 0
+    return replays
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("chunk", [7, 512])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral"])
+def test_equals_transformers(
+    name: str, chunk: int, graphs: bool, tiny: Callable[[str], TinyModel]
+) -> None:
+    """Whole prompts, chunks of them, and both beside sequences that decode; some steps are too large."""
+    model = tiny(name)
+    llm = engine(model, acceleration="off", overlap=True, chunked_prefill_size=chunk)
+    replays = in_pieces(llm)
+    if graphs:
+        replaying(llm)
+    found = [list(one.token_ids) for one in llm.generate(PROMPTS, GREEDY)]
+    assert found == [model.greedy(prompt, 20) for prompt in PROMPTS]
+    assert replays.count % 3 == 0  # two layers: three pieces a step
+    assert replays.count > 0 or chunk > COUNTS[-1]
+    assert llm._attention.pieces is None
+
+
+def test_padding_never_reaches_a_token(llama: TinyModel) -> None:
+    """What an earlier, longer step left in the shared memory is not a number."""
+    llm = engine(llama, acceleration="off")
+    in_pieces(llm)
+    pieces = llm._runner.pieces
+    assert pieces is not None
+    for prompt in PROMPTS:
+        with torch.inference_mode():
+            for memory in (pieces._qkv, pieces._attended):
+                memory.fill_(float("nan"))
+        (found,) = llm.generate([prompt], GREEDY)
+        assert list(found.token_ids) == llama.greedy(prompt, 20)
+
+
+def test_a_step_that_fails_leaves_no_pieces_behind(
+    llama: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = engine(llama, acceleration="off")
+    in_pieces(llm)
+
+    def fail(*_: object, **__: object) -> Tensor:
+        raise RuntimeError("no")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(llm.backend, "forward", fail)
+        llm.add_request("x", PROMPTS[0], SamplingParams(max_tokens=2))
+        assert [one.error for one in llm.step()] == ["RuntimeError: no"]
+    assert llm._attention.pieces is None
+    (found,) = llm.generate([PROMPTS[1]], GREEDY)
+    assert list(found.token_ids) == llama.greedy(PROMPTS[1], 20)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gpt_oss", "deepseek_v3"])
+def test_layers_that_are_not_plain_run_whole(name: str, tiny: Callable[[str], TinyModel]) -> None:
+    llm = engine(tiny(name), acceleration="off")
+    fusion.fuse(llm.model, llm.max_model_len)
+    assert pieces_of(llm.model, COUNTS, Replays().record) is None
+
+
+class Backwards(nn.Module):
+    """Stands where a model's layers stand, and begins with the last."""
+
+    def __init__(self, layers: nn.ModuleList) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(list(self.layers)[::-1])
+
+    def __getitem__(self, index: slice) -> list[nn.Module]:
+        return list(self.layers)[::-1][index]
+
+
+def test_layers_in_another_order_are_found_out(llama: TinyModel) -> None:
+    llm = engine(llama, acceleration="off")
+    fusion.fuse(llm.model, llm.max_model_len)
+    llm.model.model.layers = Backwards(llm.model.model.layers)
+    assert pieces_of(llm.model, COUNTS, Replays().record) is None
+
+
+def test_steps_get_the_next_larger_number_of_rows() -> None:
+    pieces = Pieces.__new__(Pieces)
+    pieces._counts = row_counts(MOST_ROWS)
+    assert [pieces.rows_for(n) for n in (1, 16, 17, 1000, 2048, 2049)] == [
+        16,
+        16,
+        32,
+        1024,
+        2048,
+        None,
+    ]
+    assert row_counts(512)[-2:] == [384, 512]
+    assert row_counts(8) == [8]
+    wide = torch.tensor(row_counts(MOST_ROWS), dtype=torch.float32)
+    assert (wide[1:] / wide[:-1]).max() <= 2
