@@ -109,6 +109,40 @@ def test_ragged_decode_does_not_take_row_i_for_sequence_i() -> None:
 
 
 @pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize(
+    "lengths", [(1, 1, 1), (0, 1, 1), (1, 0, 1), (1, 1, 0), (0, 0, 0)], ids=str
+)
+@pytest.mark.parametrize("padding", [0, 2])
+def test_ragged_decode_packs_heads_whoever_has_a_query(
+    package: str, lengths: tuple[int, ...], padding: int
+) -> None:
+    """As dense decode does; rows of padding stay as they were."""
+    torch.manual_seed(0)
+    k, v = (torch.randn(4, 256, 2, 64, dtype=torch.bfloat16) for _ in range(2))
+    table = torch.tensor([[2, 0], [3, 1], [1, 3]], dtype=torch.int32)
+    cu_seqlens_q = torch.nn.functional.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
+    total = sum(lengths) + padding
+    kwargs: dict[str, Any] = {
+        "q": torch.randn(total, 4, 64, dtype=torch.bfloat16),
+        "k_cache": k,
+        "v_cache": v,
+        "cache_seqlens": torch.tensor([300, 20, 512], dtype=torch.int32),
+        "page_table": table,
+        "cu_seqlens_q": cu_seqlens_q,
+        "max_seqlen_q": 1,
+        "causal": True,
+    }
+    expected = torch.full((total, 4, 64), 7.0, dtype=torch.bfloat16)
+    headway.flash_attn_with_kvcache(**kwargs, out=expected, backend="reference")
+    out = torch.full_like(expected, 7.0)
+    with installed("sm90", package):
+        headway.flash_attn_with_kvcache(**kwargs, out=out, backend="fa2")
+        if total:
+            assert all(arguments.get("max_seqlen_q", 1) == 1 for _, arguments in CALLS)
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize(
     "more", [{}, {"causal": True}, {"window_size": (3, 9)}, {"window_size": (-1, 300)}], ids=str

@@ -27,6 +27,22 @@ def ragged_at_any_length(p: Problem) -> Problem:
     return dataclasses.replace(p, max_seqlen_q=max(p.max_seqlen_q, 2))
 
 
+def one_row_each(p: Problem) -> tuple[Problem, Tensor]:
+    """Ragged decode over pages as dense, and the sequence of each row, (total_q,), for the way back.
+
+    Sequences without a query get a row that nobody reads.
+    """
+    assert p.cu_seqlens_q is not None
+    starts, ends = p.cu_seqlens_q[:-1], p.cu_seqlens_q[1:]
+    dense = dataclasses.replace(
+        p,
+        q=p.q.index_select(0, starts.clamp(max=p.q.shape[0] - 1)).unsqueeze(1),
+        cu_seqlens_q=None,
+        out=None,
+    )
+    return dense, _owners(p, ends)
+
+
 def without_unseeing(p: Problem, lengths: Tensor) -> tuple[Problem, Tensor]:
     """A problem over pages without the rows that see no key; and which those are, boolean (total_q,).
 
@@ -46,9 +62,17 @@ def without_unseeing(p: Problem, lengths: Tensor) -> tuple[Problem, Tensor]:
         seqlens_k=seqlens_k,
         page_table=p.page_table.flip(0).repeat_interleave(2, dim=0)[:-1],
     )
-    rows = torch.arange(p.q.shape[0], dtype=torch.int32, device=p.device)
-    owner = torch.searchsorted(ends, rows, right=True).clamp_(max=p.batch_size - 1)
+    rows, owner = _rows(p), _owners(p, ends)
     return seeing, (rows >= starts[owner]) & (rows < firsts[owner])
+
+
+def _rows(p: Problem) -> Tensor:
+    return torch.arange(p.q.shape[0], dtype=torch.int32, device=p.device)
+
+
+def _owners(p: Problem, ends: Tensor) -> Tensor:
+    """(total_q,): the sequence of each row; rows of padding count as the last one's."""
+    return torch.searchsorted(ends, _rows(p), right=True).clamp_(max=p.batch_size - 1)
 
 
 def _first_seeing(p: Problem, starts: Tensor, ends: Tensor, lengths: Tensor) -> Tensor:

@@ -83,7 +83,8 @@ def flash_attn_varlen_func(
     return_attn_probs=False,
     block_table=None,
 ):
-    record("flash_attn.flash_attn_varlen_func", {"q": q, "k": k, "v": v})
+    given = {"q": q, "k": k, "v": v, "max_seqlen_q": max_seqlen_q}
+    record("flash_attn.flash_attn_varlen_func", given)
     assert block_table is None or k.shape[1] % 256 == 0, (
         "Paged KV cache block size must be divisible by 256"
     )
