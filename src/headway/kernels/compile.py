@@ -213,8 +213,8 @@ def stand_in(target: str) -> Iterator[list[Compiled]]:
 def _forget_kernels() -> None:
     """Let choices and launchers begin anew: what they keep is of another target, or was never loaded."""
     from headway import dispatch
-    from headway.kernels import _triton, direct
-    from headway.kernels.hopper import decode, decode_plan, forward
+    from headway.kernels import _triton
+    from headway.kernels.hopper import decode, decode_plan, direct, forward
 
     dispatch.forget()
     for table in (_triton._compiled, direct._STARTED, forward._LAUNCHES):

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from headway.errors import InvalidInputError
 from headway.kernels._triton import cdiv, gl, next_power_of_2
-from headway.kernels.direct import Boxes, DirectLaunch, misaligned
 from headway.kernels.hopper.decode_combine import CombineConfig, combine_kernel
 from headway.kernels.hopper.decode_config import (
     APPENDED_AT_LEAST,
@@ -34,6 +33,7 @@ from headway.kernels.hopper.decode_config import (
 )
 from headway.kernels.hopper.decode_kernel import decode_kernel
 from headway.kernels.hopper.decode_plan import DecodePlan, empty_plan
+from headway.kernels.hopper.direct import Boxes, DirectLaunch, misaligned
 from headway.kernels.mods import kind_of
 from headway.problem import Append
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from headway.kernels._triton import aggregate, cta_barrier, gl, gluon, next_power_of_2
-from headway.kernels.direct import DirectLaunch
 from headway.kernels.hopper.decode_config import DecodeTile
+from headway.kernels.hopper.direct import DirectLaunch
 from headway.kernels.hopper.masks import row_limits
 
 #: Fields of a sequence's record, int32; a worker's record goes on with where its share begins.

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from headway.errors import UnsupportedError
 from headway.kernels._triton import cdiv, gdc_launch_dependents, gl, gluon
-from headway.kernels.direct import Boxes, DirectLaunch
 from headway.kernels.hopper import pipeline
 from headway.kernels.hopper.config import ForwardConfig, box_rows
 from headway.kernels.hopper.consumer import consume
+from headway.kernels.hopper.direct import Boxes, DirectLaunch
 from headway.kernels.hopper.merge import merge
 from headway.kernels.hopper.producer import help_produce, produce
 from headway.kernels.hopper.schedule import max_tiles, order_tiles

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from headway.kernels._triton import cdiv, gdc_wait, jit, next_power_of_2, tl
-from headway.kernels.direct import launch
+from headway.kernels.hopper.direct import launch
 from headway.kernels.portable.numeric import LN2, LOG2E, cast
 from headway.kernels.portable.spans import query_span
 

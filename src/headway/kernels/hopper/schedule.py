@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from headway.kernels._triton import cdiv, jit, tl
-from headway.kernels.direct import launch
+from headway.kernels.hopper.direct import launch
 
 #: int32 entries in front of the tiles: next tile, finished CTAs (both 0 between launches), number of tiles
 HEADER = 3

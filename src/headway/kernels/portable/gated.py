@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from headway.kernels._triton import cdiv, gdc_wait, jit, tl
-from headway.kernels.direct import start
 from headway.kernels.portable.numeric import cast
-from headway.kernels.portable.operands import is_dependent
+from headway.kernels.portable.operands import dependent_launch
 
 Activation = Literal["silu", "gelu_tanh", "gelu"]
 ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu_tanh", "gelu")
@@ -62,18 +61,14 @@ def gated(x: Tensor, activation: Activation) -> Tensor:
     out = torch.empty(*x.shape[:-1], width, dtype=x.dtype, device=x.device)
     rows = out.numel() // width
     if rows:
-        dependent = is_dependent(x.device)
-        start(
-            gated_kernel,
-            (rows, cdiv(width, BLOCK)),
-            (x, out, x.stride(-2) if x.dim() > 1 else 0),
-            {
-                "WIDTH": width,
-                "ACTIVATION": ACTIVATIONS.index(activation),
-                "BLOCK": BLOCK,
-                "DEPENDENT": dependent,
-            },
+        gated_kernel[(rows, cdiv(width, BLOCK))](
+            x,
+            out,
+            x.stride(-2) if x.dim() > 1 else 0,
+            WIDTH=width,
+            ACTIVATION=ACTIVATIONS.index(activation),
+            BLOCK=BLOCK,
             num_warps=4,
-            dependent=dependent,
+            **dependent_launch(x.device),
         )
     return out

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from headway.kernels._triton import cdiv, gdc_wait, next_power_of_2, tl, triton
-from headway.kernels.direct import start
 from headway.kernels.norm_style import NormStyle
 from headway.kernels.portable.numeric import cast
-from headway.kernels.portable.operands import is_dependent
+from headway.kernels.portable.operands import dependent_launch
 
 #: Elements that a program takes at once, at most.
 ELEMENTS = 4096
@@ -72,20 +71,21 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, style: NormStyle) -> Tensor:
         x, inner, stride_outer, stride_inner = x.contiguous(), 1, d, 0
     block_d = next_power_of_2(d)
     block_r = max(1, min(16, ELEMENTS // block_d, next_power_of_2(cdiv(rows, 256))))
-    dependent = is_dependent(x.device)
-    start(
-        norm_kernel,
-        (cdiv(rows, block_r),),
-        (x, weight, out, rows, inner, stride_outer, stride_inner, eps),
-        {
-            "STYLE": int(style),
-            "D": d,
-            "BLOCK_D": block_d,
-            "BLOCK_R": block_r,
-            "DEPENDENT": dependent,
-        },
+    norm_kernel[(cdiv(rows, block_r),)](
+        x,
+        weight,
+        out,
+        rows,
+        inner,
+        stride_outer,
+        stride_inner,
+        eps,
+        STYLE=int(style),
+        D=d,
+        BLOCK_D=block_d,
+        BLOCK_R=block_r,
         num_warps=max(1, min(8, block_r * block_d // 256)),
-        dependent=dependent,
+        **dependent_launch(x.device),
     )
     return out
 

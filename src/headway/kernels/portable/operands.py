@@ -76,15 +76,11 @@ def _facts(device: torch.device) -> Device:
     return Device(f"sm{capability}", count, capability >= 89, capability >= 89)
 
 
-def is_dependent(device: torch.device) -> bool:
-    """Whether a short kernel may start there while the one before it ends (it calls gdc_wait before it
-    reads anything): a microsecond less between two kernels."""
-    return device_of(device).arch in ("sm90", "sm100", "sm103", "sm120")
-
-
 def dependent_launch(device: torch.device) -> dict[str, bool]:
-    """Arguments for a kernel that may start so."""
-    return {"DEPENDENT": True, "launch_pdl": True} if is_dependent(device) else {"DEPENDENT": False}
+    """Arguments for a short kernel that may start while the one before it ends (it calls gdc_wait before
+    it reads anything): a microsecond less between two kernels."""
+    dependent = device_of(device).arch in ("sm90", "sm100", "sm103", "sm120")
+    return {"DEPENDENT": True, "launch_pdl": True} if dependent else {"DEPENDENT": False}
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from headway.kernels._triton import cdiv, gdc_launch_dependents, gdc_wait, jit, tl, triton
-from headway.kernels.direct import start
 from headway.kernels.portable.append import stored
 from headway.kernels.portable.norm import NormStyle
 from headway.kernels.portable.numeric import cast
-from headway.kernels.portable.operands import bits, block_width, is_dependent
+from headway.kernels.portable.operands import bits, block_width, dependent_launch
 from headway.kernels.portable.rotation import turned, turning_columns
 
 #: Tokens per program: few tokens are spread, many are put together.
@@ -283,50 +282,42 @@ def store_tokens(
     if num_tokens == 0:
         return q_out
     block_t = FEW if num_tokens <= 1024 else MANY
-    dependent = is_dependent(q.device)
-    start(
-        store_kernel,
-        (cdiv(num_tokens, block_t), q_heads + 2 * kv_heads),
-        (
-            q,
-            k,
-            v,
-            bits(k_cache, False),
-            bits(v_cache, False),
-            q_out,
-            slots,
-            cos,
-            sin,
-            q_weight,
-            k_weight,
-            k_descale,
-            v_descale,
-            num_tokens,
-            eps,
-            *q.stride()[:2],
-            *k.stride()[:2],
-            *v.stride()[:2],
-            *k_cache.stride()[:3],
-            *v_cache.stride()[:3],
-            *q_out.stride()[:2],
-            0 if cos is None else cos.stride(0),
-            0 if sin is None else sin.stride(0),
-        ),
-        {
-            "Q_HEADS": q_heads,
-            "KV_HEADS": kv_heads,
-            "STYLE": int(style),
-            "HALF": 0 if cos is None else cos.shape[1],
-            "INTERLEAVED": interleaved,
-            "PAGE_SIZE": k_cache.shape[1],
-            "D": k.shape[2],
-            "DV": v.shape[2],
-            "BLOCK_D": block_width(k.shape[2]),
-            "BLOCK_DV": block_width(v.shape[2]),
-            "BLOCK_T": block_t,
-            "DEPENDENT": dependent,
-        },
+    store_kernel[(cdiv(num_tokens, block_t), q_heads + 2 * kv_heads)](
+        q,
+        k,
+        v,
+        bits(k_cache, False),
+        bits(v_cache, False),
+        q_out,
+        slots,
+        cos,
+        sin,
+        q_weight,
+        k_weight,
+        k_descale,
+        v_descale,
+        num_tokens,
+        eps,
+        *q.stride()[:2],
+        *k.stride()[:2],
+        *v.stride()[:2],
+        *k_cache.stride()[:3],
+        *v_cache.stride()[:3],
+        *q_out.stride()[:2],
+        0 if cos is None else cos.stride(0),
+        0 if sin is None else sin.stride(0),
+        Q_HEADS=q_heads,
+        KV_HEADS=kv_heads,
+        STYLE=int(style),
+        HALF=0 if cos is None else cos.shape[1],
+        INTERLEAVED=interleaved,
+        PAGE_SIZE=k_cache.shape[1],
+        D=k.shape[2],
+        DV=v.shape[2],
+        BLOCK_D=block_width(k.shape[2]),
+        BLOCK_DV=block_width(v.shape[2]),
+        BLOCK_T=block_t,
         num_warps=1 if block_t == FEW else 4,
-        dependent=dependent,
+        **dependent_launch(q.device),
     )
     return q_out

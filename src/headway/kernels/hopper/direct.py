@@ -182,55 +182,6 @@ def launch(
     found(grid, args[0].device.index, addresses)
 
 
-def start(
-    kernel: Any,
-    grid: tuple[int, ...],
-    args: tuple[Any, ...],
-    constants: dict[str, Any],
-    *,
-    num_warps: int,
-    dependent: bool = False,
-) -> None:
-    """``kernel[grid](*args, **constants, num_warps=num_warps)``, which from the second time on skips what
-    Triton does to find its compiled code.
-
-    ``args`` and then ``constants`` are all parameters of the kernel, in order; the first of ``args`` is a
-    tensor, on the device that is meant. Constants are hashable. ``dependent``: it may start while the
-    kernel before it ends.
-    """
-    device: torch.device = args[0].device
-    options: dict[str, Any] = {"launch_pdl": True} if dependent else {}
-    options["num_warps"] = num_warps
-    if INTERPRETED.value or device.type != "cuda" or torch.version.hip is not None:
-        kernel[grid](*args, **constants, **options)
-        return
-    values: list[Any] = []
-    kinds: list[Hashable] = []
-    for arg in args:
-        if isinstance(arg, Tensor):
-            address = arg.data_ptr()
-            values.append(address)
-            kinds.append((arg.dtype, address & 15 == 0))
-        else:
-            values.append(arg)
-            kinds.append(_kind_of_number(arg))
-    values += constants.values()
-    key = (kernel, device, num_warps, dependent, *kinds, *constants.values())
-    found = _STARTED.get(key)
-    if found is None:
-        compiled = kernel.warmup(*args, grid=grid, **constants, **options)
-        found = _STARTED[key] = DirectLaunch(compiled)
-    width, height, depth = (*grid, 1, 1)[:3]
-    found((width, height, depth), device.index, tuple(values))
-
-
-def _kind_of_number(value: float | None) -> Hashable:
-    """All that compiled code may depend on of an argument that is no tensor and no constant."""
-    if isinstance(value, int):
-        return value == 1, value % 16 == 0, -(1 << 31) <= value < 1 << 31, value < 1 << 63
-    return value is None
-
-
 def _c_function(kernel: Any) -> tuple[Callable[..., None], tuple[Any, ...], bool] | None:
     """What starts a kernel, its arguments between the stream and the kernel's own, and whether those are
     given as one tuple. None where that is not known, or where Triton's path does more than start it."""

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 import triton
 
 from headway.errors import InvalidInputError
-from headway.kernels import direct
+from headway.kernels.hopper import direct
 
 Call = tuple[Any, ...]
 
@@ -129,87 +129,3 @@ def test_descriptors_are_kept_by_address_up_to_a_number(
     for address in (16, 32, 16, 32, 48, 16):
         assert boxes(launch, address) == (address, 9, 2, 16, 64, 2048, 64, 128, 1)
     assert encoded == [16, 32, 48, 16]
-
-
-class There(torch.Tensor):
-    """Says that it lies on a GPU."""
-
-    device = property(lambda self: torch.device("cuda", 2))  # type: ignore[assignment]
-
-
-def there(offset: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.zeros(64, dtype=dtype)[offset:].as_subclass(There)
-
-
-class Jitted:
-    """Stands for a jit function; keeps what it was compiled for."""
-
-    def __init__(self, started: list[Call]) -> None:
-        self.compiled: list[tuple[Call, dict[str, Any]]] = []
-        self._started = started
-
-    def warmup(self, *args: Any, **rest: Any) -> Any:
-        self.compiled.append((args, rest))
-        return kernel_of(launch=lambda *call: self._started.append(call))
-
-
-@pytest.fixture
-def jitted(started: list[Call], monkeypatch: pytest.MonkeyPatch) -> Jitted:
-    monkeypatch.setattr(direct, "INTERPRETED", SimpleNamespace(value=False))
-    monkeypatch.setattr(direct, "_STARTED", {})
-    monkeypatch.setattr(direct, "_c_function", lambda kernel: (kernel.run.launch, (), False))
-    return Jitted(started)
-
-
-def test_the_second_launch_of_a_kind_compiles_nothing(jitted: Jitted, started: list[Call]) -> None:
-    x, y = there(), there()
-    for t in (x, y):
-        args = (t, None, 48, 0.5)
-        direct.start(jitted, (7, 2), args, {"D": 64}, num_warps=4, dependent=True)
-    (compiled,) = jitted.compiled
-    assert compiled[0] == (x, None, 48, 0.5)
-    assert compiled[1] == {"grid": (7, 2), "D": 64, "launch_pdl": True, "num_warps": 4}
-    wanted = [(7, 2, 1, 72, t.data_ptr(), None, 48, 0.5, 64) for t in (x, y)]
-    assert started == wanted
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        {"t": there(1)},
-        {"t": there(dtype=torch.int32)},
-        {"n": 49},
-        {"n": 1},
-        {"n": 1 << 40},
-        {"n": None},
-        {"n": 0.5},
-        {"d": 32},
-        {"num_warps": 8},
-        {"dependent": True},
-    ],
-)
-def test_what_compiled_code_depends_on_is_told_apart(jitted: Jitted, other: dict[str, Any]) -> None:
-    def launch(
-        t: torch.Tensor, n: Any, d: int = 64, num_warps: int = 4, dependent: bool = False
-    ) -> None:
-        direct.start(jitted, (1,), (t, n), {"D": d}, num_warps=num_warps, dependent=dependent)
-
-    plain: dict[str, Any] = {"t": there(), "n": 48}
-    launch(**plain)
-    launch(**(plain | {"n": 64}))  # both multiples of 16
-    launch(**(plain | other))
-    assert len(jitted.compiled) == 2
-
-
-def test_elsewhere_triton_launches(jitted: Jitted, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[Any, ...]] = []
-
-    class Own(Jitted):
-        def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            return lambda *args, **rest: calls.append((grid, args, rest))
-
-    x = torch.zeros(4)
-    direct.start(Own([]), (3,), (x, 5), {"D": 4}, num_warps=2)
-    monkeypatch.setattr(torch.version, "hip", "7.0")
-    direct.start(Own([]), (3,), (there(), 5), {"D": 4}, num_warps=2)
-    assert [(grid, rest) for grid, _, rest in calls] == [((3,), {"D": 4, "num_warps": 2})] * 2
