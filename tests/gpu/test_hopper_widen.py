@@ -76,7 +76,7 @@ def test_any_call() -> None:
     """Every feature of small calls, drawn together: few, for each compiles a kernel of its own."""
 
     @hypothesis.settings(
-        max_examples=max(EXAMPLES // 20, 2),
+        max_examples=max(EXAMPLES // 40, 2),
         deadline=None,
         database=None,
         phases=[hypothesis.Phase.generate],
