@@ -97,6 +97,23 @@ def _served(reading: Reading) -> str:
     return "\n\n".join((markdown(measured, columns), *refused))
 
 
+def _servers(reading: Reading) -> str:
+    """A server in each row, as its clients saw it."""
+    columns = (
+        Column("server", "server"),
+        Column("output_throughput", "output tokens/s", ",.0f"),
+        Column("total_throughput", "tokens/s in and out", ",.0f"),
+        Column("median_ttft_ms", "first token (ms)", ",.0f"),
+        Column("median_tpot_ms", "a token (ms)", ".2f"),
+        Column("p99_itl_ms", "between tokens, 99 % (ms)", ".1f"),
+        Column("median_e2el_ms", "whole answer (ms)", ",.0f"),
+        Column("ready_s", "ready after (s)", ".0f"),
+    )
+    measured = [row for row in reading.results if "error" not in row]
+    refused = [f"{row['server']}: {_refusal(row)}" for row in reading.results if "error" in row]
+    return "\n\n".join((markdown(measured, columns), *refused))
+
+
 def _refusal(row: report.Row) -> str:
     """The provider's own words, where an error quotes them."""
     lines = [line.strip() for line in str(row["error"]).splitlines()]
@@ -169,6 +186,7 @@ TABLES: dict[str, tuple[str, Callable[[Reading], str]]] = {
     "first-call": ("h200/first-call.json", _first_call),
     "mla": ("h200/mla_prefill.json", _latent),
     "engine": ("h200/engine-throughput.json", _served),
+    "servers": ("h200/engine-servers.json", _servers),
 }
 
 

@@ -15,6 +15,7 @@ import datetime
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -151,7 +152,7 @@ def command() -> str:
             word = f"{flag}=***"
         hide = word in _SECRET_FLAGS
         words.append(Path(word).name if word.startswith("/") else word)
-    return " ".join(words)
+    return " ".join(shlex.quote(word) if " " in word else word for word in words)
 
 
 # --- showing ------------------------------------------------------------------------------------------
