@@ -35,13 +35,14 @@ class EngineConfig:
             a GPU.
         max_running_requests: most requests decoded together; None: 64 on a CPU, 256 on a GPU.
         disable_prefix_cache: compute every prompt from its beginning, also what requests share.
-        cuda_graphs: replay decode steps as CUDA graphs where there is a GPU.
+        cuda_graphs: where there is a GPU, replay decode steps as CUDA graphs, and of small steps that
+            prefill what lies between attention calls.
         overlap: prepare a step while the device computes the one before; None: on a GPU.
         tensor_parallel_size: processes that share every layer, with a GPU each.
         speculative: ngram guesses tokens from what the sequence has said before and checks several in
             one step, for greedy requests; off does not.
         num_draft_tokens: most tokens guessed in a step.
-        acceleration: ``auto`` exchanges parts of the model for faster ones on a CPU; ``off`` does not.
+        acceleration: ``auto`` exchanges parts of the model for faster ones; ``off`` does not.
         attention_backend: provider pinned for every attention call; auto chooses.
         flash_attn_version: interface generation asked for, 3 or 4; None: the fastest.
         seed: of the sampling of requests that bring no seed, and of dummy weights.
