@@ -169,6 +169,39 @@ def test_rows_that_see_no_key_are_kept_from_the_pages_kernel(
         assert_matches(call.run("fa2"), call.run("reference"), call)
 
 
+@pytest.mark.parametrize(
+    ("provider", "package"), [("fa2", "fa2"), ("fa2", "vllm"), ("fa3", "vllm")]
+)
+@pytest.mark.parametrize("return_lse", [False, True])
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize(("batch_size", "rows"), [(0, 1), (0, 3), (2, 0)])
+def test_calls_without_a_query_or_a_sequence_are_answered(
+    provider: str, package: str, return_lse: bool, ragged: bool, batch_size: int, rows: int
+) -> None:
+    """Rows behind the last sequence's are padding, of any content."""
+    int32 = {"dtype": torch.int32}
+    k, v = (torch.randn(4, 256, 2, 64, dtype=torch.float16) for _ in range(2))
+    kwargs: dict[str, Any] = {
+        "q": torch.randn(batch_size, rows, 4, 64, dtype=torch.float16),
+        "k_cache": k,
+        "v_cache": v,
+        "cache_seqlens": torch.full((batch_size,), 9, **int32),  # type: ignore[call-overload]
+        "page_table": torch.zeros(batch_size, 1, **int32),  # type: ignore[call-overload]
+        "causal": True,
+        "return_softmax_lse": return_lse,
+    }
+    lse_shape: tuple[int, ...] = (batch_size, 4, rows)
+    if ragged:
+        kwargs["q"] = torch.randn(rows, 4, 64, dtype=torch.float16)
+        kwargs["cu_seqlens_q"] = torch.zeros(batch_size + 1, **int32)  # type: ignore[call-overload]
+        lse_shape = (4, rows)
+    with installed("sm90", package):
+        got = headway.flash_attn_with_kvcache(**kwargs, backend=provider)
+    out, *lse = got if return_lse else (got,)
+    assert out.shape == kwargs["q"].shape
+    assert [one.shape for one in lse] == [lse_shape] * return_lse
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_a_right_bound_as_long_as_the_keys_still_hides_some(package: str) -> None:
     """Query 0 of 20 stands 16 rows before the first of 4 keys."""

@@ -238,6 +238,17 @@ def in_place(problem: Problem) -> Tensor | None:
     return problem.out if problem.out.dtype == written else None
 
 
+def asks_nothing(problem: Problem) -> bool:
+    """Whether a call has no query to answer and no key to write: packages refuse some of these, and
+    launch grids of no blocks for others."""
+    return problem.batch_size == 0 or (problem.q.numel() == 0 and problem.append is None)
+
+
+def nothing(problem: Problem) -> tuple[Tensor, Tensor | None]:
+    """What such a call returns."""
+    return problem.empty_out(), problem.empty_lse() if problem.return_lse else None
+
+
 def delivered(problem: Problem, result: Tensor) -> Tensor:
     """A result where the caller wants it: in ``out``, rows of padding left as they were.
 

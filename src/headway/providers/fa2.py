@@ -16,11 +16,13 @@ from headway.problem import KVLayout, Problem
 from headway.providers import _fa2_rows, _vllm
 from headway.providers._packages import (
     Package,
+    asks_nothing,
     at_least,
     delivered,
     given,
     in_place,
     lengths_over_pages,
+    nothing,
     remembered,
     window,
 )
@@ -104,6 +106,8 @@ class Fa2Provider(Provider):
     def run(self, problem: Problem) -> tuple[Tensor, Tensor | None]:
         package = _installed()
         assert package is not None
+        if asks_nothing(problem):
+            return nothing(problem)
         if problem.page_table is not None and problem.ragged_q and _packs_heads(problem):
             dense, owner = _fa2_rows.one_row_each(problem)
             return delivered(problem, self.run(dense)[0].squeeze(1).index_select(0, owner)), None
@@ -183,7 +187,7 @@ def _capabilities(package: Package, device_type: str) -> Capabilities:
 def _packs_heads(p: Problem) -> bool:
     """Whether its decode computes the heads of a group together, given one row for each sequence."""
     grouped = p.num_q_heads > p.num_kv_heads
-    return p.is_decode and grouped and not p.mask.is_local and not p.return_lse and p.q.shape[0] > 0
+    return p.is_decode and grouped and not p.mask.is_local and not p.return_lse
 
 
 def _finished(p: Problem, result: Any) -> tuple[Tensor, Tensor | None]:

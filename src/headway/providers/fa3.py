@@ -20,10 +20,12 @@ from headway.problem import KVLayout, Problem
 from headway.providers import _vllm
 from headway.providers._packages import (
     Package,
+    asks_nothing,
     delivered,
     first_of,
     given,
     in_place,
+    nothing,
     remembered,
     window,
 )
@@ -121,6 +123,8 @@ class Fa3Provider(Provider):
     def run(self, problem: Problem) -> tuple[Tensor, Tensor | None]:
         package = _installed()
         assert package is not None
+        if asks_nothing(problem):
+            return nothing(problem)
         calls = _calls(package)
         if calls.kvcache is None:
             packed = _vllm.packed(problem)
