@@ -109,6 +109,51 @@ def test_layers_that_are_not_plain_run_whole(name: str, tiny: Callable[[str], Ti
     assert pieces_of(llm.model, COUNTS, Replays().record) is None
 
 
+@pytest.mark.parametrize("graphs", [False, True])
+def test_guesses_are_checked_beside_prompts(llama: TinyModel, graphs: bool) -> None:
+    """Steps of decoding sequences with as many guesses each are a graph's; others run in pieces."""
+    loops = [[1, 2, 3, 4, 5, 6] * 6, [9, 8, 7] * 11 + [5], list(range(40)) * 2]
+    llm = engine(
+        llama,
+        acceleration="off",
+        overlap=True,
+        speculative="ngram",
+        num_draft_tokens=3,
+        chunked_prefill_size=11,
+    )
+    replays = in_pieces(llm)
+    if graphs:
+        replaying(llm, drafts=3)
+    found = [list(one.token_ids) for one in llm.generate([*PROMPTS, *loops], GREEDY)]
+    assert found == [llama.greedy(prompt, 20) for prompt in [*PROMPTS, *loops]]
+    assert replays.count > 0
+
+
+def test_prompts_that_are_looked_at_run_in_pieces(llama: TinyModel) -> None:
+    params = SamplingParams(max_tokens=2, temperature=0, prompt_logprobs=1)
+    plain, other = (
+        engine(llama, acceleration="off", chunked_prefill_size=9, disable_prefix_cache=True)
+        for _ in range(2)
+    )
+    replays = in_pieces(other)
+    for mine, theirs in zip(
+        other.generate(PROMPTS, params), plain.generate(PROMPTS, params), strict=True
+    ):
+        assert mine.token_ids == theirs.token_ids
+        assert len(mine.prompt_logprobs) == len(mine.prompt_token_ids) - 1
+        for one, another in zip(mine.prompt_logprobs, theirs.prompt_logprobs, strict=True):
+            assert one.logprob == pytest.approx(another.logprob, abs=1e-4)
+    assert replays.count > 0
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_into_memory_are_products(bias: bool) -> None:
+    layer = nn.Linear(8, 5, bias=bias).requires_grad_(False)
+    x, out = torch.randn(3, 8), torch.full((3, 5), float("nan"))
+    fused_layer.Linear.of(layer).into(out, x)
+    torch.testing.assert_close(out, layer(x))
+
+
 class Backwards(nn.Module):
     """Stands where a model's layers stand, and begins with the last."""
 
@@ -142,6 +187,9 @@ def test_steps_get_the_next_larger_number_of_rows() -> None:
         None,
     ]
     assert row_counts(512)[-2:] == [384, 512]
-    assert row_counts(8) == [8]
+    assert row_counts(17) == [16, 17]
+    assert row_counts(1) == [
+        16
+    ]  # the trial of pieces has a few tokens, however small the chunks are
     wide = torch.tensor(row_counts(MOST_ROWS), dtype=torch.float32)
     assert (wide[1:] / wide[:-1]).max() <= 2

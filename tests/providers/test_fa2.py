@@ -196,7 +196,7 @@ def test_calls_without_a_query_or_a_sequence_are_answered(
         kwargs["cu_seqlens_q"] = torch.zeros(batch_size + 1, **int32)  # type: ignore[call-overload]
         lse_shape = (4, rows)
     with installed("sm90", package):
-        got = headway.flash_attn_with_kvcache(**kwargs, backend=provider)
+        got: Any = headway.flash_attn_with_kvcache(**kwargs, backend=provider)
     out, *lse = got if return_lse else (got,)
     assert out.shape == kwargs["q"].shape
     assert [one.shape for one in lse] == [lse_shape] * return_lse

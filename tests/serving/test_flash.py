@@ -131,6 +131,19 @@ def test_steps_follow_each_other() -> None:
     torch.testing.assert_close(torch.cat(parts), wanted, rtol=1e-5, atol=1e-5)
 
 
+def test_a_part_of_a_step_has_its_own_longest_sequence() -> None:
+    step = batch([1, 1, 3, 2], [60, 9, 4, 7])
+    known = step.cu_seqlens_q.numpy(), step.seqlens_k.numpy()
+    step = dataclasses.replace(step, num_decodes=2, host_lengths=known)
+    decodes, others = step.split()
+    assert (decodes.batch_size, decodes.max_seqlen_q, decodes.max_seqlen_k) == (2, 1, 61)
+    assert (others.batch_size, others.max_seqlen_q, others.max_seqlen_k) == (2, 3, 9)
+    assert others.cu_seqlens_q.tolist() == others.lengths_on_host()[0].tolist() == [0, 3, 5]
+    assert dataclasses.replace(step, host_lengths=None).split()[1].max_seqlen_k == 61
+    alone, none = decodes.split()
+    assert (alone.batch_size, none.batch_size, none.max_seqlen_k) == (2, 0, 0)
+
+
 def test_a_step_must_have_begun() -> None:
     one = layer()
     step = batch([1], [0])

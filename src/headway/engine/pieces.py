@@ -25,9 +25,10 @@ MOST_ROWS = 2048
 
 
 def row_counts(most: int) -> list[int]:
-    """Numbers of rows worth graphs of their own: from 16 on, each 1.3 to 2 times the one before."""
+    """Numbers of rows worth graphs of their own, for steps of up to ``most`` tokens: from 16 on, each up to
+    twice the one before."""
     counts = [16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048]
-    return [*(count for count in counts if count < most), most]
+    return [*(count for count in counts if count < most), max(most, counts[0])]
 
 
 class Pieces:

@@ -94,7 +94,7 @@ class ForwardBatch:
         return self.cu_seqlens_q.cpu().numpy(), self.seqlens_k.cpu().numpy()
 
     def split(self) -> tuple[ForwardBatch, ForwardBatch]:
-        """The decoding sequences, and the others."""
+        """The decoding sequences, and the others: one of the two may be empty."""
         n = self.num_decodes
         known = self.host_lengths
         decodes = ForwardBatch(
@@ -109,7 +109,7 @@ class ForwardBatch:
         rest, longest = None, self.max_seqlen_k
         if known is not None:  # the longest sequence may be one that decodes
             rest = known[0][n:] - n, known[1][n:]
-            longest = int((rest[1] + np.diff(rest[0])).max())
+            longest = int((rest[1] + np.diff(rest[0])).max(initial=0))
         others = ForwardBatch(
             self.cu_seqlens_q[n:] - n,
             self.seqlens_k[n:],
