@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
-from headway.engine import loader, sampler
+from headway import devices
+from headway.engine import loader, parallel, sampler
 from headway.engine.config import EngineConfig
 from headway.engine.llm import LLM
 from headway.engine.request import FinishReason, RequestOutput, SamplingParams
@@ -272,6 +274,32 @@ def test_a_failing_model_call_ends_its_requests_and_the_engine_goes_on(
 
 
 # --- loading ------------------------------------------------------------------------------------------
+
+
+def test_the_engines_gpu_is_the_current_one(
+    llama: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For whoever makes an engine, and in every thread that takes its steps."""
+    made: list[torch.device] = []
+    monkeypatch.setattr("torch.cuda.set_device", made.append)
+    for name in ("cpu", "cuda", "cuda:1"):
+        assert parallel.join(1, torch.device(name)) == torch.device(name)
+    assert made == [torch.device("cuda:1")]
+    llm = engine(llama)
+    inside: list[torch.device] = []
+
+    @contextlib.contextmanager
+    def use(device: torch.device) -> Iterator[None]:
+        inside.append(device)
+        yield
+        inside.pop()
+
+    monkeypatch.setattr(devices, "use", use)
+    seen: list[list[torch.device]] = []
+    llm.model.register_forward_hook(lambda *_: seen.append([*inside]))
+    llm.generate([[1, 2]], SamplingParams(max_tokens=2))
+    assert seen == [[llm.device]] * 2
+    assert not inside
 
 
 def test_dummy_weights_from_a_config_alone(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from headway import devices
 from headway.engine import early, kv_cache, loader, parallel, sampler
 from headway.engine.acceleration import Acceleration, accelerate
 from headway.engine.attention import PagedAttention, probe_layers
@@ -310,13 +311,15 @@ class LLM(Intake):
         ends the requests that were in it.
         """
         settled: list[Settled] = []
-        if self._in_flight is not None and self.config.speculative != "off":
-            settled, self._in_flight = self._settle(self._in_flight), None
-        outputs, launched = self._start()
-        if self.config.overlap:
-            launched, self._in_flight = self._in_flight, launched
-        if launched is not None:
-            settled += self._settle(launched)
+        # Of this thread, which may be another than the one that made the engine.
+        with devices.use(self.device):
+            if self._in_flight is not None and self.config.speculative != "off":
+                settled, self._in_flight = self._settle(self._in_flight), None
+            outputs, launched = self._start()
+            if self.config.overlap:
+                launched, self._in_flight = self._in_flight, launched
+            if launched is not None:
+                settled += self._settle(launched)
         return outputs + self._tell(settled)
 
     def _start(self) -> tuple[list[RequestOutput], Step | None]:

@@ -37,12 +37,14 @@ def launch(size: int) -> None:
 
 
 def join(size: int, device: torch.device) -> torch.device:
-    """Meet the other processes; the device of this one.
+    """Meet the other processes; the device of this one, which becomes the current one.
 
     Raises:
         InvalidInputError: there are not ``size`` of them.
     """
     if size == 1:
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # where Triton launches, wherever tensors are
         return device
     given = os.environ.get("WORLD_SIZE")
     if given != str(size):
