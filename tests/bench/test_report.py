@@ -48,6 +48,16 @@ def test_the_command_hides_keys_and_folders(monkeypatch: pytest.MonkeyPatch) -> 
     assert report.command() == ("headway bench serve --api-key *** --api-key=*** --output out.json")
 
 
+def test_the_command_hides_them_in_flags_of_flags_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = "--model=/some/where/model --api-key secret"
+    words = ["headway", "bench", "serve", "--serve-flags", inner, "--match", "d128 16k"]
+    monkeypatch.setattr(sys, "argv", [*words, "--serve-flags=--api-key secret"])
+    assert report.command() == (
+        "headway bench serve --serve-flags '--model=model --api-key ***' --match 'd128 16k'"
+        " '--serve-flags=--api-key ***'"
+    )
+
+
 def test_tables() -> None:
     assert report.markdown(ROWS, COLUMNS).splitlines() == [
         "| kernel | batch | ms |",

@@ -142,17 +142,28 @@ def commit() -> str | None:
 def command() -> str:
     """The command line of this process, without its keys and without the folders of this machine."""
     program = Path(sys.argv[0]).name
-    words = ["headway" if program == "__main__.py" else program]
+    return " ".join(["headway" if program == "__main__.py" else program, *_shown(sys.argv[1:])])
+
+
+def _shown(words: Iterable[str]) -> list[str]:
+    """Words of a command line as anyone may read them. One with spaces in it may be flags of another."""
+    shown: list[str] = []
     hide = False
-    for word in sys.argv[1:]:
-        flag, has_value, _ = word.partition("=")
+    for word in words:
+        flag, has_value, value = word.partition("=")
         if hide:
             word = "***"
-        elif flag in _SECRET_FLAGS and has_value:
+        elif " " in word:
+            word = " ".join(_shown(word.split(" ")))
+        elif has_value and flag in _SECRET_FLAGS:
             word = f"{flag}=***"
-        hide = word in _SECRET_FLAGS
-        words.append(Path(word).name if word.startswith("/") else word)
-    return " ".join(shlex.quote(word) if " " in word else word for word in words)
+        elif word.startswith("/"):
+            word = Path(word).name
+        elif has_value and value.startswith("/"):
+            word = f"{flag}={Path(value).name}"
+        hide = word.endswith(_SECRET_FLAGS)
+        shown.append(shlex.quote(word) if " " in word else word)
+    return shown
 
 
 # --- showing ------------------------------------------------------------------------------------------
