@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 import os
 import signal
 import time
@@ -172,6 +173,21 @@ def test_a_server_of_it_streams_fails_and_survives_its_death() -> None:
         assert answer.status_code == 500
         assert "exit code -9" in answer.text
         eventually(lambda: live.get("/health").status_code == 503, "the server says it is ill")
+
+
+def test_what_fails_here_meanwhile_ends_the_process() -> None:
+    """And that one says nothing of it: who gave up knows why."""
+    before = multiprocessing.active_children()
+    during: list[Any] = []
+
+    def fail() -> None:
+        during.extend(multiprocessing.active_children())
+        raise OSError("no such module")
+
+    with pytest.raises(OSError, match="no such module"):
+        EngineProcess(EchoEngine, meanwhile=fail)
+    (started,) = (child for child in during if child not in before)
+    assert started.exitcode == 0
 
 
 def test_closing_ends_a_busy_process() -> None:

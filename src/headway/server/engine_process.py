@@ -221,12 +221,12 @@ def _run(
     except BaseException as error:
         _tell(pipe, RuntimeError(f"{type(error).__name__}: {error}"))
         raise
-    _tell(pipe, about)
-    with settled():
-        try:
+    try:
+        _tell(pipe, about)
+        with settled():
             _work(pipe, engine)
-        except (EOFError, OSError):  # the server has gone
-            return
+    except (EOFError, OSError):  # the server has gone
+        return
 
 
 def _work(pipe: Connection, engine: Engine) -> None:
