@@ -168,11 +168,14 @@ class Backwards(nn.Module):
         return list(self.layers)[::-1][index]
 
 
-def test_layers_in_another_order_are_found_out(llama: TinyModel) -> None:
+def test_layers_in_another_order_are_found_out(
+    llama: TinyModel, caplog: pytest.LogCaptureFixture
+) -> None:
     llm = engine(llama, acceleration="off")
     fusion.fuse(llm.model, llm.max_model_len)
     llm.model.model.layers = Backwards(llm.model.model.layers)
     assert pieces_of(llm.model, COUNTS, Replays().record) is None
+    assert "prefill runs without CUDA graphs" in caplog.text
 
 
 def test_steps_get_the_next_larger_number_of_rows() -> None:
