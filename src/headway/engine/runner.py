@@ -89,7 +89,9 @@ class ModelRunner:
     Args:
         model: a transformers causal language model whose attention is ``headway_paged``.
         max_sequences: most sequences in a step; max_pages: most pages of a sequence.
-        graphs: captured steps; those that none of them covers are launched kernel by kernel.
+        graphs: captured steps.
+        pieces: of the other steps that are small enough, what is captured of them; the rest, and all of
+            larger ones, is launched kernel by kernel.
     """
 
     def __init__(
