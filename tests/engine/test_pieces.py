@@ -154,6 +154,13 @@ def test_products_into_memory_are_products(bias: bool) -> None:
     torch.testing.assert_close(out, layer(x))
 
 
+def test_some_layers_of_a_product_may_have_a_bias() -> None:
+    layers = [nn.Linear(8, n, bias=n != 3).requires_grad_(False) for n in (5, 3, 4)]
+    x = torch.randn(2, 8)
+    together = fused_layer.Linear.of(*layers)(x)
+    torch.testing.assert_close(together, torch.cat([layer(x) for layer in layers], dim=-1))
+
+
 class Backwards(nn.Module):
     """Stands where a model's layers stand, and begins with the last."""
 

@@ -41,12 +41,17 @@ class Linear:
 
     @staticmethod
     def of(*layers: nn.Linear) -> Linear:
-        """Layers that read the same input, as one."""
+        """Layers that read the same input, as one; a bias of 0 where others alone have one."""
         if len(layers) == 1:
             return Linear(layers[0].weight, layers[0].bias)
-        biases = [one.bias for one in layers if one.bias is not None]
         weight = torch.cat(tuple(one.weight for one in layers))
-        return Linear(weight, torch.cat(tuple(biases)) if biases else None)
+        if all(one.bias is None for one in layers):
+            return Linear(weight, None)
+        biases = (
+            one.weight.new_zeros(one.out_features) if one.bias is None else one.bias
+            for one in layers
+        )
+        return Linear(weight, torch.cat(tuple(biases)))
 
     def __call__(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.weight, self.bias)
