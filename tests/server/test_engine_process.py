@@ -6,10 +6,13 @@ import dataclasses
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
 
+import psutil
 import pytest
 
 from headway.engine.request import FinishReason, RequestOutput, SamplingParams, TokenLogprob
@@ -27,6 +30,12 @@ def broken(message: str) -> EchoEngine:
 
 def crashing() -> EchoEngine:
     raise KeyError("weights")
+
+
+def loading() -> EchoEngine:
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+    return EchoEngine()
 
 
 SCORES = 20000
@@ -188,6 +197,25 @@ def test_what_fails_here_meanwhile_ends_the_process() -> None:
         EngineProcess(EchoEngine, meanwhile=fail)
     (started,) = (child for child in during if child not in before)
     assert started.exitcode == 0
+
+
+def test_a_process_ends_with_a_server_that_is_killed_while_it_loads() -> None:
+    here = "from headway.server.engine_process import EngineProcess"
+    there = "from tests.server.test_engine_process import loading"
+    command = [sys.executable, "-c", f"{here}; {there}; EngineProcess(loading)"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as server:
+        assert server.stdout is not None
+        engine = psutil.Process(int(server.stdout.readline()))
+        assert engine.is_running()
+        server.kill()
+
+        def ended() -> bool:
+            try:
+                return engine.status() == psutil.STATUS_ZOMBIE
+            except psutil.NoSuchProcess:
+                return True
+
+        eventually(ended, "the engine's process ends")
 
 
 def test_closing_ends_a_busy_process() -> None:

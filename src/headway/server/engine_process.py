@@ -12,6 +12,7 @@ import dataclasses
 import logging
 import multiprocessing
 import operator
+import os
 import pickle
 import queue
 import signal
@@ -205,6 +206,7 @@ def _run(
     # The server drains on these, and says when that was all.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_the_server, daemon=True).start()
     try:
         engine = make(*arguments)
         about = _About(
@@ -227,6 +229,14 @@ def _run(
             _work(pipe, engine)
     except (EOFError, OSError):  # the server has gone
         return
+
+
+def _end_with_the_server() -> None:
+    """Even while a model is loaded, and without a word from a server that was killed."""
+    server = multiprocessing.parent_process()
+    assert server is not None
+    server.join()
+    os._exit(1)
 
 
 def _work(pipe: Connection, engine: Engine) -> None:
