@@ -80,7 +80,9 @@ TABLE: tuple[Row, ...] = (
     Row("decode", _SM9_10, 256, 16, Tile(16, 32, 4, 3, 2), H200),
     Row("decode", _SM9_10, 256, 32, Tile(32, 32, 4, 3, 2)),
     Row("decode", _SM9_10, 256, ANY_ROWS, Tile(64, 32, 8, 3, 1)),
-    Row("mla", ("sm90",), 1024, ANY_ROWS, Tile(16, 64, 4, 3, 2, hoist=False), H200, max_key_bytes=1),
+    Row(
+        "mla", ("sm90",), 1024, ANY_ROWS, Tile(16, 64, 4, 3, 2, hoist=False), H200, max_key_bytes=1
+    ),
     Row("mla", _SM9_10, 1024, 16, Tile(16, 32, 4, 3, 2), H200),
     Row("mla", _SM9_10, 1024, 32, Tile(32, 32, 4, 3, 2), H200),
     Row("mla", _SM9_10, 1024, ANY_ROWS, Tile(64, 64, 8, 2, 1, hoist=False), H200),
