@@ -159,8 +159,10 @@ def _serve_together(config: EngineConfig) -> None:
 
 
 def _on_one_gpu(config: EngineConfig) -> bool:
-    if config.tensor_parallel_size > 1 or config.device != "auto":
-        return config.tensor_parallel_size == 1 and config.device.startswith("cuda")
+    if config.tensor_parallel_size > 1:
+        return False
+    if config.device != "auto":
+        return config.device.startswith("cuda")
     import torch
 
     return torch.cuda.is_available()

@@ -93,8 +93,7 @@ def _served(reading: Reading) -> str:
         Column("output_throughput", "output tokens/s", ",.0f"),
         Column("total_throughput", "tokens/s in and out", ",.0f"),
     )
-    refused = [f"{row['engine']}: {_refusal(row)}" for row in reading.results if "error" in row]
-    return "\n\n".join((markdown(measured, columns), *refused))
+    return _with_refusals(markdown(measured, columns), reading, "engine")
 
 
 def _servers(reading: Reading) -> str:
@@ -110,8 +109,13 @@ def _servers(reading: Reading) -> str:
         Column("ready_s", "ready after (s)", ".0f"),
     )
     measured = [row for row in reading.results if "error" not in row]
-    refused = [f"{row['server']}: {_refusal(row)}" for row in reading.results if "error" in row]
-    return "\n\n".join((markdown(measured, columns), *refused))
+    return _with_refusals(markdown(measured, columns), reading, "server")
+
+
+def _with_refusals(table: str, reading: Reading, name: str) -> str:
+    """The table, and what those said that are not in it."""
+    refused = [f"{row[name]}: {_refusal(row)}" for row in reading.results if "error" in row]
+    return "\n\n".join((table, *refused))
 
 
 def _refusal(row: report.Row) -> str:
