@@ -98,6 +98,7 @@ def test_results_are_looked_at(kind: str) -> None:
 #: Which peers take part in which case, others say why not.
 TAKE_PART = {
     "fa3": set(KINDS) - {"window", "window decode", "float8"},
+    "vllm": {kind for kind, case in KINDS.items() if case.page_size} - {"float8"},
     "fa4": set(KINDS) - {"float8", "latent"},
     "cudnn": {"dense", "causal", "grouped"},
 }
@@ -115,14 +116,14 @@ def complete_fa3(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("peer", ["fa3", "fa4", "cudnn"])
+@pytest.mark.parametrize("peer", ["fa3", "vllm", "fa4", "cudnn"])
 def test_peers_compute_the_same(peer: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On stand-ins with the signatures of the packages; cuDNN's place is taken by torch's own kernel."""
     from torch.nn.attention import SDPBackend
 
     monkeypatch.setattr(SDPBackend, "CUDNN_ATTENTION", SDPBackend.MATH)
     inputs = participants.make_inputs(KINDS[kind], CPU)
-    with installed("sm90", "fa3_fwd", "fa4"):
+    with installed("sm90", "fa3_fwd", "fa4", "vllm"):
         complete_fa3(monkeypatch)
         if kind not in TAKE_PART[peer]:
             with pytest.raises(UnsupportedError):
@@ -134,7 +135,7 @@ def test_peers_compute_the_same(peer: str, kind: str, monkeypatch: pytest.Monkey
 
 
 def test_peers_that_are_asked_for_must_be_there() -> None:
-    with pytest.raises(InvalidInputError, match="of fa3, fa4"):
+    with pytest.raises(InvalidInputError, match="of fa3, vllm, fa4"):
         participants.requested_peers("fa5")
     participants.installed.cache_clear()
     with pytest.raises(InvalidInputError, match="installed packages"):

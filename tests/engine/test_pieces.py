@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from headway.engine import fused_layer, fusion
 from headway.engine.llm import LLM
-from headway.engine.pieces import MOST_ROWS, Pieces, pieces_of, row_counts
+from headway.engine.pieces import MOST_BYTES, MOST_ROWS, Pieces, pieces_of, plain_layers, row_counts
 from headway.engine.request import SamplingParams
 from tests.engine.conftest import TinyModel, engine
 from tests.engine.test_fusion import gated, rms_norm
@@ -185,21 +185,55 @@ def test_layers_in_another_order_are_found_out(
     assert "prefill runs without CUDA graphs" in caplog.text
 
 
-def test_steps_get_the_next_larger_number_of_rows() -> None:
+def rows_for(counts: list[int], *num_tokens: int) -> list[int | None]:
     pieces = Pieces.__new__(Pieces)
-    pieces._counts = row_counts(MOST_ROWS)
-    assert [pieces.rows_for(n) for n in (1, 16, 17, 1000, 2048, 2049)] == [
-        16,
-        16,
-        32,
-        1024,
-        2048,
-        None,
-    ]
+    pieces._counts = counts
+    return [pieces.rows_for(n) for n in num_tokens]
+
+
+def test_steps_get_the_next_larger_number_of_rows() -> None:
+    counts = row_counts(MOST_ROWS)
+    assert rows_for(counts, 1, 16, 17, 1000, 2048, 2049) == [16, 16, 32, 1024, 2048, None]
     assert row_counts(512)[-2:] == [384, 512]
     assert row_counts(17) == [16, 17]
-    assert row_counts(1) == [
-        16
-    ]  # the trial of pieces has a few tokens, however small the chunks are
-    wide = torch.tensor(row_counts(MOST_ROWS), dtype=torch.float32)
+    # The trial of pieces has a few tokens, however small the chunks are.
+    assert row_counts(1) == [16]
+    wide = torch.tensor(counts, dtype=torch.float32)
     assert (wide[1:] / wide[:-1]).max() <= 2
+
+
+def test_full_steps_run_in_pieces_where_there_is_memory_for_them() -> None:
+    counts = row_counts(16640, row_bytes=MOST_BYTES // 16640)
+    assert counts == [*row_counts(MOST_ROWS), 16640]
+    assert rows_for(counts, 2048, 2049, 14559, 14560, 16640, 16641) == [
+        2048,
+        None,
+        None,
+        16640,
+        16640,
+        None,
+    ]
+    assert row_counts(16640, row_bytes=MOST_BYTES // 16639) == row_counts(MOST_ROWS)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_a_row_takes_what_is_allocated_for_it(
+    name: str, tiny: Callable[[str], TinyModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What all pieces share, and what the last part of a layer has at once."""
+    llm = engine(tiny(name), acceleration="off")
+    fusion.fuse(llm.model, llm.max_model_len)
+    layers = plain_layers(llm.model)
+    assert len(layers) == 2
+    pieces = Pieces(layers, [16], Replays().record)
+    shared = (pieces._hidden, pieces._qkv, pieces._attended)
+    between: list[Tensor] = []
+
+    def remembered(x: Tensor, activation: object) -> Tensor:
+        between.extend((x, gated(x, activation)))
+        return between[-1]
+
+    monkeypatch.setattr(fused_layer, "gated", remembered)
+    pieces.capture()
+    normed = pieces._hidden
+    assert 16 * layers[0].row_bytes == sum(t.nbytes for t in (*shared, normed, *between[:2]))

@@ -108,6 +108,23 @@ def test_layers_of_a_step_are_the_calls_they_stand_for(new: list[int], before: l
         assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
 
 
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(("new", "decodes"), [([1, 1], 2), ([5, 3], 0), ([1, 1, 4, 2], 2)])
+def test_results_go_where_they_belong(new: list[int], decodes: int, fused: bool) -> None:
+    one = layer()
+    step = dataclasses.replace(batch(new, [9] * len(new)), num_decodes=decodes)
+    q, k, v = tensors(step, one)
+    kv = cache(step, one)
+    backend = FlashAttentionBackend(fused_append=fused)
+    found = []
+    for out in (None, torch.full((2, *q.shape), float("nan")).transpose(0, 1)[:, 0]):
+        backend.init_forward_metadata(step)
+        found.append(backend.forward(q, k, v, kv, one, out=out))
+    assert found[1] is out or found[1].data_ptr() == out.data_ptr()
+    torch.testing.assert_close(found[1], found[0])
+    torch.testing.assert_close(out, found[0])
+
+
 def test_steps_follow_each_other() -> None:
     """Twelve tokens in chunks give what they give at once."""
     torch.manual_seed(2)

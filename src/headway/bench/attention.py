@@ -227,7 +227,7 @@ def command(
         str, typer.Option(help="Providers, with commas; NAME:unplanned plans in every call.")
     ] = "hopper",
     peers: Annotated[
-        str, typer.Option(help="fa3, fa4, flashinfer, cudnn with commas, or 'all' installed ones.")
+        str, typer.Option(help=f"{', '.join(PEERS)} with commas, or 'all' installed ones.")
     ] = "",
     suite: Annotated[str, typer.Option(help=f"Of {', '.join(SUITES)}, with commas.")] = "prefill",
     match: Annotated[str, typer.Option(help="Only cases whose name contains this.")] = "",

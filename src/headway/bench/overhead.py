@@ -146,7 +146,7 @@ COLUMNS = (
 def command(
     provider: Annotated[str, typer.Option(help="Providers, with commas.")] = "hopper,portable",
     peers: Annotated[
-        str, typer.Option(help="fa3, fa4, flashinfer, cudnn with commas, or 'all' installed ones.")
+        str, typer.Option(help=f"{', '.join(PEERS)} with commas, or 'all' installed ones.")
     ] = "",
     rounds: Annotated[int, typer.Option(min=1, help="Rows of calls, of which the median.")] = 7,
     output: Annotated[Path | None, typer.Option(help="Write the reading to this file.")] = None,

@@ -270,6 +270,56 @@ def _fa3_latent(inputs: Inputs, fa3: Any, common: dict[str, Any]) -> Call:
     return run
 
 
+def vllm_call(inputs: Inputs) -> Call:
+    """FlashAttention 3 as vLLM builds and calls it: the same pages as Headway, steps planned before."""
+    fa3 = importlib.import_module("vllm.vllm_flash_attn.flash_attn_interface")
+    case = inputs.case
+    if not case.page_size:
+        raise UnsupportedError("compared over pages: without, it is FlashAttention 3's own")
+    if case.dtype != case.kv_dtype:
+        raise UnsupportedError("has no mixed dtypes")
+    window = [case.window_left, 0 if case.causal else -1]
+    common: dict[str, Any] = {
+        "max_seqlen_q": inputs.max_seqlen_q,
+        "cu_seqlens_q": inputs.cu_seqlens_q,
+        "max_seqlen_k": inputs.max_seqlen_k,
+        "seqused_k": inputs.seqlens_k,
+        "block_table": inputs.page_table,
+        "softmax_scale": case.head_dim**-0.5,
+        "causal": case.causal,
+        "window_size": window,
+        "fa_version": 3,
+        **inputs.descales("qkv"),
+    }
+    if case.latent:  # rope parts as q and k, latent parts as q_v and v
+        at = case.head_dim_v
+        common["q_v"] = inputs.q[..., :at]
+
+        def run(i: int) -> Any:
+            k, v = inputs.pages(i, case.page_size)
+            return fa3.flash_attn_varlen_func(inputs.q[..., at:], k[..., at:], v, **common)
+
+        return run
+    common["scheduler_metadata"] = fa3.get_scheduler_metadata(
+        case.batch_size,
+        inputs.max_seqlen_q,
+        inputs.max_seqlen_k,
+        case.heads_q,
+        case.heads_kv,
+        case.head_dim,
+        inputs.seqlens_k,
+        qkv_dtype=DTYPES[case.dtype],
+        headdim_v=case.head_dim_v,
+        cu_seqlens_q=inputs.cu_seqlens_q,
+        page_size=case.page_size,
+        causal=case.causal,
+        window_size=window,
+    )
+    return lambda i: fa3.flash_attn_varlen_func(
+        inputs.q, *inputs.pages(i, case.page_size), **common
+    )
+
+
 def fa4_call(inputs: Inputs) -> Call:
     """FlashAttention 4; caches as pages of 128, in order."""
     fa4 = importlib.import_module("flash_attn.cute")
@@ -380,6 +430,7 @@ class Peer:
 
 PEERS: dict[str, Peer] = {
     "fa3": Peer("fa3_fwd_interface", fa3_call, packed=True),
+    "vllm": Peer("vllm.vllm_flash_attn", vllm_call),
     "fa4": Peer("flash_attn.cute", fa4_call, packed=True),
     "flashinfer": Peer("flashinfer", flashinfer_call),
     "cudnn": Peer("torch", cudnn_call),

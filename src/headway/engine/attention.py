@@ -36,7 +36,8 @@ LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attenti
 
 
 class Attend(Protocol):
-    """What travels as ``headway=``. q (T, Hq, D), k (T, Hkv, D), v (T, Hkv, Dv) -> (T, Hq, Dv)."""
+    """What travels as ``headway=``. q (T, Hq, D), k (T, Hkv, D), v (T, Hkv, Dv) -> (T, Hq, Dv), which is
+    ``options["out"]`` where there is one."""
 
     def __call__(
         self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
@@ -90,10 +91,9 @@ class PagedAttention:
         self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
     ) -> Tensor:
         layer, kv_cache = self._layers[module.layer_idx]  # type: ignore[index]
-        rotary = options["rotary"]
-        if rotary is None:
-            return self._backend.forward(q, k, v, kv_cache, layer)
-        return self._backend.forward(q, k, v, kv_cache, layer, rotary)
+        return self._backend.forward(
+            q, k, v, kv_cache, layer, options["rotary"], out=options.get("out")
+        )
 
 
 class LayerProbe:

@@ -112,6 +112,13 @@ class FusedLayer(LayerForward):
         """Columns of hidden states, of queries with keys and values, and of what attention returns."""
         return self._qkv.weight.shape[1], self._qkv.weight.shape[0], self._out.weight.shape[1]
 
+    @property
+    def row_bytes(self) -> int:
+        """What a row takes in pieces: columns that they share, and what a piece has in between."""
+        width, *others = self.sizes
+        inner = self._down.weight.shape[1]
+        return (2 * width + sum(others) + 3 * inner) * self.weight.itemsize
+
     def __call__(
         self,
         hidden_states: Tensor,
@@ -122,8 +129,9 @@ class FusedLayer(LayerForward):
     ) -> Tensor:
         pieces = getattr(headway, "pieces", None)
         if pieces is not None:
-            hidden_states, qkv = pieces.before(self, hidden_states)
-            pieces.after(self, self._attended(qkv, position_embeddings, headway))
+            hidden_states, qkv, attended = pieces.before(self, hidden_states)
+            self._attended(qkv, position_embeddings, headway, attended)
+            pieces.after(self)
             return hidden_states
         hidden = hidden_states[0]
         qkv = self._qkv(self._before(hidden))
@@ -139,13 +147,23 @@ class FusedLayer(LayerForward):
         self._out.add_to(hidden, attended)
         self._down.add_to(hidden, gated(self._gate_up(self._between(hidden)), self._activation))
 
-    def _attended(self, qkv: Tensor, angles: tuple[Tensor, Tensor], headway: Any) -> Tensor:
+    def _attended(
+        self,
+        qkv: Tensor,
+        angles: tuple[Tensor, Tensor],
+        headway: Any,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Attention's results (tokens, heads * head_dim), in ``out`` where that is given."""
         parts = qkv.split(self._sizes, dim=-1)
         q, k, v = (part.unflatten(-1, (-1, self._head_dim)) for part in parts)
         tokens, half = qkv.shape[0], angles[0].shape[-1] // self.repeats
         cos, sin = (angle[0, :tokens, :half] for angle in angles)
         rotary = TokenRotary(cos, sin, norms=self._head_norms)
-        attended: Tensor = headway(self._attention, q, k, v, {**self._options, "rotary": rotary})
+        options = {**self._options, "rotary": rotary}
+        if out is not None:
+            options["out"] = out.unflatten(-1, (-1, self._head_dim))
+        attended: Tensor = headway(self._attention, q, k, v, options)
         return attended.flatten(1)
 
     def take_over(self, layer: nn.Module) -> None:

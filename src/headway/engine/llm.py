@@ -187,7 +187,7 @@ class LLM(Intake):
             max_sequences=config.max_running_requests,
             max_pages=kv_cache.pages_for(self.max_model_len, config.page_size),
             graphs=self._capture(num_pages, config.max_running_requests, progress=progress),
-            pieces=self._capture_pieces(config.chunked_prefill_size, progress=progress),
+            pieces=self._capture_pieces(progress=progress),
         )
         self._in_flight: Step | None = None
         self._requests: dict[str, Request] = {}
@@ -631,14 +631,17 @@ class LLM(Intake):
             captured.append(graphs)
         return captured
 
-    def _capture_pieces(self, most: int, *, progress: bool = False) -> Pieces | None:
-        """What lies between the attention calls of plain layers, for steps of up to ``most`` tokens."""
-        layers = getattr(self.acceleration, "layers", 0) if self.config.cuda_graphs else 0
-        if layers == 0:
+    def _capture_pieces(self, *, progress: bool = False) -> Pieces | None:
+        """What lies between the attention calls of plain layers, for steps that are not decode alone."""
+        config = self.config
+        if not config.cuda_graphs or not getattr(self.acceleration, "layers", 0):
             return None
-        from headway.engine.pieces import MOST_ROWS, pieces_of, row_counts
+        from headway.engine.pieces import pieces_of, plain_layers, row_counts
 
-        counts = row_counts(min(most, MOST_ROWS))
+        scheduler = self._scheduler
+        decoding = scheduler.max_running_requests * (1 + scheduler.uniform_drafts)
+        layers = plain_layers(self.model)
+        counts = row_counts(scheduler.chunked_prefill_size + decoding, layers[0].row_bytes)
         try:
             with _bar("Capturing pieces of prefill", len(counts), show=progress) as advance:
                 return pieces_of(self.model, counts, CudaRecorder(self.device), advance)

@@ -5,6 +5,10 @@ the device. What an attention call launches depends on which tokens belong toget
 in every step. Products, norms and activations depend on the number of rows alone: they are captured for
 some numbers of rows, in memory that all layers share. A step of fewer tokens computes on padding, at which
 nobody looks.
+
+Steps of some thousand tokens are launched as fast as they are computed, and padding would cost more than
+it saves. The exception is a step as large as steps get: under load most are, little of it is padding, and
+a busy host takes longer to launch it than the device to compute it.
 """
 
 from __future__ import annotations
@@ -23,19 +27,33 @@ from headway.engine.trial import grown_alike, queries_and_keys
 
 logger = logging.getLogger(__name__)
 
-#: Most tokens of a step that runs in pieces: those of larger ones keep a GPU busy for as long as the host.
+#: Most tokens of a step that always runs in pieces: a larger one keeps a GPU busy for as long as the host.
 MOST_ROWS = 2048
 
+#: Full steps: how far they are filled at least, and the most bytes that pieces of them may take. A model
+#: that takes more has layers so wide that the device is the slower one anyway.
+FULL = 7 / 8
+MOST_BYTES = 1 << 30
 
-def row_counts(most: int) -> list[int]:
-    """Numbers of rows worth graphs of their own, for steps of up to ``most`` tokens: from 16 on, each up to
-    twice the one before."""
-    counts = [16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048]
+
+def row_counts(most: int, row_bytes: int = 0) -> list[int]:
+    """Numbers of rows worth graphs of their own, where no step has more than ``most`` tokens: from 16 to
+    MOST_ROWS, each up to twice the one before; ``most``, where it is larger, if MOST_BYTES are enough."""
+    counts = [16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, MOST_ROWS]
+    if most * row_bytes > MOST_BYTES:
+        most = min(most, MOST_ROWS)
     return [*(count for count in counts if count < most), max(most, counts[0])]
 
 
+def plain_layers(model: nn.Module) -> list[FusedLayer]:
+    """The layers that were exchanged for plain ones, in order."""
+    exchanged = (vars(module).get("forward") for module in model.modules())
+    return [forward for forward in exchanged if isinstance(forward, FusedLayer)]
+
+
 class Pieces:
-    """What lies between the attention calls of a model's layers, for steps of up to ``counts[-1]`` tokens.
+    """What lies between the attention calls of a model's layers, for steps of up to MOST_ROWS tokens, and
+    for those that nearly fill ``counts[-1]`` rows.
 
     Args:
         layers: all of the model's, in order, with products of the same sizes.
@@ -76,9 +94,12 @@ class Pieces:
         return hidden
 
     def rows_for(self, num_tokens: int) -> int | None:
-        """Rows that such a step computes; None where it is too large."""
+        """Rows that such a step computes; None where pieces do not suit its size."""
         found = bisect.bisect_left(self._counts, num_tokens)
-        return self._counts[found] if found < len(self._counts) else None
+        if found == len(self._counts):
+            return None
+        rows = self._counts[found]
+        return rows if rows <= MOST_ROWS or num_tokens >= FULL * rows else None
 
     def begin(self, num_tokens: int) -> None:
         """A step of so many tokens begins."""
@@ -86,17 +107,17 @@ class Pieces:
         assert rows is not None
         self._tokens, self._rows = num_tokens, rows
 
-    def before(self, layer: FusedLayer, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """The layer's hidden states (1, rows, width) where they stay, and its q, k and v of the tokens."""
+    def before(self, layer: FusedLayer, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The layer's hidden states (1, rows, width) where they stay, its q, k and v of the tokens, and
+        where attention's results (tokens, heads * head_dim) belong."""
         hidden = self._hidden[:, : self._rows]
         if layer is self._layers[0]:
             hidden.copy_(hidden_states)
             self._replays[self._rows][0]()
-        return hidden, self._qkv[: self._tokens]
+        return hidden, self._qkv[: self._tokens], self._attended[: self._tokens]
 
-    def after(self, layer: FusedLayer, attended: Tensor) -> None:
-        """Go on from attention (tokens, heads * head_dim) to the next layer's, or to the end."""
-        self._attended[: self._tokens].copy_(attended)
+    def after(self, layer: FusedLayer) -> None:
+        """Go on from attention to the next layer's, or to the end."""
         self._replays[self._rows][self._after[layer]]()
 
 
@@ -112,8 +133,7 @@ def pieces_of(
     None where not all of its layers with attention are plain, they cannot share memory, or a trial says
     that the model does not run through them one after the other.
     """
-    exchanged = (vars(module).get("forward") for module in model.modules())
-    layers = [forward for forward in exchanged if isinstance(forward, FusedLayer)]
+    layers = plain_layers(model)
     wanted = queries_and_keys(model)
     if 3 * len(layers) != len(wanted) or len({layer.sizes for layer in layers}) != 1:
         return None

@@ -138,7 +138,8 @@ class Witness:
         self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
     ) -> Tensor:
         rotary: TokenRotary | None = options.get("rotary")
-        self.options = {name: value for name, value in options.items() if name != "rotary"}
+        out: Tensor | None = options.get("out")
+        self.options = {name: options[name] for name in options if name not in ("rotary", "out")}
         if rotary is not None and rotary.norms is not None:
             q, k = normalised(q, k, rotary.norms)
         for x in (q, k):
@@ -150,7 +151,8 @@ class Witness:
         expansion = expansion_of(module)
         if expansion is not None:
             return expansion.values(v)
-        return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+        values = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+        return values if out is None else out.copy_(values)
 
 
 def queries_and_keys(model: nn.Module, pieces: Any = None) -> list[Tensor]:

@@ -219,6 +219,8 @@ class AttentionBackend(ABC):
         kv_cache: tuple[Tensor, Tensor],
         layer: AttentionLayer,
         rotary: TokenRotary | None = None,
+        *,
+        out: Tensor | None = None,
     ) -> Tensor:
         """Write the new keys and values into the layer's cache, then attend.
 
@@ -226,10 +228,23 @@ class AttentionBackend(ABC):
             q: (total_q, Hq, D), k: (total_q, Hkv, D), positions already encoded unless ``rotary`` is
                 given; v: (total_q, Hkv, Dv).
             kv_cache: pages of keys (num_pages, page_size, Hkv, D) and values (..., Dv).
+            out: (total_q, Hq, Dv), where the results belong.
 
         Returns:
-            (total_q, Hq, Dv).
+            (total_q, Hq, Dv): ``out`` where it is given.
         """
+        attended = self._forward(q, k, v, kv_cache, layer, rotary)
+        return attended if out is None else out.copy_(attended)
+
+    def _forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kv_cache: tuple[Tensor, Tensor],
+        layer: AttentionLayer,
+        rotary: TokenRotary | None,
+    ) -> Tensor:
         batch = self._batch
         if batch is None:
             raise HeadwayError("forward was called before init_forward_metadata")

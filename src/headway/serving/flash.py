@@ -220,15 +220,19 @@ class FlashAttentionBackend(AttentionBackend):
         kv_cache: KVPages,
         layer: AttentionLayer,
         rotary: TokenRotary | None = None,
+        *,
+        out: Tensor | None = None,
     ) -> Tensor:
         first, rest = self._decode, self._extend
         if first is None and rest is None:
-            return self._forward_fused(q, k, v, kv_cache, layer, rotary)
-        if first is None or rest is None:
-            return super().forward(q, k, v, kv_cache, layer, rotary)
+            attended = self._forward_fused(q, k, v, kv_cache, layer, rotary)
+            return attended if out is None else out.copy_(attended)
         q = self.write(q, k, v, kv_cache, layer, rotary)
+        if first is None or rest is None:
+            return self._attend(first or rest, q, kv_cache, layer, out)
         n = first.batch.batch_size
-        out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        if out is None:
+            out = q.new_empty(*q.shape[:-1], v.shape[-1])
         self._attend(first, q[:n], kv_cache, layer, out[:n])
         self._attend(rest, q[n:], kv_cache, layer, out[n:])
         return out

@@ -1,10 +1,37 @@
 """Stand-in for vLLM's fork: one function, FlashAttention 2 unless told otherwise."""
 
+import torch
 from tests.stand_ins import record
 from tests.stand_ins.fa2_calls import varlen
 from tests.stand_ins.fa3_calls import run
 
 DEFAULT_FA_VERSION = 2
+
+
+def get_scheduler_metadata(
+    batch_size,
+    max_seqlen_q,
+    max_seqlen_k,
+    num_heads_q,
+    num_heads_kv,
+    headdim,
+    cache_seqlens,
+    qkv_dtype=torch.bfloat16,
+    headdim_v=None,
+    cu_seqlens_q=None,
+    cu_seqlens_k_new=None,
+    cache_leftpad=None,
+    page_size=None,
+    max_seqlen_k_new=0,
+    causal=False,
+    window_size=(-1, -1),
+    has_softcap=False,
+    num_splits=0,
+    pack_gqa=None,
+    sm_margin=0,
+):
+    assert cache_seqlens.shape == (batch_size,)
+    return torch.zeros(1 + batch_size, dtype=torch.int32)
 
 
 def flash_attn_varlen_func(
