@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -42,6 +44,37 @@ def test_nothing_of_it_stays(
     monkeypatch.undo()
     (one,) = llm.generate([[1, 2, 3]], SamplingParams(max_tokens=8, temperature=0))
     assert list(one.token_ids) == llama.greedy([1, 2, 3], 8)
+
+
+def test_prompts_between_small_and_full_steps_come_longest_first() -> None:
+    lengths = list(warm_up.lengths_below(16384))
+    assert lengths == [14336, 10752, 8064, 6048, 4536, 3402, 2551]
+    assert list(warm_up.lengths_below(2048)) == []
+
+
+def test_they_are_new_to_the_prefix_cache() -> None:
+    """A prompt that begins like one before it would be computed in part."""
+    llm = SimpleNamespace(
+        config=SimpleNamespace(chunked_prefill_size=16384, page_size=16),
+        device=torch.device("cuda"),
+        max_model_len=20000,
+        stats=lambda: SimpleNamespace(pages_total=10000),
+    )
+    prompts = [prompt for wave in warm_up.waves(llm) for prompt, _ in wave]  # type: ignore[arg-type]
+    longer = [prompt for prompt in prompts if len(prompt) > 2048]
+    assert [len(prompt) for prompt in longer] == [16384, 16384, *warm_up.lengths_below(16384)]
+    assert len({prompt[0] for prompt in longer[1:]}) == len(longer) - 1
+
+
+@pytest.mark.parametrize("guesses", [0, 3])
+def test_every_number_of_rows_is_looked_at(llama: TinyModel, guesses: int) -> None:
+    more = {"speculative": "ngram", "num_draft_tokens": guesses} if guesses else {}
+    llm = engine(llama, acceleration="off", max_running_requests=5, **more)
+    seen: list[tuple[int, ...]] = []
+    head = llm.model.get_output_embeddings()
+    head.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape)))
+    warm_up.look_at_rows(llm)
+    assert seen == [(1, n, head.in_features) for n in range(1, 5 * (1 + guesses) + 1)]
 
 
 def test_seeds_are_those_of_an_engine_without_it(llama: TinyModel) -> None:

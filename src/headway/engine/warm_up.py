@@ -1,8 +1,16 @@
-"""Before the first client: what its request would wait for is compiled, and what cannot run is found."""
+"""Before the first client: what its request would wait for is compiled, and what cannot run is found.
+
+On a GPU that is more than kernels of Headway's: the library of products loads a kernel when a number of
+rows first needs it, and memory is asked for when a step first needs it. Both wait until the device is idle,
+which costs a service as much as two steps, each time.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
 
 from headway.engine.config import EngineConfig
 from headway.engine.kv_cache import pages_for
@@ -19,7 +27,8 @@ FEW = 256
 
 def warm_up(llm: LLM) -> None:
     """Run every kind of step once: short prompts, long ones, a few tokens behind a long beginning, decode
-    alone and beside a prompt, greedy and drawn tokens. The engine has forgotten it all then. Processes of a
+    alone and beside a prompt, greedy and drawn tokens; on a GPU, prompts of several lengths and every
+    number of rows that are looked at, too. The engine has forgotten it all then. Processes of a
     tensor-parallel engine do it together.
 
     Raises:
@@ -32,6 +41,21 @@ def warm_up(llm: LLM) -> None:
     while llm.has_unfinished():
         _step(llm)
     llm.forget()
+    if llm.device.type != "cpu" and llm.config.tensor_parallel_size == 1:
+        look_at_rows(llm)
+
+
+@torch.inference_mode()
+def look_at_rows(llm: LLM) -> None:
+    """Multiply by the vocabulary any number of rows that a step has of decoding sequences and new ones."""
+    config = llm.config
+    model: Any = llm.model
+    head = model.get_output_embeddings()
+    guesses = config.num_draft_tokens if config.speculative == "ngram" else 0
+    rows = (config.max_running_requests or 1) * (1 + guesses)
+    hidden = torch.zeros(1, rows, head.in_features, dtype=model.dtype, device=llm.device)
+    for count in range(1, rows + 1):
+        head(hidden[:, :count])
 
 
 def warmed_up(config: EngineConfig) -> LLM:
@@ -59,7 +83,23 @@ def waves(llm: LLM) -> Sequence[Sequence[Asked]]:
         return [first, [([1], drawn)]]
     few = min(FEW, longest // 2)
     long, behind_it = [0] * longest, [0] * (longest - few) + [1] * few
-    return [first, [(long, last), ([1], drawn)], [(behind_it, last)]]
+    return [
+        first,
+        [(long, last), ([1], drawn)],
+        [(behind_it, last)],
+        *([([number] * length, last)] for number, length in enumerate(lengths_below(longest), 2)),
+    ]
+
+
+def lengths_below(longest: int) -> Iterator[int]:
+    """Of prompts that are neither full steps nor small ones, which run in captured pieces: the longest
+    first, so that what it leaves of memory holds the others."""
+    from headway.engine.pieces import FULL, MOST_ROWS
+
+    length = int(longest * FULL)
+    while length > MOST_ROWS:
+        yield length
+        length = length * 3 // 4
 
 
 def _step(llm: LLM) -> None:
