@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from headway.engine import warm_up
+from headway.engine import pieces, warm_up
 from headway.engine.request import SamplingParams
 from headway.errors import HeadwayError, InvalidInputError
 from tests.engine.conftest import TinyModel, engine
@@ -50,6 +50,35 @@ def test_prompts_between_small_and_full_steps_come_longest_first() -> None:
     lengths = list(warm_up.lengths_below(16384))
     assert lengths == [14336, 10752, 8064, 6048, 4536, 3402, 2551]
     assert list(warm_up.lengths_below(2048)) == []
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("tokens", [400, 512, 4096])
+def test_they_take_their_turns_where_pages_are_few(
+    llama: TinyModel, monkeypatch: pytest.MonkeyPatch, overlap: bool, tokens: int
+) -> None:
+    monkeypatch.setattr(pieces, "MOST_ROWS", 30)
+    sizes = {"max_model_len": 170, "chunked_prefill_size": 160, "kv_cache_tokens": tokens}
+    llm = engine(llama, overlap=overlap, **sizes)
+    new: set[int] = set()
+    run = llm._runner.run
+
+    def seen(chunks):  # type: ignore[no-untyped-def]
+        new.update(chunk.num_tokens for chunk in chunks)
+        return run(chunks)
+
+    monkeypatch.setattr(llm._runner, "run", seen)
+    real = llm.device
+    llm.device = torch.device("cuda")
+    waves = warm_up.waves(llm)
+    llm.device = real
+    monkeypatch.setattr(warm_up, "waves", lambda llm: waves)
+    before = llm.stats()
+    warm_up.warm_up(llm)
+    assert llm.stats() == before
+    longest = max(new)
+    assert new >= {longest, *warm_up.lengths_below(longest)}
+    assert longest == (48 if tokens == 400 else 160)
 
 
 def test_they_are_new_to_the_prefix_cache() -> None:
