@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from headway.engine.config import EngineConfig
 from headway.engine.kv_cache import pages_for
@@ -51,6 +52,8 @@ def look_at_rows(llm: LLM) -> None:
     config = llm.config
     model: Any = llm.model
     head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        return
     guesses = config.num_draft_tokens if config.speculative == "ngram" else 0
     rows = (config.max_running_requests or 1) * (1 + guesses)
     hidden = torch.zeros(1, rows, head.in_features, dtype=model.dtype, device=llm.device)
