@@ -214,6 +214,9 @@ def test_full_steps_run_in_pieces_where_there_is_memory_for_them() -> None:
         None,
     ]
     assert row_counts(16640, row_bytes=MOST_BYTES // 16639) == row_counts(MOST_ROWS)
+    small, taken = 1 << 15, 16640 << 15  # a row's bytes, and a full step's
+    assert row_counts(16640, small, free_bytes=4 * taken)[-1] == 16640
+    assert row_counts(16640, small, free_bytes=4 * taken - 4)[-1] == MOST_ROWS
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])

@@ -126,6 +126,19 @@ def test_what_cannot_run_is_said(llama: TinyModel, monkeypatch: pytest.MonkeyPat
     assert not llm.has_unfinished()
 
 
+def test_what_does_not_fit_says_what_would(
+    llama: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = engine(llama)
+
+    def fill(chunks):  # type: ignore[no-untyped-def]
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 940.00 MiB.")
+
+    monkeypatch.setattr(llm._runner, "run", fill)
+    with pytest.raises(HeadwayError, match=r"940(.|\n)*smaller --mem-fraction"):
+        warm_up.warm_up(llm)
+
+
 def test_requests_are_not_forgotten(llama: TinyModel) -> None:
     llm = engine(llama)
     llm.add_request("a", [1], SamplingParams(max_tokens=1))

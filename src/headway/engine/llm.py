@@ -641,7 +641,8 @@ class LLM(Intake):
         scheduler = self._scheduler
         decoding = scheduler.max_running_requests * (1 + scheduler.uniform_drafts)
         layers = plain_layers(self.model)
-        counts = row_counts(scheduler.chunked_prefill_size + decoding, layers[0].row_bytes)
+        most, free = scheduler.chunked_prefill_size + decoding, _free_bytes(self.device)
+        counts = row_counts(most, layers[0].row_bytes, free)
         try:
             with _bar("Capturing pieces of prefill", len(counts), show=progress) as advance:
                 return pieces_of(self.model, counts, CudaRecorder(self.device), advance)

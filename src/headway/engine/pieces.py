@@ -16,6 +16,7 @@ from __future__ import annotations
 import bisect
 import functools
 import logging
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -34,13 +35,19 @@ MOST_ROWS = 2048
 #: that takes more has layers so wide that the device is the slower one anyway.
 FULL = 7 / 8
 MOST_BYTES = 1 << 30
+#: Of the memory that is free beside the KV cache, what they leave to steps that run whole and to sampling.
+LEFT = 3 / 4
 
 
-def row_counts(most: int, row_bytes: int = 0) -> list[int]:
+def row_counts(most: int, row_bytes: int = 0, free_bytes: float = math.inf) -> list[int]:
     """Numbers of rows worth graphs of their own, where no step has more than ``most`` tokens: from 16 to
-    MOST_ROWS, each up to twice the one before; ``most``, where it is larger, if MOST_BYTES are enough."""
+    MOST_ROWS, each up to twice the one before; ``most``, where it is larger, if there is memory for it.
+
+    Args:
+        row_bytes: what a row takes; free_bytes: memory beside the KV cache.
+    """
     counts = [16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, MOST_ROWS]
-    if most * row_bytes > MOST_BYTES:
+    if most * row_bytes > min(MOST_BYTES, (1 - LEFT) * free_bytes):
         most = min(most, MOST_ROWS)
     return [*(count for count in counts if count < most), max(most, counts[0])]
 

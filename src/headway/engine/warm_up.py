@@ -22,6 +22,12 @@ from headway.errors import HeadwayError
 #: A prompt and how it goes on.
 Asked = tuple[list[int], SamplingParams]
 
+#: What helps where a step does not fit beside the KV cache.
+MORE_MEMORY = (
+    "\nA step needs more memory than lies beside the KV cache: try a smaller --mem-fraction or "
+    "--kv-cache-tokens, or a smaller --chunked-prefill-size"
+)
+
 #: New tokens of a prompt of which the rest is found in the prefix cache.
 FEW = 256
 
@@ -110,4 +116,5 @@ def _step(llm: LLM) -> None:
         if output.error is not None:
             for name in llm.unfinished():
                 llm.abort(name)
-            raise HeadwayError(f"the model cannot generate this way: {output.error}")
+            advice = MORE_MEMORY if "out of memory" in output.error else ""
+            raise HeadwayError(f"the model cannot generate this way: {output.error}{advice}")
