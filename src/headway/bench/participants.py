@@ -291,15 +291,8 @@ def vllm_call(inputs: Inputs) -> Call:
         "fa_version": 3,
         **inputs.descales("qkv"),
     }
-    if case.latent:  # rope parts as q and k, latent parts as q_v and v
-        at = case.head_dim_v
-        common["q_v"] = inputs.q[..., :at]
-
-        def run(i: int) -> Any:
-            k, v = inputs.pages(i, case.page_size)
-            return fa3.flash_attn_varlen_func(inputs.q[..., at:], k[..., at:], v, **common)
-
-        return run
+    if case.latent:
+        return _vllm_latent(inputs, fa3, common)
     common["scheduler_metadata"] = fa3.get_scheduler_metadata(
         case.batch_size,
         inputs.max_seqlen_q,
@@ -318,6 +311,18 @@ def vllm_call(inputs: Inputs) -> Call:
     return lambda i: fa3.flash_attn_varlen_func(
         inputs.q, *inputs.pages(i, case.page_size), **common
     )
+
+
+def _vllm_latent(inputs: Inputs, fa3: Any, common: dict[str, Any]) -> Call:
+    """Absorbed MLA, not planned: rope parts as q and k, latent parts as q_v and v."""
+    case, at = inputs.case, inputs.case.head_dim_v
+    common["q_v"] = inputs.q[..., :at]
+
+    def run(i: int) -> Any:
+        k, v = inputs.pages(i, case.page_size)
+        return fa3.flash_attn_varlen_func(inputs.q[..., at:], k[..., at:], v, **common)
+
+    return run
 
 
 def fa4_call(inputs: Inputs) -> Call:
