@@ -9,9 +9,9 @@ import argparse
 import os
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
-import httpx
 import openai
 
 START_UP_LIMIT_S = 300.0
@@ -22,9 +22,9 @@ def wait_until_ready(url: str, pid: int | None) -> float:
     start = time.monotonic()
     while time.monotonic() - start < START_UP_LIMIT_S:
         try:
-            if httpx.get(f"{url}/health", timeout=2).status_code == 200:
+            with urllib.request.urlopen(f"{url}/health", timeout=2):
                 return time.monotonic() - start
-        except httpx.TransportError:
+        except OSError:  # nothing listens yet, or it is not ready: 503
             pass
         if pid is not None and not _alive(pid):
             sys.exit(f"the server (process {pid}) ended before it was ready")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import re
+import sys
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -56,3 +58,32 @@ def test_a_circle_is_found(tmp_path: Path) -> None:
     graph = {name: set(imported(path, known)) for name, path in known.items()}
     assert graph == {"m.a": {"m.b"}, "m.b": {"m.c"}, "m.c": {"m.a"}}
     assert len(circle(graph)) == 4
+
+
+# What the engines and peers bring that Headway plugs into, and what declared packages are made of.
+BROUGHT_ALONG = {
+    "jinja2": "torch",
+    "llvmlite": "numba",
+    "pydantic": "fastapi",
+    "starlette": "fastapi",
+    "sglang": "an environment with SGLang",
+    "vllm": "an environment with vLLM",
+}
+
+
+def test_what_is_imported_is_declared_outside_of_dev() -> None:
+    """A package that only tests bring makes the program fail everywhere but here."""
+    root = SOURCE.parent
+    declared = (root / "pyproject.toml").read_text().split("\ndev = [")[0]
+    names = {name.replace("-", "_") for name in re.findall(r'"([\w-]+)(?:\[[\w,]+\])?>=', declared)}
+    assert {"torch", "openai", "prometheus_client"} <= names
+    found = {*sys.stdlib_module_names, *names, *BROUGHT_ALONG, "headway"}
+    for path in [*SOURCE.rglob("*.py"), *(root / "script").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                wanted = {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module is not None and not node.level:
+                wanted = {node.module.split(".")[0]}
+            else:
+                continue
+            assert wanted <= found, f"{path.relative_to(root)} imports {wanted - found}"

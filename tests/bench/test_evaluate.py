@@ -17,6 +17,7 @@ from headway import cli
 from headway.bench import evaluate
 from headway.bench.evaluate import EvalSettings, Score
 from headway.errors import InvalidInputError
+from headway.server.context import ServerSettings
 from tests.engine.conftest import TinyModel, byte_tokenizer, engine, save_tiny
 from tests.server.live import serving
 
@@ -83,3 +84,10 @@ def test_what_is_not_there(tmp_path: Path) -> None:
         EvalSettings("sums", limit=0)
     result = CliRunner().invoke(cli.app, ["eval", "sums", "--url", "http://127.0.0.1:9"])
     assert "no server answers" in str(result.exception)
+
+
+def test_a_server_that_refuses_is_not_called_absent(model: TinyModel) -> None:
+    command = ["eval", "sums", "--tasks-folder", str(TASKS)]
+    with serving(engine(model), ServerSettings(api_key="right")) as live:
+        result = CliRunner().invoke(cli.app, [*command, "--url", live.url])
+    assert f"{live.url}/v1/models: 401" in str(result.exception)

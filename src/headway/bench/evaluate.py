@@ -8,12 +8,15 @@ that of either score where most answers are the same.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
 import os
 import shlex
 import statistics
 import tempfile
+import urllib.error
+import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -202,17 +205,17 @@ def _quiet(api_key: str | None) -> Iterator[None]:
 
 
 def _card(url: str, api_key: str | None) -> dict[str, Any]:
-    import httpx
-
     headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
     try:
-        response = httpx.get(f"{url}/v1/models", headers=headers, timeout=30)
-        response.raise_for_status()
-    except httpx.HTTPError as error:
+        asked = urllib.request.Request(f"{url}/v1/models", headers=headers)
+        with urllib.request.urlopen(asked, timeout=30) as response:
+            card: dict[str, Any] = json.load(response)["data"][0]
+    except urllib.error.HTTPError as error:
+        raise HeadwayError(f"{url}/v1/models: {error.code} {error.reason}") from None
+    except (OSError, ValueError) as error:  # ValueError: no URL was given, or no JSON came
         raise HeadwayError(
             f"no server answers at {url} ({type(error).__name__}: {error}); name one with --url"
         ) from None
-    card: dict[str, Any] = response.json()["data"][0]
     return card
 
 
