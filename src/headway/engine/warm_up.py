@@ -45,6 +45,8 @@ def warm_up(llm: LLM) -> None:
         for index, (prompt, params) in enumerate(wave):
             llm.add_request(f"warm-up {number}.{index}", prompt, params)
         _step(llm)
+        while llm.stats().waiting:  # for pages; together with the next they would be other steps
+            _step(llm)
     while llm.has_unfinished():
         _step(llm)
     llm.forget()
@@ -58,11 +60,11 @@ def look_at_rows(llm: LLM) -> None:
     config = llm.config
     model: Any = llm.model
     head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear):
+    if type(head) is not nn.Linear:  # some that are derived from it hold weights in other forms
         return
     guesses = config.num_draft_tokens if config.speculative == "ngram" else 0
     rows = (config.max_running_requests or 1) * (1 + guesses)
-    hidden = torch.zeros(1, rows, head.in_features, dtype=model.dtype, device=llm.device)
+    hidden = torch.zeros(1, rows, head.in_features, dtype=head.weight.dtype, device=llm.device)
     for count in range(1, rows + 1):
         head(hidden[:, :count])
 
@@ -78,25 +80,29 @@ def waves(llm: LLM) -> Sequence[Sequence[Asked]]:
     """Requests that begin a step after those before them."""
     room = llm.max_model_len - 1
     greedy = SamplingParams(max_tokens=min(6, room), temperature=0, seed=0, ignore_eos=True)
-    first = [([0] * min(8, llm.max_model_len - greedy.max_tokens), greedy)]
+    short = min(8, llm.max_model_len - greedy.max_tokens)
+    first = [([0] * short, greedy)]
     if llm.device.type == "cpu":  # compiles nothing that depends on lengths
         return [first]
     last = SamplingParams(max_tokens=1, temperature=0, seed=0, ignore_eos=True)
     drawn = SamplingParams(
         max_tokens=1, temperature=1, top_p=0.9, top_k=8, logprobs=1, seed=0, ignore_eos=True
     )
-    # Beside the first wave's page, and the spare one that each running sequence is kept.
-    pages = llm.stats().pages_total - 2 * pages_for(llm.max_model_len, llm.config.page_size)
+    # Beside the first wave's, and the spare one that each running sequence is kept.
+    pages = llm.stats().pages_total - 1
+    pages -= pages_for(short + greedy.max_tokens, llm.config.page_size)
     longest = min(llm.config.chunked_prefill_size or 1, room, pages * llm.config.page_size)
     if longest < 1:
         return [first, [([1], drawn)]]
     few = min(FEW, longest // 2)
     long, behind_it = [0] * longest, [0] * (longest - few) + [1] * few
+    vocabulary = llm.model_config.vocab_size
+    between = enumerate(lengths_below(longest), 2)
     return [
         first,
         [(long, last), ([1], drawn)],
         [(behind_it, last)],
-        *([([number] * length, last)] for number, length in enumerate(lengths_below(longest), 2)),
+        *([([number % vocabulary] * length, last)] for number, length in between),
     ]
 
 
