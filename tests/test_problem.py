@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -111,6 +112,7 @@ WRONG: list[tuple[str, dict[str, Any], str, str]] = [
     ("dense", {"sm_margin": None}, "sm_margin", "multiprocessors"),
     ("dense", {"sinks": [0.0] * 4}, "sinks", "(4,)"),
     ("dense", {"qv": [1]}, "qv", "tensor"),
+    ("dense", {"qv": normal(2, 3, 8, 4).transpose(2, 3)}, "qv", "contiguous"),
     ("dense", {"qv": [1], "only_qv": True}, "qv", "4 dimensions"),
     ("dense", {"out": [1]}, "out", "(2, 3, 4, 8)"),
     ("dense", {"out": normal(8).expand(2, 3, 4, 8)}, "out", "rows of its own"),
@@ -223,6 +225,7 @@ WRONG += [
     ("paged", NEW | tables(9) | {"q": normal(2, 3, 4, 8)}, "rotary_cos", "at least 10"),
     ("paged", NEW | tables(9) | {"rotary_seqlens": int32(0, 8)}, "rotary_cos", "at least 10"),
     ("paged", NEW | tables(9) | {"rotary_seqlens": int32(0, -1)}, "rotary_seqlens", "from 0"),
+    ("paged", NEW | {"k_cache": normal(6, 4, 1, 8).expand(6, 4, 2, 8)}, "k_cache", "of its own"),
 ]
 
 
@@ -261,6 +264,31 @@ def test_tables_that_just_suffice_are_taken() -> None:
 def test_an_unbounded_window_has_many_spellings(window: Any) -> None:
     torch.manual_seed(0)
     assert dense(window_size=window).shape == (2, 3, 4, 8)
+
+
+@pytest.mark.parametrize("width", [2**31 - 1, sys.maxsize, 2**70])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_window_wider_than_any_sequence_hides_nothing(width: int, backend: str) -> None:
+    tensors = {"q": normal(2, 3, 4, 8), "k": normal(2, 5, 2, 8), "v": normal(2, 5, 2, 8)}
+    want = dense(**tensors, backend=backend)
+    for mask in ({"window_size": (width, width)}, {"attention_chunk": width}):
+        torch.testing.assert_close(dense(**tensors, **mask, backend=backend), want)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_sinks_may_lie_anywhere(backend: str) -> None:
+    tensors = {"q": normal(2, 3, 4, 8), "k": normal(2, 5, 2, 8), "v": normal(2, 5, 2, 8)}
+    spread = torch.arange(8.0)
+    for sinks in (spread[1:2].expand(4), spread[::2]):
+        want = dense(**tensors, sinks=sinks.clone(), backend=backend)
+        assert torch.equal(dense(**tensors, sinks=sinks, backend=backend), want)
+
+
+def test_rows_of_one_element_have_no_stride() -> None:
+    tensors = {"q": normal(2, 3, 1, 1), "k": normal(2, 5, 1, 1), "v": normal(2, 5, 1, 1)}
+    out = torch.empty(2, 3).as_strided((2, 3, 1, 1), (3, 1, 1, 9))
+    assert dense(**tensors, out=out) is out
+    torch.testing.assert_close(out, dense(**tensors))
 
 
 @pytest.mark.parametrize("cu_seqlens", [[0, 7, 10], torch.tensor([0, 7, 10]), int32(0, 7)])
@@ -355,6 +383,11 @@ def test_a_length_may_be_any_integer(length: Any) -> None:
         paged(q=q, cache_seqlens=length, k_cache=(k := normal(6, 4, 2, 8)), v_cache=k),
         paged(q=q, cache_seqlens=int32(7, 7), k_cache=k, v_cache=k),
     )
+    table = torch.tensor([[0, 5], [2, 0]], dtype=torch.int32)
+    explained = headway.explain(
+        headway.flash_attn_with_kvcache, q, k, k, cache_seqlens=length, page_table=table
+    )
+    assert explained.chosen == "cpu"
 
 
 def test_an_int_length_counts_for_each_sequence_of_a_ragged_query() -> None:

@@ -161,6 +161,20 @@ def test_qv_adds_a_second_product_and_widens_the_default_scale() -> None:
     torch.testing.assert_close(only[0].transpose(0, 1), want)
 
 
+def test_scores_of_qv_alone_are_with_values_as_they_are_meant() -> None:
+    """only_qv is qv where q·k is zero: what a stored value means is said by v_descale alone."""
+    f8 = torch.float8_e4m3fn
+    qv, v = random(2, 3, 4, 16).bfloat16(), random(2, 5, 2, 16).to(f8)
+    q, k = torch.zeros_like(qv), v
+    scales = {"v_descale": torch.rand(2, 2) + 0.5, "softmax_scale": 0.3}
+    want, want_lse = attend(q, k, v, qv=qv, **scales)
+    out, lse = attend(q, k, v, qv=qv, only_qv=True, **scales)
+    torch.testing.assert_close(out, want)
+    torch.testing.assert_close(lse, want_lse)
+    out, _ = attend(q, k, v, qv=qv, only_qv=True, **scales, k_descale=torch.full((2, 2), 9.0))
+    torch.testing.assert_close(out, want)
+
+
 def test_float8_descales_are_per_sequence_and_key_value_head() -> None:
     q, k, v = random(2, 1, 4, 16), random(2, 6, 2, 16), random(2, 6, 2, 16)
     f8 = torch.float8_e4m3fn

@@ -152,6 +152,8 @@ def _common(a: SimpleNamespace, k: Tensor, v: Tensor) -> dict[str, Any]:
                 "learnable_sink", "a tensor beside sinks", "one of the two names"
             )
         sinks = a.learnable_sink
+    if isinstance(sinks, Tensor):
+        sinks = sinks.contiguous()  # one number for all heads comes expanded
     scale = 1.0 / math.sqrt(max(dims, 1))
     if a.softmax_scale is not None:
         scale = as_float("softmax_scale", a.softmax_scale)
@@ -162,7 +164,7 @@ def _common(a: SimpleNamespace, k: Tensor, v: Tensor) -> dict[str, Any]:
         "qv": qv,
         "mask": normalise_mask(a.causal, a.window_size, a.attention_chunk, a.mask_mod),
         "scores": Scores(scale, as_float("softcap", a.softcap or 0.0), sinks, a.score_mod),
-        "descales": Descales(a.q_descale, a.k_descale, a.v_descale),
+        "descales": Descales(a.q_descale, a.v_descale if a.only_qv else a.k_descale, a.v_descale),
         "aux_tensors": _aux_tensors(a.aux_tensors),
         "out": a.out,
         "hints": Hints(a.num_splits, a.pack_gqa, a.sm_margin, getattr(a, "deterministic", False)),

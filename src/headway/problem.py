@@ -30,6 +30,10 @@ from headway.plan import Plan, PlanKey
 FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz)
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
+#: Windows and chunks are bounded by this. No sequence is as long, so wider ones are no different, and
+#: positions plus a window stay inside the 32 bits that kernels have for them.
+WIDEST_WINDOW = 1 << 30
+
 #: ``score_mod(score, b, h, q_idx, kv_idx[, aux])`` and ``mask_mod(b, h, q_idx, kv_idx[, aux])``.
 ScoreMod = Callable[..., Any]
 MaskMod = Callable[..., Any]
@@ -344,8 +348,9 @@ def normalise_mask(
         if side is not None and (not integral or side < -1):
             wanted = "non-negative integers, -1 or None for unbounded"
             raise InvalidInputError("window_size", tuple(window_size), wanted)
-        sides.append(None if side in (None, -1) else int(side))
+        sides.append(None if side in (None, -1) else min(int(side), WIDEST_WINDOW))
     chunk = as_int("attention_chunk", attention_chunk or 0, "0 (off) or a positive length")
+    chunk = min(chunk, WIDEST_WINDOW)
     if mask_mod is not None and not callable(mask_mod):
         raise InvalidInputError("mask_mod", type(mask_mod).__name__, "a callable or None")
     return Mask(bool(causal), sides[0], 0 if causal else sides[1], chunk, mask_mod)
@@ -355,8 +360,8 @@ def lengths_as_tensor(
     name: str, lengths: int | Tensor | None, batch_size: int, device: torch.device
 ) -> Tensor | None:
     """An int length stands for every sequence of the batch."""
-    if isinstance(lengths, int):
-        return torch.full((batch_size,), lengths, dtype=torch.int32, device=device)
+    if isinstance(lengths, Integral):
+        return torch.full((batch_size,), int(lengths), dtype=torch.int32, device=device)
     if lengths is not None and not isinstance(lengths, Tensor):
         raise InvalidInputError(name, type(lengths).__name__, "an int or an int32 tensor (B,)")
     return lengths
@@ -389,12 +394,17 @@ def _require_tensor(name: str, value: object, wanted: str = "a tensor") -> None:
         raise InvalidInputError(name, type(value).__name__, wanted)
 
 
+def _rows_lie_together(t: Tensor) -> bool:
+    """Whether elements of the last dimension are behind one another."""
+    return t.stride(-1) == 1 or t.shape[-1] <= 1
+
+
 def _check_tensors(p: Problem, names: Names) -> None:
     for name, tensor in (("q", p.q), (names.k, p.k), (names.v, p.v)):
         _require_tensor(name, tensor)
         if tensor.device != p.q.device:
             raise InvalidInputError(name, tensor.device, f"the device of q, {p.q.device}")
-        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+        if not _rows_lie_together(tensor):
             raise InvalidInputError(
                 name, f"last-dimension stride {tensor.stride(-1)}", "1 (call .contiguous() on it)"
             )
@@ -421,7 +431,7 @@ def _check_int32(name: str, tensor: object, shape: tuple[int | None, ...], p: Pr
         want is not None and have != want for have, want in zip(tensor.shape, shape, strict=True)
     ):
         raise InvalidInputError(name, f"shape {tuple(tensor.shape)}", text)
-    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+    if not _rows_lie_together(tensor):
         raise InvalidInputError(name, f"last-dimension stride {tensor.stride(-1)}", "1")
 
 
@@ -505,6 +515,9 @@ def _check_qv(p: Problem) -> None:
         raise InvalidInputError(
             "qv", f"{p.qv.dtype} on {p.qv.device}", f"q's {p.q.dtype} on {p.device}"
         )
+    if not _rows_lie_together(p.qv):
+        given = f"last-dimension stride {p.qv.stride(-1)}"
+        raise InvalidInputError("qv", given, "1 (call .contiguous() on it)")
 
 
 def _check_scores(p: Problem) -> None:
@@ -525,6 +538,8 @@ def _check_scores(p: Problem) -> None:
             raise InvalidInputError(
                 "sinks", f"{s.sinks.dtype} on {s.sinks.device}", f"a float dtype on {p.device}"
             )
+        if not _rows_lie_together(s.sinks):
+            raise InvalidInputError("sinks", f"stride {s.sinks.stride(0)}", "1")
     for i, aux in enumerate(p.aux_tensors):
         _require_tensor(f"aux_tensors[{i}]", aux, f"a tensor on {p.device}")
         if aux.device != p.device:
@@ -538,8 +553,8 @@ def _check_descales(p: Problem) -> None:
     want = (p.batch_size, p.num_kv_heads)
     for name, t, of in (
         ("q", p.descales.q, p.q),
+        ("v", p.descales.v, p.v),  # before k's, which it is itself with only_qv
         ("k", p.descales.k, p.k),
-        ("v", p.descales.v, p.v),
     ):
         if t is None:
             continue
@@ -564,7 +579,7 @@ def _check_append(p: Problem, a: Append) -> None:
     if p.seqlens_k is None:
         raise InvalidInputError("cache_seqlens", None, "given when k and v are appended")
     for name, cache in (("k_cache", p.k), ("v_cache", p.v)):
-        rows = zip(cache.shape[:2], cache.stride(), strict=False)
+        rows = zip(cache.shape[:3], cache.stride(), strict=False)
         if any(n > 1 and step == 0 for n, step in rows):
             wanted = "memory of its own for every row that is written (it looks expanded)"
             raise InvalidInputError(name, f"strides {cache.stride()} with new k and v", wanted)
@@ -576,7 +591,7 @@ def _check_append(p: Problem, a: Append) -> None:
             want = (p.batch_size, a.k.shape[1] if a.k.dim() > 1 else 0, p.num_kv_heads, dim)
         if tuple(t.shape) != want:
             raise InvalidInputError(name, f"shape {tuple(t.shape)}", f"{want} for the new tokens")
-        if t.device != p.device or t.stride(-1) != 1:
+        if t.device != p.device or not _rows_lie_together(t):
             raise InvalidInputError(
                 name, f"{t.device}, strides {t.stride()}", f"{p.device}, last 1"
             )
@@ -598,7 +613,8 @@ def _check_rotary(p: Problem, r: Rotary) -> None:
             raise InvalidInputError(
                 name, getattr(t, "shape", t), "(max_position, rotary_dim / 2), cos and sin alike"
             )
-        if t.device != p.device or t.dtype not in FLOAT_DTYPES or t.stride(-1) != 1:
+        fits = t.device == p.device and t.dtype in FLOAT_DTYPES
+        if not (fits and _rows_lie_together(t)):
             raise InvalidInputError(
                 name,
                 f"{t.dtype} on {t.device}, strides {t.stride()}",
@@ -619,7 +635,7 @@ def _check_out(p: Problem) -> None:
     _require_tensor("out", p.out, f"a tensor of shape {p.out_shape}")
     if tuple(p.out.shape) != p.out_shape:
         raise InvalidInputError("out", f"shape {tuple(p.out.shape)}", str(p.out_shape))
-    if p.out.device != p.device or p.out.stride(-1) != 1:
+    if p.out.device != p.device or not _rows_lie_together(p.out):
         raise InvalidInputError(
             "out",
             f"{p.out.device}, strides {p.out.stride()}",

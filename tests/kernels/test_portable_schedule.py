@@ -156,3 +156,16 @@ def test_states_of_different_shapes_are_refused() -> None:
     out, lse = torch.zeros(7, 3, 64, device=DEVICE), torch.zeros(7, 3, device=DEVICE)
     with pytest.raises(headway.InvalidInputError, match=r"\(3, 7\)"):
         merge_states([out, out], [lse, lse])
+
+
+@pytest.mark.parametrize(("batch_size", "rows"), [(2, 0), (0, 1), (0, 0)])
+def test_a_step_of_nothing_has_a_plan(batch_size: int, rows: int) -> None:
+    lengths = torch.full((batch_size,), 9, dtype=torch.int32, device=DEVICE)
+    plan = headway.get_scheduler_metadata(batch_size, rows, 64, 4, 2, 64, lengths)
+    assert plan.num_splits.shape == (batch_size,)
+    q = torch.zeros(batch_size, rows, 4, 64, dtype=torch.bfloat16, device=DEVICE)
+    cache = torch.zeros(batch_size, 64, 2, 64, dtype=torch.bfloat16, device=DEVICE)
+    out = headway.flash_attn_with_kvcache(
+        q, cache, cache, cache_seqlens=lengths, scheduler_metadata=plan, backend="portable"
+    )
+    assert out.shape == q.shape

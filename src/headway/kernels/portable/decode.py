@@ -63,7 +63,7 @@ class Shape:
         return self.batch_size * self.kv_heads * self.longest
 
     def spread(self, tile: Tile, device: torch.device) -> Spread:
-        tiles = self.kv_heads * cdiv(self.rows, tile.block_m)
+        tiles = self.kv_heads * max(1, cdiv(self.rows, tile.block_m))
         processors = max(1, device_of(device).multiprocessors - self.sm_margin)
         bound = min(self.max_splits or MAX_SPLITS, MAX_SPLITS)
         bound = max(1, min(bound, cdiv(self.longest, MIN_KEYS_PER_SPLIT)))

@@ -13,16 +13,12 @@ from torch import Tensor
 
 from headway.kernels._triton import INTERPRETED, next_power_of_2
 from headway.kernels.portable.tiles import Tile
-from headway.problem import FLOAT8_DTYPES, KVLayout, Problem
+from headway.problem import FLOAT8_DTYPES, WIDEST_WINDOW, KVLayout, Problem
 
 if TYPE_CHECKING:
     from headway.kernels.mods import ModArguments
 
 LOG2E = math.log2(math.e)
-
-#: Windows at least this wide are unbounded; positions plus a window then stay inside int32.
-WIDEST_WINDOW = 1 << 30
-
 
 #: Values are padded to at least this width: Triton 3.6's wgmma reads past the end of narrower float16
 #: tiles that were converted from float8.
