@@ -212,6 +212,29 @@ def test_the_cache_bounds_the_context(llama: TinyModel) -> None:
         engine(llama, max_model_len=513)
 
 
+@pytest.mark.parametrize(
+    "settings", [{"kv_cache_tokens": 15}, {"kv_cache_tokens": None, "kv_cache_memory_bytes": 8191}]
+)
+def test_a_cache_too_small_for_a_page_is_refused_by_its_setting(
+    llama: TinyModel, settings: dict[str, int | None]
+) -> None:
+    name, given = list(settings.items())[-1]
+    wanted = rf"{name}: got {given}; .*two tokens, in pages of 16 \(8192 bytes each\)"
+    with pytest.raises(InvalidInputError, match=wanted):
+        engine(llama, **settings)
+
+
+def test_one_token_is_no_sequence(llama: TinyModel) -> None:
+    """A prompt has one, and then one follows."""
+    with pytest.raises(InvalidInputError, match="max_model_len: got 1; want at least 2"):
+        engine(llama, max_model_len=1)
+    with pytest.raises(InvalidInputError, match="kv_cache_tokens: got 1; want room for two"):
+        engine(llama, kv_cache_tokens=1, page_size=1)
+    llm = engine(llama, kv_cache_tokens=2, page_size=1)
+    (one,) = llm.generate([[1]], SamplingParams(max_tokens=4, temperature=0))
+    assert list(one.token_ids) == llama.greedy([1], 1)
+
+
 def test_cache_size_in_bytes(llama: TinyModel) -> None:
     per_token = 2 * 2 * 2 * 16 * 4  # layers, k and v, heads, head_dim, float32
     llm = engine(llama, kv_cache_tokens=None, kv_cache_memory_bytes=per_token * 160)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from headway.engine import fused_layer, fusion
+from headway.engine import llm as engine_module
 from headway.engine.llm import LLM
 from headway.engine.pieces import MOST_BYTES, MOST_ROWS, Pieces, pieces_of, plain_layers, row_counts
 from headway.engine.request import SamplingParams
+from headway.errors import InvalidInputError
 from tests.engine.conftest import TinyModel, engine
 from tests.engine.test_fusion import gated, rms_norm
 from tests.engine.test_overlap import GREEDY, PROMPTS, replaying
@@ -217,6 +221,46 @@ def test_full_steps_run_in_pieces_where_there_is_memory_for_them() -> None:
     small, taken = 1 << 15, 16640 << 15  # a row's bytes, and a full step's
     assert row_counts(16640, small, free_bytes=4 * taken)[-1] == 16640
     assert row_counts(16640, small, free_bytes=4 * taken - 4)[-1] == MOST_ROWS
+
+
+@pytest.mark.parametrize(
+    ("settings", "most"),
+    [
+        ({"chunked_prefill_size": 40, "max_running_requests": 3}, 43),
+        ({"chunked_prefill_size": 40, "max_running_requests": 3, "speculative": "ngram"}, 55),
+        ({"chunked_prefill_size": 4096, "max_running_requests": 2, "max_model_len": 100}, 200),
+        ({"chunked_prefill_size": 1, "max_running_requests": 1}, 16),
+    ],
+)
+def test_full_steps_are_as_large_as_steps_can_be(
+    settings: dict[str, Any], most: int, llama: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few short sequences never fill a chunk: what they fill together is a full step then."""
+    llm = engine(llama, acceleration="off", **settings)
+    llm.acceleration = fusion.fuse(llm.model, llm.max_model_len)
+    llm.config = dataclasses.replace(llm.config, cuda_graphs=True)
+    monkeypatch.setattr(engine_module, "CudaRecorder", lambda device: Replays().record)
+    pieces = llm._capture_pieces()
+    assert pieces is not None
+    assert pieces._counts[-1] == most
+
+
+def test_the_cache_leaves_room_for_a_full_step(
+    llama: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = engine(llama, acceleration="off", chunked_prefill_size=300, max_running_requests=50)
+    page_bytes = 16 * 2 * 2 * 2 * 16 * 4  # tokens, layers, k and v, heads, head_dim, float32
+    shapes = llm.probe.shapes()
+    config = dataclasses.replace(llm.config, kv_cache_tokens=None, mem_fraction=0.5)
+    llm.config, llm.device = config, torch.device("cuda")
+    monkeypatch.setattr(engine_module, "_free_bytes", lambda device: 400 * page_bytes)
+    assert llm._cache_size(shapes, 512) == (200, 512)
+    llm.acceleration = fusion.fuse(llm.model, llm.max_model_len)
+    step = 350 * plain_layers(llm.model)[0].row_bytes
+    assert llm._cache_size(shapes, 512) == ((400 * page_bytes - step) // (2 * page_bytes), 512)
+    monkeypatch.setattr(engine_module, "_free_bytes", lambda device: step + page_bytes)
+    with pytest.raises(InvalidInputError, match=r"mem_fraction: got 0.5; .* smaller chunked_pre"):
+        llm._cache_size(shapes, 512)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])

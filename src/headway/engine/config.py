@@ -30,7 +30,8 @@ class EngineConfig:
             from the checkpoint where it has them, else measured when the model is loaded.
         mla_prefill_dtype: bfloat16 or float8 products in the prefill of latent attention (DeepSeek); auto
             as HEADWAY_FP8_PREFILL says.
-        mem_fraction: share of the free memory that the KV cache takes; None: 0.4 on a CPU, 0.85 on a GPU.
+        mem_fraction: share of the free memory that the KV cache takes, once there is room for a full
+            step; None: 0.4 on a CPU, 0.85 on a GPU.
         chunked_prefill_size: most new prompt tokens computed in one step; None: 512 on a CPU, 16384 on
             a GPU.
         max_running_requests: most requests decoded together; None: 64 on a CPU, 256 on a GPU.
@@ -91,6 +92,9 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidInputError(name, value, "at least 1, or None")
+        if self.max_model_len == 1:
+            wanted = "at least 2: a token of a prompt and one that follows"
+            raise InvalidInputError("max_model_len", 1, wanted)
         if self.attention_backend != "auto":
             from headway.providers import NAMES  # which imports torch: help does without
 

@@ -638,11 +638,8 @@ class LLM(Intake):
             return None
         from headway.engine.pieces import pieces_of, plain_layers, row_counts
 
-        scheduler = self._scheduler
-        decoding = scheduler.max_running_requests * (1 + scheduler.uniform_drafts)
-        layers = plain_layers(self.model)
-        most, free = scheduler.chunked_prefill_size + decoding, _free_bytes(self.device)
-        counts = row_counts(most, layers[0].row_bytes, free)
+        layer, most = plain_layers(self.model)[0], self._most_tokens(self.max_model_len)
+        counts = row_counts(most, layer.row_bytes, _free_bytes(self.device))
         try:
             with _bar("Capturing pieces of prefill", len(counts), show=progress) as advance:
                 return pieces_of(self.model, counts, CudaRecorder(self.device), advance)
@@ -682,23 +679,44 @@ class LLM(Intake):
         graphs.capture(advance)
         return graphs
 
+    def _most_tokens(self, longest: int) -> int:
+        """Of a step, where no sequence has more than ``longest``."""
+        config = self.config
+        guesses = config.num_draft_tokens if config.speculative == "ngram" else 0
+        running, prompts = config.max_running_requests or 1, config.chunked_prefill_size or 1
+        return min(prompts + running * (1 + guesses), running * longest)
+
+    def _step_bytes(self, longest: int) -> int:
+        """What a full step takes beside the KV cache; 0 where that is not known."""
+        if self.device.type != "cuda" or not getattr(self.acceleration, "layers", 0):
+            return 0
+        from headway.engine.pieces import plain_layers
+
+        return self._most_tokens(longest) * plain_layers(self.model)[0].row_bytes
+
     def _cache_size(self, shapes: Sequence[kv_cache.KVShape], limit: int) -> tuple[int, int]:
         """Number of pages, and the longest sequence they allow (at most ``limit``)."""
         config = self.config
         size = config.page_size
+        page_bytes = size * kv_cache.bytes_per_token(shapes, self.kv_dtype)
         if config.kv_cache_tokens is not None:
-            pages = config.kv_cache_tokens // size
+            asked, pages = "kv_cache_tokens", config.kv_cache_tokens // size
+        elif config.kv_cache_memory_bytes is not None:
+            asked, pages = "kv_cache_memory_bytes", config.kv_cache_memory_bytes // page_bytes
         else:
-            free = _free_bytes(self.device)
-            budget = config.kv_cache_memory_bytes or int(free * (config.mem_fraction or 1))
-            pages = budget // (size * kv_cache.bytes_per_token(shapes, self.kv_dtype))
-            if config.kv_cache_memory_bytes is None:
-                # No more than everything that could run at once would fill.
-                most = config.max_running_requests or 1
-                pages = min(pages, most * kv_cache.pages_for(limit, size))
+            free = _free_bytes(self.device) - self._step_bytes(limit)
+            asked, pages = "mem_fraction", int(free * (config.mem_fraction or 1)) // page_bytes
+            # No more than everything that could run at once would fill.
+            most = config.max_running_requests or 1
+            pages = min(pages, most * kv_cache.pages_for(limit, size))
         pages = parallel.agreed(pages, config.tensor_parallel_size, self.device)
-        if pages < 1:
-            raise InvalidInputError("kv_cache_tokens", f"{pages} pages", f"a page of {size} tokens")
+        if pages * size < 2:  # a token of a prompt, and one that follows
+            wanted = f"room for two tokens, in pages of {size} ({page_bytes} bytes each)"
+            if asked == "mem_fraction":
+                free = max(0, _free_bytes(self.device) - self._step_bytes(limit)) >> 20
+                wanted += f", in the {free} MiB that the model and a full step leave; a smaller "
+                wanted += "chunked_prefill_size leaves more"
+            raise InvalidInputError(asked, getattr(config, asked), wanted)
         if pages * size >= limit:
             return pages, limit
         if config.max_model_len is not None:
