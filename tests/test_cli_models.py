@@ -24,10 +24,11 @@ from typer.testing import CliRunner
 
 from headway import cli
 from headway.bench.peers import VllmPeer
+from headway.engine import loader
 from headway.engine.config import EngineConfig
 from headway.engine.llm import LLM
 from headway.engine.request import SamplingParams
-from headway.errors import HeadwayError
+from headway.errors import HeadwayError, InvalidInputError
 from headway.server import engine_process
 from tests.engine.conftest import TinyModel, save_tiny
 
@@ -160,6 +161,14 @@ def test_generate_says_which_file_of_a_tokenizer_is_missing(llama: TinyModel) ->
     )
     assert done.returncode == 2
     assert "--tokenizer: got /no/such/folder" in done.stderr
+
+
+def test_a_length_beyond_the_model_is_refused_before_its_weights_are_read(
+    llama: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(loader, "load_model")
+    with pytest.raises(InvalidInputError, match="got 513; want at most 512"):
+        loader.load(EngineConfig(model=str(llama.path), device="cpu", max_model_len=513))
 
 
 def test_generate_reads_standard_input(llama: TinyModel) -> None:

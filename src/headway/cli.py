@@ -140,9 +140,9 @@ def serve(
 
 def _serve_together(config: EngineConfig) -> None:
     """Returns in the process that clients talk to; the others end here, after it."""
-    from headway.engine import parallel
+    from headway.engine import early, parallel
 
-    parallel.launch(config.tensor_parallel_size)
+    early.launch(config)
     if parallel.launched_rank() == 0:
         return
     from headway.engine.collector import settled

@@ -7,13 +7,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
 
-from headway.engine import loader, parallel
+from headway.engine import early, loader, parallel
 from headway.engine.config import EngineConfig
 from headway.engine.llm import LLM
 from headway.errors import InvalidInputError
@@ -130,3 +131,23 @@ def test_launching_becomes_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     parallel.launch(2)
     assert len(became) == 1
+
+
+def test_processes_that_cannot_share_a_model_are_not_started(
+    llama: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[int] = []
+    monkeypatch.setattr(parallel, "launch", started.append)
+    monkeypatch.delenv("RANK", raising=False)
+    config = EngineConfig(model=str(llama.path), device="cpu", tensor_parallel_size=2)
+    early.launch(config)
+    assert started == [2]
+    with pytest.raises(InvalidInputError, match="got 3; want 1, 2: 4 query heads and 2 of keys"):
+        early.launch(replace(config, tensor_parallel_size=3))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(InvalidInputError, match="got 2; want at most 1, the GPUs"):
+        early.launch(replace(config, device="auto"))
+    monkeypatch.setenv("RANK", "0")
+    early.launch(replace(config, device="auto"))  # torchrun's business by then
+    assert started == [2]

@@ -44,7 +44,7 @@ def test_bodies_that_are_no_json_object(live: Live, path: str, raw: bytes) -> No
         ("max_tokens", 0, "at least 1"),
         ("max_tokens", "ten", "an integer"),
         ("max_tokens", 1.5, "an integer"),
-        ("max_tokens", True, "an integer"),
+        ("max_tokens", True, "got true; want an integer"),
         ("n", 0, "at least 1"),
         ("n", 1000, "at most 128"),
         ("temperature", -1, "0 (greedy) or more"),
@@ -54,10 +54,10 @@ def test_bodies_that_are_no_json_object(live: Live, path: str, raw: bytes) -> No
         ("top_k", -2, "at least -1"),
         ("min_p", 2, "between 0 and 1"),
         ("seed", 2**70, "at most"),
-        ("stop", 3, "a string or a list of strings"),
-        ("stop", [1], "a string or a list of strings"),
-        ("stop", [""], "at least one character"),
-        ("stop", "", "at least one character"),
+        ("stop", 3, "got 3; want a string of at least one character, or a list of such strings"),
+        ("stop", [1], "got [1]; want a string of at least one character, or a list"),
+        ("stop", [""], "got ['']; want a string of at least one character"),
+        ("stop", "", "got ''; want a string of at least one character"),
         ("stream", "yes", "true or false"),
         ("stop_token_ids", ["a"], "an integer"),
     ],
@@ -84,6 +84,7 @@ def test_not_a_number_is_refused(live: Live) -> None:
 def test_wrong_prompts(live: Live, prompt: object) -> None:
     error = error_of(live.post(COMPLETIONS, {"prompt": prompt}), 400)
     assert error["param"] == "prompt"
+    assert error["message"].startswith(f"prompt: got {'null' if prompt is None else prompt}; want ")
     assert "list of token ids" in error["message"]
 
 

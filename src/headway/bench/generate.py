@@ -176,7 +176,9 @@ def command(
     ] = None,
 ) -> None:
     """Measure a model in this process: greedy generation for batches of random prompts."""
-    parallel.launch(config.tensor_parallel_size)
+    from headway.engine import early
+
+    early.launch(config)
     wanted_shapes = [Shape(size, input_len, output_len) for size in _sizes(batch_sizes)]
     if shapes:
         wanted_shapes = [_shape(text) for text in shapes.split(",")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -157,7 +158,8 @@ def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     if kind == "missing":
         return invalid(name, f"{name}: missing, and it is required", "missing_required_parameter")
     if kind in ("value_error", "assertion_error"):
-        return invalid(name, f"{name}: {ctx.get('error', error['msg'])}")
+        got = _brief(error.get("input"))
+        return invalid(name, f"{name}: got {got}; {ctx.get('error', error['msg'])}")
     wanted = _WANTED.get(kind)
     if wanted is None:
         return invalid(name, f"{name}: got {_brief(error.get('input'))}; {error['msg']}")
@@ -165,5 +167,6 @@ def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
 
 
 def _brief(value: object) -> str:
-    text = repr(value)
+    """As JSON writes it, where that is another word."""
+    text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

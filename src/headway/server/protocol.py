@@ -67,11 +67,10 @@ CHAT_NEUTRAL = NEUTRAL | {
 def _as_stop(value: Any) -> Any:
     if value is None:
         return None
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, list) and all(isinstance(item, str) for item in value):
-        return value
-    raise ValueError("want a string or a list of strings")
+    strings = [value] if isinstance(value, str) else value
+    if isinstance(strings, list) and all(isinstance(item, str) and item for item in strings):
+        return strings
+    raise ValueError("want a string of at least one character, or a list of such strings")
 
 
 def _as_prompts(value: Any) -> Any:
