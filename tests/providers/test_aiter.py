@@ -74,6 +74,18 @@ def test_float8_mla_prefill_equals_the_reference(heads: int, causal: bool) -> No
     assert asm["softmax_scale"] == pytest.approx(192**-0.5)
 
 
+@pytest.mark.parametrize("heads", [8, 12])
+def test_rows_of_no_request_stay_as_they_are(heads: int) -> None:
+    """Also where its kernels compute more heads, in memory of their own."""
+    kwargs = prefill((70, 3), (70, 3), heads)
+    want = expected(kwargs)
+    kwargs["q"] = torch.cat((kwargs["q"], kwargs["q"][:2]))
+    out = torch.full((75, heads, 128), 7.0, dtype=torch.bfloat16)
+    assert headway.flash_attn_varlen_func(**kwargs, out=out, backend="aiter") is out
+    torch.testing.assert_close(out[:73], want.to(out.dtype), atol=2e-2, rtol=2e-2)
+    assert (out[73:] == 7).all()
+
+
 def test_a_step_has_one_work_list() -> None:
     kwargs = prefill((300, 70), (300, 700))
     problem = Call("varlen", kwargs).problem()

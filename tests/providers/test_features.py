@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Iterator
 
 import pytest
+import torch
 
+from headway import providers
 from headway.providers import aiter
+from tests import calls
+from tests.calls import FUNCTIONS, UNWRITTEN
 from tests.providers import feature_calls
 from tests.providers.claims import assert_claims_are_shown
 from tests.providers.honoured import honoured_or_refused
@@ -38,6 +44,25 @@ def test_a_call_is_honoured_or_refused(provider: str, name: str) -> None:
     call = feature_calls.named(name)
     if not honoured_or_refused(call, provider):
         honoured_or_refused(call, provider, with_lse=False)
+
+
+@pytest.mark.parametrize("name", feature_calls.CALLS)
+def test_results_go_into_rows_of_wider_memory(provider: str, name: str) -> None:
+    """As engines ask: no LSE, and ``out`` in memory that what follows reads."""
+    call = feature_calls.named(name)
+    problem = call.problem()
+    shape = problem.out_shape
+    rows, (heads, width) = math.prod(shape[:-2]), shape[-2:]
+    memory = torch.full((rows + 4, heads * width), UNWRITTEN, dtype=problem.out_dtype)
+    out = memory[1 : rows + 1].view(shape)
+    if providers.get(provider).reasons_against(dataclasses.replace(problem, out=out)):
+        return  # shown to be refused above
+    run, used = FUNCTIONS[call.function], calls._used_rows(problem)
+    want = run(**call.copy().kwargs, backend=provider)
+    assert run(**call.copy().kwargs, out=out, backend=provider) is out
+    assert torch.equal(out[used], want[used])
+    out[used] = UNWRITTEN
+    assert (memory == UNWRITTEN).all()
 
 
 def test_every_claim_is_shown(provider: str) -> None:

@@ -248,8 +248,11 @@ class _Work:
 
 def _run_prefill(p: Problem) -> Tensor:
     part = _prefill_work(p)
-    out = p.out
-    if out is None or out.dtype != torch.bfloat16 or not out.is_contiguous():
+    out, padded = (
+        p.out,
+        part.work.num_heads_k != p.num_q_heads,
+    )  # those are copied, padding rows too
+    if padded or out is None or out.dtype != torch.bfloat16 or not out.is_contiguous():
         out = torch.empty(p.out_shape, dtype=torch.bfloat16, device=p.device)
     d = p.descales
     scales = tuple(None if t is None else t.flatten()[:1] for t in (d.q, d.k, d.v))

@@ -54,7 +54,8 @@ def mla_prefill_ps_asm_fwd(
     work = WorkList(
         work_indptr.numpy(), work_info_set.numpy(), empty, np.zeros((0, 2), np.int32), empty, 0
     )
-    wide = torch.full(output.shape, float("nan"), dtype=torch.float64)
+    wide = output.double()  # rows behind the last request's stay as they are
+    wide[: int(qo_indptr[-1])] = float("nan")
     partial = torch.full(splitData.shape, float("nan"), dtype=torch.float64)
     partial_lse = torch.full(splitLse.shape, float("nan"), dtype=torch.float64)
     lengths = kv_indptr[1:] - kv_indptr[:-1]
