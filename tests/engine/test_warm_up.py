@@ -14,6 +14,16 @@ from headway.errors import HeadwayError, InvalidInputError
 from tests.engine.conftest import TinyModel, engine
 
 
+def ask_as_on_a_gpu(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where lengths decide what is compiled and loaded."""
+    real = llm.device
+    llm.device = torch.device("cuda")
+    waves, large = warm_up.waves(llm), list(warm_up.large_steps(llm))
+    llm.device = real
+    monkeypatch.setattr(warm_up, "waves", lambda _: waves)
+    monkeypatch.setattr(warm_up, "large_steps", lambda _: large)
+
+
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("tokens", [32, 64, 512])
 def test_nothing_of_it_stays(
@@ -28,11 +38,7 @@ def test_nothing_of_it_stays(
         return run(chunks)
 
     monkeypatch.setattr(llm._runner, "run", seen)
-    real = llm.device
-    llm.device = torch.device("cuda")  # where lengths decide what is compiled
-    waves = warm_up.waves(llm)
-    llm.device = real
-    monkeypatch.setattr(warm_up, "waves", lambda llm: waves)
+    ask_as_on_a_gpu(llm, monkeypatch)
     before = llm.stats()
     warm_up.warm_up(llm)
     assert llm.stats() == before
@@ -54,6 +60,34 @@ def test_prompts_between_small_and_full_steps_come_longest_first() -> None:
 
 
 @pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("tokens", [208, 4096])
+def test_several_prompts_fill_a_step(
+    llama: TinyModel, monkeypatch: pytest.MonkeyPatch, overlap: bool, tokens: int
+) -> None:
+    """No prompt is as long as a chunk where sequences may not be."""
+    monkeypatch.setattr(pieces, "MOST_ROWS", 30)
+    sizes = {"max_model_len": 65, "chunked_prefill_size": 160, "kv_cache_tokens": tokens}
+    llm = engine(llama, overlap=overlap, **sizes)
+    steps: list[list[int]] = []
+    run = llm._runner.run
+
+    def seen(chunks):  # type: ignore[no-untyped-def]
+        steps.append([chunk.num_tokens for chunk in chunks if chunk.num_tokens > 1])
+        return run(chunks)
+
+    monkeypatch.setattr(llm._runner, "run", seen)
+    ask_as_on_a_gpu(llm, monkeypatch)
+    before = llm.stats()
+    warm_up.warm_up(llm)
+    assert llm.stats() == before
+    full = 160 if tokens == 4096 else 128
+    assert ([64, 64, 32] if full == 160 else [64, 64]) in steps
+    wanted = [full, *warm_up.lengths_below(full)]
+    assert [sum(step) for step in steps if sum(step) > 30][-len(wanted) :] == wanted
+    assert max(map(max, filter(None, steps))) == 64
+
+
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize(("tokens", "longest"), [(176, 144), (208, 160), (400, 160), (4096, 160)])
 def test_they_take_their_turns_where_pages_are_few(
     llama: TinyModel, monkeypatch: pytest.MonkeyPatch, overlap: bool, tokens: int, longest: int
@@ -70,30 +104,27 @@ def test_they_take_their_turns_where_pages_are_few(
         return run(chunks)
 
     monkeypatch.setattr(llm._runner, "run", seen)
-    real = llm.device
-    llm.device = torch.device("cuda")
-    waves = warm_up.waves(llm)
-    llm.device = real
-    monkeypatch.setattr(warm_up, "waves", lambda llm: waves)
+    ask_as_on_a_gpu(llm, monkeypatch)
     before = llm.stats()
     warm_up.warm_up(llm)
     assert llm.stats() == before
     assert {1, longest} in steps  # beside one that decodes
     new = set().union(*steps)
-    assert new >= {longest, *warm_up.lengths_below(longest)}
-    assert max(new) == longest
+    assert new >= {longest, 160, *warm_up.lengths_below(160)}  # those run alone
+    assert max(new) == 160
 
 
 def prompts_with(vocabulary: int) -> list[list[int]]:
     """What an engine of full size, whose model knows so many tokens, is asked."""
     llm: Any = SimpleNamespace(
-        config=SimpleNamespace(chunked_prefill_size=16384, page_size=16),
+        config=SimpleNamespace(chunked_prefill_size=16384, page_size=16, max_running_requests=256),
         device=torch.device("cuda"),
         max_model_len=20000,
         model_config=SimpleNamespace(vocab_size=vocabulary),
         stats=lambda: SimpleNamespace(pages_total=10000),
     )
-    return [prompt for wave in warm_up.waves(llm) for prompt, _ in wave]
+    waves = (*warm_up.waves(llm), *warm_up.large_steps(llm))
+    return [prompt for wave in waves for prompt, _ in wave]
 
 
 def test_vocabularies_may_be_small() -> None:
@@ -104,7 +135,8 @@ def test_they_are_new_to_the_prefix_cache() -> None:
     """A prompt that begins like one before it would be computed in part."""
     prompts = prompts_with(50000)
     longer = [prompt for prompt in prompts if len(prompt) > 2048]
-    assert [len(prompt) for prompt in longer] == [16384, 16384, *warm_up.lengths_below(16384)]
+    assert [len(prompt) for prompt in longer[:3]] == [16384] * 3
+    assert [len(prompt) for prompt in longer[3:]] == list(warm_up.lengths_below(16384))
     assert len({prompt[0] for prompt in longer[1:]}) == len(longer) - 1
 
 

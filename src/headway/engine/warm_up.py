@@ -7,6 +7,7 @@ which costs a service as much as two steps, each time.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -42,13 +43,14 @@ def warm_up(llm: LLM) -> None:
         HeadwayError: the model cannot generate this way, with the reason.
     """
     for number, wave in enumerate(waves(llm)):
-        for index, (prompt, params) in enumerate(wave):
-            llm.add_request(f"warm-up {number}.{index}", prompt, params)
+        _ask(llm, number, wave)
         _step(llm)
         while llm.stats().waiting:  # for pages; together with the next they would be other steps
             _step(llm)
-    while llm.has_unfinished():
-        _step(llm)
+    _finish(llm)
+    for number, wave in enumerate(large_steps(llm)):
+        _ask(llm, number, wave)
+        _finish(llm)
     llm.forget()
     if llm.device.type != "cpu" and llm.config.tensor_parallel_size == 1:
         look_at_rows(llm)
@@ -88,33 +90,59 @@ def waves(llm: LLM) -> Sequence[Sequence[Asked]]:
     drawn = SamplingParams(
         max_tokens=1, temperature=1, top_p=0.9, top_k=8, logprobs=1, seed=0, ignore_eos=True
     )
-    # Beside the first wave's, and the spare one that each running sequence is kept.
-    pages = llm.stats().pages_total - 1
-    pages -= pages_for(short + greedy.max_tokens, llm.config.page_size)
-    longest = min(llm.config.chunked_prefill_size or 1, room, pages * llm.config.page_size)
+    longest = _longest(llm, short + greedy.max_tokens)
     if longest < 1:
         return [first, [([1], drawn)]]
     few = min(FEW, longest // 2)
     long, behind_it = [0] * longest, [0] * (longest - few) + [1] * few
-    vocabulary = llm.model_config.vocab_size
-    between = enumerate(lengths_below(longest), 2)
-    return [
-        first,
-        [(long, last), ([1], drawn)],
-        [(behind_it, last)],
-        *([([number % vocabulary] * length, last)] for number, length in between),
-    ]
+    return [first, [(long, last), ([1], drawn)], [(behind_it, last)]]
 
 
-def lengths_below(longest: int) -> Iterator[int]:
-    """Of prompts that are neither full steps nor small ones, which run in captured pieces: the longest
-    first, so that what it leaves of memory holds the others."""
+def _longest(llm: LLM, beside: int = 0) -> int:
+    """Tokens of a prompt that one step computes, where a sequence of so many has its pages, too."""
+    pages = llm.stats().pages_total - pages_for(beside, llm.config.page_size)
+    pages -= beside > 0  # the spare one that each running sequence is kept
+    chunk = llm.config.chunked_prefill_size or 1
+    return min(chunk, llm.max_model_len - 1, pages * llm.config.page_size)
+
+
+def large_steps(llm: LLM) -> Iterator[Sequence[Asked]]:
+    """Prompts that fill a step, or most of it, together: none begins like another, so that nothing of it is
+    found in the prefix cache."""
+    if llm.device.type == "cpu":
+        return
+    last = SamplingParams(max_tokens=1, temperature=0, seed=0, ignore_eos=True)
+    longest, size = _longest(llm), llm.config.page_size
+    chunk = llm.config.chunked_prefill_size or 1
+    most = min(-(-chunk // longest), llm.config.max_running_requests or 1)
+    # Each of several prompts may leave a page half empty, and all but one have one to spare.
+    room = (llm.stats().pages_total - 2 * most + 1) * size
+    full = max(longest, min(chunk, most * longest, room))
+    tokens = itertools.count(2)  # behind those of the waves
+    for length in (full, *lengths_below(full)):
+        parts = (min(longest, length - at) for at in range(0, length, longest))
+        yield [([next(tokens) % llm.model_config.vocab_size] * part, last) for part in parts]
+
+
+def lengths_below(full: int) -> Iterator[int]:
+    """Tokens of prompts in steps that are neither full nor small, which run in captured pieces: most
+    tokens first, so that what such a step leaves of memory holds the others."""
     from headway.engine.pieces import FULL, MOST_ROWS
 
-    length = int(longest * FULL)
+    length = int(full * FULL)
     while length > MOST_ROWS:
         yield length
         length = length * 3 // 4
+
+
+def _ask(llm: LLM, number: int, wave: Sequence[Asked]) -> None:
+    for index, (prompt, params) in enumerate(wave):
+        llm.add_request(f"warm-up {number}.{index}", prompt, params)
+
+
+def _finish(llm: LLM) -> None:
+    while llm.has_unfinished():
+        _step(llm)
 
 
 def _step(llm: LLM) -> None:
