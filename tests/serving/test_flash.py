@@ -15,6 +15,7 @@ from headway.errors import HeadwayError, InvalidInputError
 from headway.problem import Mask
 from headway.serving.base import AttentionLayer, ForwardBatch, GraphLimits, TokenRotary
 from headway.serving.flash import FlashAttentionBackend
+from tests.stand_ins import installed
 
 PAGE_SIZE = 4
 
@@ -32,10 +33,10 @@ def layer(index: int = 0, **changes: Any) -> AttentionLayer:
     return AttentionLayer(**{**fields, **changes})
 
 
-def batch(new: list[int], before: list[int]) -> ForwardBatch:
+def batch(new: list[int], before: list[int], page_size: int = PAGE_SIZE) -> ForwardBatch:
     """Sequences with that many new and old tokens, in pages that lie in a random order."""
     total = [a + b for a, b in zip(new, before, strict=True)]
-    columns = -(-max(total) // PAGE_SIZE)
+    columns = -(-max(total) // page_size)
     pages = torch.randperm(len(new) * columns, dtype=torch.int32).view(len(new), columns)
     ends = torch.tensor([0, *new]).cumsum(0).to(torch.int32)
     lengths = torch.tensor(before, dtype=torch.int32)
@@ -51,8 +52,10 @@ def tensors(step: ForwardBatch, one: AttentionLayer) -> tuple[Tensor, Tensor, Te
     )
 
 
-def cache(step: ForwardBatch, one: AttentionLayer) -> tuple[Tensor, Tensor]:
-    shape = (step.page_table.numel(), PAGE_SIZE, one.num_kv_heads)
+def cache(
+    step: ForwardBatch, one: AttentionLayer, page_size: int = PAGE_SIZE
+) -> tuple[Tensor, Tensor]:
+    shape = (step.page_table.numel(), page_size, one.num_kv_heads)
     return torch.randn(*shape, one.head_dim), torch.randn(*shape, one.head_dim_v)
 
 
@@ -123,6 +126,47 @@ def test_results_go_where_they_belong(new: list[int], decodes: int, fused: bool)
     assert found[1] is out or found[1].data_ptr() == out.data_ptr()
     torch.testing.assert_close(found[1], found[0])
     torch.testing.assert_close(out, found[0])
+
+
+#: Providers with the device and the package that each is asked on, and pages that it takes.
+PACKAGES = (
+    ("fa2", "sm90", "fa2", 256),
+    ("fa2", "sm90", "vllm", 16),
+    ("fa3", "sm90", "sgl", 16),
+    ("fa3", "sm90", "vllm", 16),
+    ("fa4", "sm90", "fa4", 128),
+    ("flashinfer", "sm90", "flashinfer", 16),
+    ("mate", "mp31", "mate", 16),
+)
+
+
+@pytest.mark.parametrize(("provider", "kind", "package", "page_size"), PACKAGES)
+@pytest.mark.parametrize("known", [False, True])
+def test_every_package_leaves_results_where_they_belong(
+    provider: str, kind: str, package: str, page_size: int, known: bool
+) -> None:
+    """In rows of memory that the next product reads, whatever the step and its layers are."""
+    torch.manual_seed(3)
+    layers = [layer(0, head_dim=64, head_dim_v=64), layer(1, head_dim=64, head_dim_v=64)]
+    layers.append(dataclasses.replace(layers[0], mask=Mask(True, 5, 0)))
+    steps = [([1, 1, 1], 3), ([9, 3], 0), ([1, 1, 9, 3], 2), ([4, 4, 4], 0), ([1, 4, 4], 1)]
+    for new, decodes in steps:
+        step = batch(new, [7 * i for i, _ in enumerate(new)], page_size)
+        lengths = (step.cu_seqlens_q.numpy(), step.seqlens_k.numpy()) if known else None
+        step = dataclasses.replace(step, num_decodes=decodes, host_lengths=lengths)
+        kv = tuple(t.bfloat16() for t in cache(step, layers[0], page_size))
+        wanted, mine = (FlashAttentionBackend(b, fused_append=False) for b in ("cpu", provider))
+        wanted.init_forward_metadata(step)
+        mine.init_forward_metadata(step)
+        for one in layers:
+            q, k, v = (t.bfloat16() for t in tensors(step, one))
+            memory = torch.full((len(q) + 2, 4 * 64), float("nan"), dtype=torch.bfloat16)
+            out = memory[: len(q)].unflatten(-1, (4, 64))
+            want = wanted.forward(q, k, v, kv, one)
+            with installed(kind, package):
+                mine.forward(q, k, v, kv, one, out=out)
+            torch.testing.assert_close(out, want, rtol=2e-2, atol=1e-2)
+            assert memory[len(q) :].isnan().all()
 
 
 def test_steps_follow_each_other() -> None:
