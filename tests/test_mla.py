@@ -181,6 +181,7 @@ def test_chunks_of_a_prefix_merge_to_the_whole():
         ({"v_scale": torch.ones(3)}, "^v_scale: got 3 elements"),
         ({"out": torch.empty(43, 4, 64)}, "^out: .*128"),
         ({"out": torch.empty(43, 4, 128, dtype=torch.int32)}, "^out: got torch.int32"),
+        ({"out": torch.empty(43, 128, 4).transpose(1, 2)}, "^out: .*stride 1"),
     ],
 )
 def test_refusals(changes, said):

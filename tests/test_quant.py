@@ -74,6 +74,13 @@ def test_zeros_and_nothing_have_scale_one(shape):
     assert not q.values.float().any()
 
 
+def test_the_smallest_values_have_a_scale_whose_reciprocal_is_a_number():
+    x = torch.tensor([[0.0, 2e-37, -1e-37]], device=DEVICE)
+    q = quant.quantise(x)
+    assert q.scale.reciprocal().isfinite().all()
+    torch.testing.assert_close(quant.dequantise(q.values, q.scale), x, rtol=1 / 8, atol=0)
+
+
 def test_strided_and_batched_inputs():
     x = values(4, 6, 3, 16).transpose(0, 1)
     q = quant.quantise(x, per="head")

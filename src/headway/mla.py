@@ -419,6 +419,8 @@ def _check_out(out: Tensor | None, shape: tuple[int, ...], device: torch.device)
         raise InvalidInputError("out", type(out).__name__, wanted)
     if tuple(out.shape) != shape or out.dtype not in FLOAT_DTYPES or out.device != device:
         raise InvalidInputError("out", f"{out.dtype} {tuple(out.shape)} on {out.device}", wanted)
+    if out.stride(-1) != 1 and shape[-1] > 1:
+        raise InvalidInputError("out", f"strides {out.stride()}", "last-dimension stride 1")
 
 
 def _check_lengths(

@@ -65,7 +65,9 @@ def amax_scales(
 
 def _scale_of(largest: Tensor, dtype: torch.dtype) -> Tensor:
     scale = largest / torch.finfo(dtype).max
-    return torch.where(scale > 0, scale, 1.0)
+    # Not below the smallest normal number: kernels multiply by the reciprocal, which must be finite.
+    smallest = torch.finfo(torch.float32).smallest_normal
+    return torch.where(largest > 0, scale.clamp(min=smallest), 1.0)
 
 
 def quantise(
@@ -143,10 +145,12 @@ def _raise_to_amax(largest: Tensor, x: Tensor) -> None:
 
 def _fill(rows: Tensor, scale: Tensor, values: Tensor) -> None:
     if _on_kernels(rows):
+        from headway.kernels.portable import operands
         from headway.kernels.portable import quantise as kernels
 
-        kernels.quantise(rows, scale, values)
-        return
+        if operands.knows_float8(values.dtype, operands.device_of(rows.device)):
+            kernels.quantise(rows, scale, values)
+            return
     limit = torch.finfo(values.dtype).max
     values.copy_((rows.float() / scale[:, None]).clamp(-limit, limit).to(values.dtype))
 

@@ -222,6 +222,24 @@ def test_float8_caches_of_every_width(dims: tuple[int, int]) -> None:
     check(calls.Call("kvcache", kwargs, f"float8 cache {d}/{dv}"))
 
 
+def test_heads_of_a_cache_may_lie_further_apart_than_32_bits_reach() -> None:
+    """As in a pool that has them outermost. Memory that nobody touches costs nothing on a CPU."""
+    call, step = long_decode((40, 17), 16), 1_100_000_000
+    small = {name: call.kwargs[name].to(FLOAT8) for name in ("k_cache", "v_cache")}
+    k = torch.cat((small["k_cache"], small["k_cache"][:, :, :1]), 2)
+    v = torch.cat((small["v_cache"], small["v_cache"][:, :, :1]), 2)
+    far = torch.empty(2 * step + k.numel(), dtype=FLOAT8, device=DEVICE)
+    far = far.as_strided(k.shape, (16 * 64, 64, step, 1)).copy_(k)
+    new = _normal(1, 2, 1, 3, 64).to(FLOAT8)
+    call.kwargs |= {"k_cache": k, "v_cache": v, "k": new, "v": new}
+    call.kwargs["q"] = call.kwargs["q"].repeat(1, 1, 2, 1)[:, :, :9]
+    want, here = call.run("reference"), call.copy(DEVICE)
+    here.kwargs["k_cache"] = far
+    out, lse = headway.flash_attn_with_kvcache(**here.kwargs, backend="portable", return_lse=True)
+    caches = far.cpu(), here.kwargs["v_cache"].cpu()
+    calls.assert_matches(calls.Result(out.cpu(), lse.cpu(), caches, want.used), want, call)
+
+
 @pytest.mark.parametrize("step", [64, 68])
 def test_float8_values_that_are_no_pairs(step: int) -> None:
     """At odd addresses, or in rows whose strides tell the compiler little, they are read one by one."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from headway import mla, persistent, quant, reference
+from headway import UnsupportedError, mla, persistent, quant, reference
+from headway.kernels.portable import operands
 from headway.kernels.portable import quantise as quantise_kernels
 from headway.kernels.portable.mla_prefill import PrefillTile, Scales, mla_prefill, mla_reduce
 from headway.persistent import DeviceWork, Granularity
@@ -246,6 +248,22 @@ def test_quantisation_kernels_equal_torch() -> None:
         rtol=1 / 8,  # x * (1 / scale) may round the other way
         atol=2**-9,
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.float8_e4m3fnuz])
+def test_formats_that_kernels_do_not_know(dtype: torch.dtype, monkeypatch: Any) -> None:
+    """Quantised in torch; as inputs of prefill they are refused, not read as another format."""
+    known = operands.knows_float8(dtype, operands.device_of(torch.device(DEVICE)))
+    x = draw(70, 3, 24, seed=5, scale=30.0)
+    want = quant.quantise(x.cpu(), dtype).values.float()
+    monkeypatch.setattr(quant, "_on_kernels", lambda rows: True)
+    got = quant.quantise(x, dtype).values.cpu().float()
+    torch.testing.assert_close(got, want, rtol=1 / 4, atol=1e-4)
+    if not known:
+        work, out = Case().work(), draw(137, 2, 16, seed=1)
+        q, k, v = (draw(186, 2, n, seed=2).to(dtype) for n in (24, 24, 16))
+        with pytest.raises(UnsupportedError, match="takes float8_e4m3fn"):
+            mla_prefill(work, q[:137], k, v, out, None, softmax_scale=0.2)
 
 
 def test_reduce_takes_every_mark_of_an_empty_part_and_reads_no_unwritten_row() -> None:

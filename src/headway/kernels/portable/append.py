@@ -162,7 +162,7 @@ def append_kernel(
     BLOCK_T: tl.constexpr,
 ):
     b = tl.program_id(2)
-    h = tl.program_id(1)
+    h = tl.program_id(1).to(tl.int64)  # heads may lie further apart than 32 bits reach
     step = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     batch = b.to(tl.int64)
     old = tl.load(seqlens_k + b)

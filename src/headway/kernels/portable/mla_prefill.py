@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headway.errors import UnsupportedError
 from headway.kernels._triton import cdiv, jit, next_power_of_2, tl
 from headway.kernels.portable.mainloop import load_rows
 from headway.kernels.portable.numeric import LN2, LOG2E, cast, dot, widen
-from headway.kernels.portable.operands import Device, bits, device_of
+from headway.kernels.portable.operands import Device, bits, device_of, knows_float8
 from headway.persistent import DeviceWork
 from headway.problem import FLOAT8_DTYPES
 
@@ -521,6 +522,7 @@ def mla_prefill(
         out: (total_q, Hq, Dv). lse: (total_q, Hq) with any strides, or None.
         tile: default by device. With ``v_transposed`` its block_n divides the plan's unit of keys.
     """
+    _check_format(q)
     heads, dv = q.shape[1], out.shape[-1]
     partial_out, partial_lse = work.partial_buffers(heads, dv)
     _attend(
@@ -535,6 +537,13 @@ def mla_prefill(
     )
     if work.num_groups > 0:
         mla_reduce(work, partial_out, partial_lse, out, lse)
+
+
+def _check_format(q: Tensor) -> None:
+    device = device_of(q.device)
+    if q.dtype in FLOAT8_DTYPES and not knows_float8(q.dtype, device):
+        given = str(q.dtype).removeprefix("torch.")
+        raise UnsupportedError(f"{given} on {device.arch}: takes float8_e4m3fn, or wider inputs")
 
 
 def _attend(

@@ -72,6 +72,13 @@ def _facts(device: torch.device) -> Device:
     return Device(f"sm{capability}", count, capability >= 89, capability >= 89)
 
 
+def knows_float8(dtype: torch.dtype, device: Device) -> bool:
+    """Whether kernels read and round to a float8 format there: to e4m3fn everywhere, if need be as bits."""
+    if dtype == torch.float8_e4m3fnuz:
+        return device.arch.startswith("gfx94")
+    return dtype == torch.float8_e4m3fn or device.converts_float8
+
+
 def dependent_launch(device: torch.device) -> dict[str, bool]:
     """Arguments for a short kernel that may start while the one before it ends (it calls gdc_wait before
     it reads anything): a microsecond less between two kernels."""
