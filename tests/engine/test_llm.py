@@ -224,6 +224,18 @@ def test_a_cache_too_small_for_a_page_is_refused_by_its_setting(
         engine(llama, **settings)
 
 
+def test_a_cache_too_large_for_the_device_says_what_it_takes(
+    llama: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+
+    monkeypatch.setattr("headway.engine.llm.KVCache", full)
+    wanted = r"kv_cache_tokens: got 1023 pages of 16 tokens, 8 MiB; want fewer: .* allocate 9 GiB"
+    with pytest.raises(InvalidInputError, match=wanted):
+        engine(llama, kv_cache_tokens=16 * 1023)
+
+
 def test_one_token_is_no_sequence(llama: TinyModel) -> None:
     """A prompt has one, and then one follows."""
     with pytest.raises(InvalidInputError, match="max_model_len: got 1; want at least 2"):

@@ -162,10 +162,7 @@ class LLM(Intake):
         if config.kv_cache_dtype == "fp8_e4m3":
             layers = self._in_float8(layers)
         num_pages, self.max_model_len = self._cache_size(probe.shapes(), loaded.max_model_len)
-        # One page more than are given out: what rows of padding write goes there.
-        self._kv = KVCache(
-            probe.shapes(), num_pages + 1, config.page_size, self.kv_dtype, self.device
-        )
+        self._kv = self._allocated(probe.shapes(), num_pages)
         self._prefix_cache = PrefixCache(
             PagePool(num_pages), enabled=not config.disable_prefix_cache
         )
@@ -678,6 +675,16 @@ class LLM(Intake):
         graphs = DecodeGraphs(forward, backend, limits, sizes, record)
         graphs.capture(advance)
         return graphs
+
+    def _allocated(self, shapes: Sequence[kv_cache.KVShape], num_pages: int) -> KVCache:
+        """The cache; one page more than are given out: what rows of padding write goes there."""
+        size = self.config.page_size
+        try:
+            return KVCache(shapes, num_pages + 1, size, self.kv_dtype, self.device)
+        except torch.OutOfMemoryError as error:
+            needed = (num_pages + 1) * size * kv_cache.bytes_per_token(shapes, self.kv_dtype)
+            given = f"{num_pages} pages of {size} tokens, {needed >> 20} MiB"
+            raise InvalidInputError("kv_cache_tokens", given, f"fewer: {error}") from error
 
     def _most_tokens(self, longest: int) -> int:
         """Of a step, where no sequence has more than ``longest``."""
