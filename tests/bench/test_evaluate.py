@@ -91,3 +91,14 @@ def test_a_server_that_refuses_is_not_called_absent(model: TinyModel) -> None:
     with serving(engine(model), ServerSettings(api_key="right")) as live:
         result = CliRunner().invoke(cli.app, [*command, "--url", live.url])
     assert f"{live.url}/v1/models: 401" in str(result.exception)
+
+
+@pytest.mark.parametrize("given", [None, "/no/such/folder", "/no/such/model.gguf"])
+def test_a_tokenizer_that_is_not_there_is_named(model: TinyModel, given: str | None) -> None:
+    """The served name is one only where the server says a hub name or a folder."""
+    with serving(engine(model), ServerSettings(served_model_names=("smol",))) as live:
+        words = ["eval", "sums", "--url", live.url]
+        result = CliRunner().invoke(cli.app, words + (["--tokenizer", given] if given else []))
+    assert isinstance(result.exception, InvalidInputError)
+    assert f"tokenizer: got {given or 'smol'} (" in str(result.exception)
+    assert "a folder, a .gguf file, or a reachable hub name" in str(result.exception)

@@ -69,6 +69,23 @@ def test_tables() -> None:
     assert report.table(ROWS, COLUMNS).row_count == 3
 
 
+def test_tables_lose_nothing_where_it_is_narrow(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    columns = [report.Column("a", "engine"), *(report.Column("ms", "ms") for _ in range(12))]
+    rows = [{"a": "kv_cache_dtype=fp8_e4m3", "ms": 20541}]
+    monkeypatch.delenv("COLUMNS", raising=False)
+    report.console().print(report.table(rows, columns))  # into a file or a pipe
+    assert capsys.readouterr().out.count(" 20541 ") == 12
+    monkeypatch.setenv("COLUMNS", "60")
+    report.console().print(report.table(rows, columns))
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 60
+    assert "…" not in out
+    digits = [c for c in out if c.isdigit()]
+    assert len(digits) == 12 * 5 + len("843")
+
+
 def test_plots_are_written(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / "plot.png"

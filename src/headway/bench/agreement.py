@@ -393,7 +393,6 @@ def command(
     output: Annotated[Path | None, typer.Option(help="Write the reading here.")] = None,
 ) -> None:
     """Compare the engine's greedy answers with transformers' own."""
-    from rich.console import Console
 
     names = [model_path.stem] if model_path is not None else models.split(",")
     asked = settings.split(",")
@@ -427,7 +426,7 @@ def command(
     )
     if parallel.rank() > 0:
         return
-    Console().print(report.table(rows, COLUMNS, "greedy answers beside transformers'"))
+    report.console().print(report.table(rows, COLUMNS, "greedy answers beside transformers'"))
 
 
 if __name__ == "__main__":

@@ -170,7 +170,6 @@ def command(
     output: Annotated[Path | None, typer.Option(help="Write the reading here.")] = None,
 ) -> None:
     """Compare answers and scores under the values of a setting."""
-    from rich.console import Console
 
     from headway.engine.llm import LLM
 
@@ -197,7 +196,7 @@ def command(
         del llm
         gc.collect()  # captured graphs and their engine refer to each other
     rows = [text_row(told[0], one) | answer_row(told[0], one) for one in told[1:]]
-    Console().print(report.table(rows, COLUMNS, Path(config.model).name))
+    report.console().print(report.table(rows, COLUMNS, Path(config.model).name))
     if output is not None:
         held = dataclasses.asdict(config) | {"model": Path(config.model).name, "compared": settings}
         held |= {"texts_from": [file.name for file in text or ()]}

@@ -137,13 +137,12 @@ def command(
     dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
     if dtype not in dtypes:
         raise InvalidInputError("dtype", repr(dtype), ", ".join(dtypes))
-    from rich.console import Console
     from rich.progress import track
 
     if threads is not None:
         torch.set_num_threads(threads)
     torch.manual_seed(0)
-    console = Console()
+    console = report.console()
     with torch.inference_mode():
         steps = track(CASES, "Measuring", console=console, transient=True)
         rows = [measure(case, dtypes[dtype], repeats) for case in steps]

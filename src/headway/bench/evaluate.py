@@ -149,14 +149,19 @@ def evaluate(settings: EvalSettings, url: str, server: str, api_key: str | None)
 @contextlib.contextmanager
 def _readable(tokenizer: str) -> Iterator[str]:
     """lm-eval reads folders and hub names: the tokenizer of a GGUF file is written into a folder."""
-    path = Path(tokenizer)
-    if path.suffix != ".gguf":
-        yield tokenizer
-        return
     from transformers import AutoTokenizer
 
+    from headway.engine.loader import hub_errors
+
+    path = Path(tokenizer)
+    packed = path.suffix == ".gguf"
+    with hub_errors(tokenizer, "tokenizer"):
+        place, file = (path.parent, path.name) if packed else (tokenizer, None)
+        found = AutoTokenizer.from_pretrained(place, gguf_file=file)
+    if not packed:
+        yield tokenizer
+        return
     with tempfile.TemporaryDirectory() as folder:
-        found = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         found.save_pretrained(folder)
         yield folder
 
@@ -263,9 +268,8 @@ def command(
     ] = None,
 ) -> None:
     """Run a task of lm-eval against a server, and compare servers on it."""
-    from rich.console import Console
 
-    console = Console()
+    console = report.console()
     if matrix:
         if serve_model is None:
             raise InvalidInputError("serve_model", None, "the model that the servers serve")

@@ -186,9 +186,8 @@ def command(
     if names and peers:
         raise InvalidInputError("backends", repr(backends), "none with --peers, which take turns")
     wanted = _peer_names(peers, vllm_python)
-    from rich.console import Console
 
-    console = Console()
+    console = report.console()
     import torch
 
     if threads is not None:

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from headway.errors import InvalidInputError
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
 Row = Mapping[str, Any]
@@ -184,13 +185,21 @@ class Column:
         return format(value, self.format) if isinstance(value, int | float) else str(value)
 
 
+def console() -> Console:
+    """Standard output; a file or a pipe, which has no width, takes a whole table."""
+    from rich.console import Console
+
+    known = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(width=None if known else 160)
+
+
 def table(rows: Iterable[Row], columns: Sequence[Column], title: str | None = None) -> Table:
-    """A table for the terminal."""
+    """A table for the terminal. Where that is narrow, lines are broken and nothing is cut off."""
     from rich.table import Table
 
     made = Table(title=title, title_justify="left")
     for i, column in enumerate(columns):
-        made.add_column(column.title, justify="left" if i == 0 else "right")
+        made.add_column(column.title, justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
         made.add_row(*(column.text(row) for column in columns))
     return made

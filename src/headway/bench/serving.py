@@ -552,9 +552,8 @@ def command(
     ] = None,
 ) -> None:
     """Put load on an OpenAI-compatible server and measure what its clients see."""
-    from rich.console import Console
 
-    console = Console()
+    console = report.console()
     if matrix:
         _compare(console, settings, matrix, serve_model, serve_flags, output, plot)
         return

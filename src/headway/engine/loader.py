@@ -143,7 +143,7 @@ def find(config: EngineConfig) -> Source:
 
 def load_config(config: EngineConfig, source: Source) -> PretrainedConfig:
     """The configuration of a checkpoint; nothing else of it is read."""
-    with _hub_errors(config.model):
+    with hub_errors(config.model):
         return AutoConfig.from_pretrained(
             source.name_or_path,
             revision=config.revision,
@@ -181,14 +181,14 @@ def _build_model(
     if config.load_format == "dummy":
         # Drawn where they are wanted, unless someone (a probe without weights) has a place of their own.
         place = devices.choose(config.device) if torch.get_default_device().type == "cpu" else None
-        with torch.random.fork_rng(), place or contextlib.nullcontext(), _hub_errors(config.model):
+        with torch.random.fork_rng(), place or contextlib.nullcontext(), hub_errors(config.model):
             torch.manual_seed(config.seed)
             model = AutoModelForCausalLM.from_config(model_config, **arguments)
         return _distributed(model, config.tensor_parallel_size)
     if config.tensor_parallel_size > 1:
         layout = DistributedConfig(tp_size=config.tensor_parallel_size)
         arguments |= {"distributed_config": layout}
-    with _hub_errors(config.model):
+    with hub_errors(config.model):
         return AutoModelForCausalLM.from_pretrained(
             source.name_or_path,
             config=model_config,
@@ -242,7 +242,7 @@ def _load_tokenizer(config: EngineConfig, source: Source) -> Any:
     if config.tokenizer is not None:
         named = find(EngineConfig(model=config.tokenizer)) if _is_gguf(config.tokenizer) else None
         place = Source(config.tokenizer) if named is None else named
-        with _hub_errors(config.tokenizer, "tokenizer"):
+        with hub_errors(config.tokenizer, "tokenizer"):
             return AutoTokenizer.from_pretrained(place.name_or_path, **place.arguments, **arguments)
     path = Path(source.name_or_path)
     bare = path.is_file() or (
@@ -250,7 +250,7 @@ def _load_tokenizer(config: EngineConfig, source: Source) -> Any:
     )
     if bare:
         return None
-    with _hub_errors(config.model):
+    with hub_errors(config.model):
         return AutoTokenizer.from_pretrained(source.name_or_path, **source.arguments, **arguments)
 
 
@@ -259,7 +259,7 @@ def _is_gguf(name: str) -> bool:
 
 
 @contextlib.contextmanager
-def _hub_errors(name: str, argument: str = "model") -> Iterator[None]:
+def hub_errors(name: str, argument: str = "model") -> Iterator[None]:
     """transformers says OSError for all that is missing, and ValueError for kinds it does not know."""
     try:
         yield
