@@ -35,6 +35,43 @@ def test_prompt_logprobs_equal_a_plain_forward(llama: TinyModel, chunk: int, ove
             assert list(one.token_ids) == llama.greedy(prompt, 3)
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_steps_have_no_more_logits_than_there_is_room_for(
+    llama: TinyModel, monkeypatch: pytest.MonkeyPatch, overlap: bool
+) -> None:
+    """Prompts that are read take turns, and others beside them have the rest of a chunk."""
+    llm = engine(llama, chunked_prefill_size=24, max_running_requests=8, overlap=overlap)
+    llm._scheduler.most_read = 5
+    steps: list[tuple[int, int]] = []
+    run = llm._runner.run
+
+    def seen(chunks):  # type: ignore[no-untyped-def]
+        reading = [one for one in chunks if one.sequence.is_read and not one.sequence.is_decoding]
+        steps.append(
+            (sum(one.num_tokens for one in reading), sum(one.num_tokens for one in chunks))
+        )
+        return run(chunks)
+
+    monkeypatch.setattr(llm._runner, "run", seen)
+    prompts = [[(3 * i + n) % 256 for i in range(n)] for n in (17, 1, 40, 9, 33, 60)]
+    params = [SamplingParams(max_tokens=3, temperature=0, prompt_logprobs=0)] * 4
+    params += [SamplingParams(max_tokens=3, temperature=0)] * 2
+    for prompt, one in zip(prompts, llm.generate(prompts, params), strict=True):
+        assert list(one.token_ids) == llama.greedy(prompt, 3)
+        wanted = [] if len(prompt) in (33, 60) else prompt[1:]
+        assert [entry.token_id for entry in one.prompt_logprobs] == wanted
+    assert max(read for read, _ in steps) == 5
+    assert max(tokens for _, tokens in steps) >= 24
+
+
+def test_room_for_logits_is_a_share_of_the_free_memory(
+    llama: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for free, rows in ((4 * 256 * 4 * 700, 700), (1 << 10, 512)):
+        monkeypatch.setattr("headway.engine.llm._free_bytes", lambda device, free=free: free)
+        assert engine(llama)._scheduler.most_read == rows
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3"])  # no experts, which flip as a whole
 def test_float8_cache_is_close(name: str, tiny: Callable[[str], TinyModel]) -> None:
     """Probabilities move by what 4 significant bits of keys and values are worth, and no more."""

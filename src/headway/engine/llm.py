@@ -51,6 +51,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+#: Prompt tokens of a step whose logits may be asked for, however little memory is free.
+LEAST_READ = 512
+
 
 @dataclass(eq=False)
 class Request:
@@ -186,6 +189,7 @@ class LLM(Intake):
             graphs=self._capture(num_pages, config.max_running_requests, progress=progress),
             pieces=self._capture_pieces(progress=progress),
         )
+        self._scheduler.most_read = self._most_read()
         self._in_flight: Step | None = None
         self._requests: dict[str, Request] = {}
         self._seeds = random.Random(config.seed)
@@ -692,6 +696,12 @@ class LLM(Intake):
         guesses = config.num_draft_tokens if config.speculative == "ngram" else 0
         running, prompts = config.max_running_requests or 1, config.chunked_prefill_size or 1
         return min(prompts + running * (1 + guesses), running * longest)
+
+    def _most_read(self) -> int:
+        """Prompt tokens of a step whose logits there is room for: in a quarter of what is free by now."""
+        row_bytes = self.model_config.vocab_size * self.dtype.itemsize
+        rows = max(LEAST_READ, _free_bytes(self.device) // (4 * row_bytes))
+        return parallel.agreed(rows, self.config.tensor_parallel_size, self.device)
 
     def _step_bytes(self, longest: int) -> int:
         """What a full step takes beside the KV cache; 0 where that is not known."""

@@ -9,6 +9,8 @@ engine never stalls as long as one sequence of full length fits, which ``Schedul
 
 from __future__ import annotations
 
+import itertools
+import sys
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -44,6 +46,11 @@ class Sequence:
     is_over: bool = False  # it has its last token, and leaves once that is told
     #: every prompt token's logits are wanted, so none comes from the cache
     reads_prompt: bool = False
+
+    @property
+    def is_read(self) -> bool:
+        """Whether the logits of all that is computed next are wanted."""
+        return self.reads_prompt and self.num_computed < self.num_prompt_tokens
 
     @property
     def num_remaining(self) -> int:
@@ -101,10 +108,7 @@ class Chunk:
     @property
     def num_rows(self) -> int:
         """Rows of logits that are looked at, the last ones of the chunk."""
-        if (
-            self.sequence.reads_prompt
-            and self.sequence.num_computed < self.sequence.num_prompt_tokens
-        ):
+        if self.sequence.is_read:
             return self.num_tokens
         return (1 if self.samples else 0) + len(self.drafts)
 
@@ -117,6 +121,7 @@ class Scheduler:
     Args:
         max_model_len: longest sequence, in tokens, that will ever be asked for; must fit the pool.
         propose: guesses at what follows a decoding sequence, computed along with its last token.
+        most_read: most prompt tokens of a step whose logits are wanted, a row of the vocabulary each.
         uniform_drafts: where a step guesses for anyone, so many guesses for everyone, if there is room:
             graphs want sequences that are alike. A wrong guess costs hardly anything.
     """
@@ -130,6 +135,7 @@ class Scheduler:
         chunked_prefill_size: int,
         max_running_requests: int,
         propose: Propose | None = None,
+        most_read: int = sys.maxsize,
         uniform_drafts: int = 0,
     ) -> None:
         if pages_for(max_model_len, page_size) > cache.pool.num_pages:
@@ -144,6 +150,7 @@ class Scheduler:
         self.max_running_requests = max_running_requests
         self._propose = propose
         self._max_model_len = max_model_len
+        self.most_read = most_read
         self.uniform_drafts = uniform_drafts
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -169,18 +176,19 @@ class Scheduler:
     def schedule(self) -> list[Chunk]:
         """The next step's work: decodes first, then chunks of prompts. Empty only with nothing to do."""
         chunks = self._decodes()
-        budget = self.chunked_prefill_size
+        budget, to_read = self.chunked_prefill_size, self.most_read
         decoding = {chunk.sequence.request_id for chunk in chunks}
-        for sequence in self.running:
-            if budget and sequence.request_id not in decoding and not sequence.is_ending:
-                chunk = Chunk(sequence, min(budget, sequence.num_remaining))
-                budget -= chunk.num_tokens
-                chunks.append(chunk)
-        while budget and self._admit():
-            sequence = self.running[-1]
-            chunk = Chunk(sequence, min(budget, sequence.num_remaining))
-            budget -= chunk.num_tokens
-            chunks.append(chunk)
+        here = [one for one in self.running if one.request_id not in decoding and not one.is_ending]
+        for sequence in itertools.chain(here, iter(self._admit, None)):
+            tokens = min(budget, sequence.num_remaining)
+            if sequence.is_read:
+                tokens = min(tokens, to_read)
+                to_read -= tokens
+            if tokens:
+                chunks.append(Chunk(sequence, tokens))
+            budget -= tokens
+            if not budget:
+                break
         return chunks
 
     def advance(self, chunk: Chunk) -> None:
@@ -267,13 +275,13 @@ class Scheduler:
         sequence.pages = []
         sequence.num_computed = sequence.num_inserted = 0
 
-    def _admit(self) -> bool:
-        """Move the head of the queue into the running set, with pages for all its tokens; or say no."""
+    def _admit(self) -> Sequence | None:
+        """Move the head of the queue into the running set, with pages for all its tokens, if it can be."""
         if not self.waiting or len(self.running) >= self.max_running_requests:
-            return False
+            return None
         sequence = self.waiting[0]
         if sequence.num_pending:  # preempted with a token under way
-            return False
+            return None
         wanted = self._wanted_digests(sequence)
         cached = self.cache.acquire(wanted)
         missing = pages_for(len(sequence.tokens), self.page_size) - len(cached)
@@ -282,7 +290,7 @@ class Scheduler:
             wanted, len(cached)
         ):
             self.cache.release(cached)
-            return False
+            return None
         self.waiting.popleft()
         sequence.pages = cached + self.cache.allocate(missing)
         sequence.num_computed = len(cached) * self.page_size
@@ -293,7 +301,7 @@ class Scheduler:
             self.hit_tokens += sequence.num_computed
             self.query_tokens += sequence.num_prompt_tokens
         self.running.append(sequence)
-        return True
+        return sequence
 
     def _wanted_digests(self, sequence: Sequence) -> list[bytes]:
         """Digests of the pages worth looking up: at least one token must be left to compute."""
