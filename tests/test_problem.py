@@ -275,6 +275,13 @@ def test_a_window_wider_than_any_sequence_hides_nothing(width: int, backend: str
         torch.testing.assert_close(dense(**tensors, **mask, backend=backend), want)
 
 
+def test_a_plan_for_such_a_window() -> None:
+    window = {"window_size": (sys.maxsize, sys.maxsize)}
+    plan = headway.get_scheduler_metadata(2, 1, 12, 4, 2, 8, int32(7, 3), page_size=4, **window)
+    assert plan.num_splits.tolist() == [1, 1]
+    assert paged(scheduler_metadata=plan, **window).shape == (2, 1, 4, 8)
+
+
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_sinks_may_lie_anywhere(backend: str) -> None:
     tensors = {"q": normal(2, 3, 4, 8), "k": normal(2, 5, 2, 8), "v": normal(2, 5, 2, 8)}
@@ -331,6 +338,8 @@ def test_parts_that_do_not_fit_are_named(changes: dict[str, Any], argument: str)
         ([PARTS[0]] * 2, [LSES[0].mT, LSES[0]], "lses[1]"),
         ([PARTS[0], 1.0], [LSES[0].mT] * 2, "outs[1]"),
         ([PARTS[0]], [[0.0]], "lses[0]"),
+        ([PARTS[0].int()] * 2, [LSES[0].mT] * 2, "outs[0]"),
+        ([PARTS[0]] * 2, [LSES[0].mT, LSES[0].mT.to("meta")], "lses[1]"),
     ],
 )
 def test_states_that_do_not_fit_are_named(outs: Any, lses: Any, argument: str) -> None:
@@ -374,6 +383,12 @@ def test_sizes_of_a_plan_are_checked(changes: dict[str, Any]) -> None:
 def test_arguments_no_provider_takes_are_refused_with_advice(name: str) -> None:
     with pytest.raises(UnsupportedError, match=name):
         dense(**{name: [1.0]})
+
+
+@pytest.mark.parametrize("length", [-1, 2**31, 2**40, np.int64(-3)])
+def test_a_number_that_is_no_length_is_named(length: Any) -> None:
+    with pytest.raises(InvalidInputError, match=f"^cache_seqlens: got {length}; want between 0 "):
+        paged(cache_seqlens=length)
 
 
 @pytest.mark.parametrize("length", [7, np.int64(7), np.int32(7)])

@@ -336,6 +336,10 @@ def check_states(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:
         for i, part in enumerate(parts):
             if not isinstance(part, Tensor):
                 raise InvalidInputError(f"{name}[{i}]", type(part).__name__, "a tensor")
+            if part.dtype not in FLOAT_DTYPES or part.device != outs[0].device:
+                given = f"{part.dtype} on {part.device}"
+                wanted = f"a 16-, 32- or 64-bit floating-point dtype on {outs[0].device}"
+                raise InvalidInputError(f"{name}[{i}]", given, wanted)
     if outs[0].dim() not in (3, 4):
         given, wanted = f"shape {tuple(outs[0].shape)}", "(B, Sq, Hq, Dv) or (total_q, Hq, Dv)"
         raise InvalidInputError("outs[0]", given, wanted)

@@ -401,7 +401,8 @@ def get_scheduler_metadata(
     if cache_leftpad is not None:
         lengths = lengths - cache_leftpad
     if mask.window_left is not None:
-        lengths = lengths.clamp(max=mask.window_left + max_seqlen_q + (mask.window_right or 0))
+        widest = mask.window_left + max_seqlen_q + (mask.window_right or 0)
+        lengths = lengths.clamp(max=min(widest, torch.iinfo(torch.int32).max))
     key = PlanKey(
         device=cache_seqlens.device,
         batch_size=batch_size,

@@ -361,6 +361,8 @@ def lengths_as_tensor(
 ) -> Tensor | None:
     """An int length stands for every sequence of the batch."""
     if isinstance(lengths, Integral):
+        if not 0 <= lengths <= torch.iinfo(torch.int32).max:
+            raise InvalidInputError(name, lengths, "between 0 and the capacity of each sequence")
         return torch.full((batch_size,), int(lengths), dtype=torch.int32, device=device)
     if lengths is not None and not isinstance(lengths, Tensor):
         raise InvalidInputError(name, type(lengths).__name__, "an int or an int32 tensor (B,)")
