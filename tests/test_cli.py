@@ -148,6 +148,16 @@ def test_explain_pins_and_takes_every_feature() -> None:
     assert "pinned by backend=reference" in result.output
 
 
+def test_explain_knows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEADWAY_BACKEND", "reference")
+    assert "-> reference" in CliRunner().invoke(cli.app, ["explain", "--device", "cpu"]).output
+    words = ["explain", "--device", "cpu", "--backend", "cpu"]
+    assert "pinned by backend=cpu" in CliRunner().invoke(cli.app, words).output
+    monkeypatch.setenv("HEADWAY_BACKEND", "fa9")
+    result = CliRunner().invoke(cli.app, ["explain", "--device", "cpu"])
+    assert "HEADWAY_BACKEND: got 'fa9'" in str(result.exception)
+
+
 def test_explain_says_that_a_pinned_provider_cannot_run_the_call() -> None:
     result = CliRunner().invoke(cli.app, ["explain", "--device", "cpu", "--backend", "fa3"])
     assert result.exit_code == 0, result.output

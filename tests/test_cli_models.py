@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,13 +23,16 @@ pytest.importorskip("typer")
 from transformers import dynamic_module_utils
 from typer.testing import CliRunner
 
-from headway import cli
+from headway import cli, dispatch
 from headway.bench.peers import VllmPeer
 from headway.engine import loader
 from headway.engine.config import EngineConfig
+from headway.engine.introduction import introduction
 from headway.engine.llm import LLM
 from headway.engine.request import SamplingParams
-from headway.errors import HeadwayError, InvalidInputError
+from headway.errors import HeadwayError, InvalidInputError, UnsupportedError
+from headway.problem import Problem
+from headway.providers.base import Provider
 from headway.server import engine_process
 from tests.engine.conftest import TinyModel, save_tiny
 
@@ -161,6 +165,34 @@ def test_generate_says_which_file_of_a_tokenizer_is_missing(llama: TinyModel) ->
     )
     assert done.returncode == 2
     assert "--tokenizer: got /no/such/folder" in done.stderr
+
+
+def test_the_environment_pins_an_engines_backend(
+    llama: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``auto`` in a configuration is what nobody asked for."""
+    monkeypatch.setenv("HEADWAY_BACKEND", "reference")
+    config = EngineConfig(model=str(llama.path), device="cpu")
+    llm = LLM(config)
+    asked = ("cpu", "reference")
+    said = {name: LLM(replace(config, attention_backend=name)) for name in asked}
+    assert introduction(llm).attention == introduction(said["reference"]).attention.replace(
+        "backend=", "HEADWAY_BACKEND="
+    )
+    assert "pinned by backend=cpu" in introduction(said["cpu"]).attention
+    ran: list[str] = []
+    choose = dispatch.choose
+
+    def noted(problem: Problem) -> Provider:
+        ran.append(choose(problem).name)
+        return choose(problem)
+
+    monkeypatch.setattr(dispatch, "choose", noted)
+    llm.generate(["four"], SamplingParams(max_tokens=2))
+    assert set(ran) == {"reference"}
+    monkeypatch.setenv("HEADWAY_BACKEND", "fa3")
+    with pytest.raises(UnsupportedError, match="HEADWAY_BACKEND=fa3 cannot run this call"):
+        LLM(config)
 
 
 def test_a_length_beyond_the_model_is_refused_before_its_weights_are_read(

@@ -425,7 +425,7 @@ def explain(
         sinks=torch.zeros(num_q_heads, dtype=torch.float32, device=where) if sinks else None,
         return_softmax_lse=lse,
         ver=ver,
-        backend=backend,
+        backend=None if backend == "auto" else backend,
     )
 
 

@@ -44,7 +44,8 @@ class EngineConfig:
             one step, for greedy requests; off does not.
         num_draft_tokens: most tokens guessed in a step.
         acceleration: ``auto`` exchanges parts of the model for faster ones; ``off`` does not.
-        attention_backend: provider pinned for every attention call; auto chooses.
+        attention_backend: provider pinned for every attention call; auto: HEADWAY_BACKEND's, or the
+            fastest.
         flash_attn_version: interface generation asked for, 3 or 4; None: the fastest.
         seed: of the sampling of requests that bring no seed, and of dummy weights.
         revision: branch, tag or commit of a hub name.

@@ -183,7 +183,7 @@ def _expanded(
         cu_seqlens_q=ends,
         cu_seqlens_k=ends,
         ver=config.flash_attn_version,
-        backend=config.attention_backend,
+        backend=None if config.attention_backend == "auto" else config.attention_backend,
     )
     return check(problem)
 

@@ -86,7 +86,7 @@ class FlashAttentionBackend(AttentionBackend):
     and given to a provider; the step's other layers of that kind replace the tensors in it.
 
     Args:
-        backend: provider that must run every call; ``auto`` (or HEADWAY_BACKEND) chooses.
+        backend: provider that must run every call; ``auto``: HEADWAY_BACKEND's, or the fastest.
         ver: interface generation asked for.
         fused_append: whether the provider writes new keys and values too; default: on a CPU.
     """
@@ -98,7 +98,7 @@ class FlashAttentionBackend(AttentionBackend):
         *,
         fused_append: bool | None = None,
     ) -> None:
-        self.backend = backend
+        self.backend = None if backend == "auto" else backend
         self.ver = ver
         self._fused_append = fused_append
         self._repeats: dict[tuple[Hashable, ...], Repeat] = {}
