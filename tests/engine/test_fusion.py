@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import Olmo2Config, Qwen3_5TextConfig
+from transformers.models.bamba.modeling_bamba import BambaRMSNormGated
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RotaryEmbedding
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5TextRotaryEmbedding
 
@@ -184,3 +186,10 @@ def test_a_table_is_no_larger_than_it_may_be(llama: TinyModel) -> None:
     most = angles.MOST_BYTES // (4 * module.inv_freq.numel() * 4)
     assert angles.table_for(module, most + 1, like) is None
     assert angles.table_for(module, 100, like) is not None
+
+
+def test_norms_that_take_more_than_rows_stay() -> None:
+    """Without its gate, which a model hands over, this one is a norm like any other."""
+    for norm, is_known in ((LlamaRMSNorm(8), True), (BambaRMSNormGated(8, 8), False)):
+        norm.weight.requires_grad_(False)
+        assert (fusion._norm_of(norm) is not None) == is_known

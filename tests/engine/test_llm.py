@@ -437,6 +437,29 @@ def test_models_that_are_no_causal_language_models(tmp_path: Path) -> None:
         engine(tmp_path, load_format="dummy")
 
 
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        (transformers.GraniteMoeHybridConfig, "GraniteMoeHybrid.*: 0 of 2 layers are attention"),
+        (
+            transformers.LongcatFlashConfig,
+            "LongcatFlash.* does not run on pages: RuntimeError: .* s",
+        ),
+    ],
+)
+def test_what_cannot_run_on_pages_is_refused_before_parts_are_exchanged(
+    config: type[transformers.PretrainedConfig],
+    why: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    widths = {"mamba_n_heads": 4, "expert_ffn_hidden_size": 32, "n_routed_experts": 4}
+    config(**SMALL, **widths).save_pretrained(tmp_path)
+    monkeypatch.setattr(LLM, "_accelerate", None)
+    with pytest.raises(UnsupportedError, match=why):
+        engine(tmp_path, load_format="dummy", max_model_len=64)
+
+
 def test_rotary_embeddings_that_depend_on_the_length(tmp_path: Path) -> None:
     """Within the original range the short factors serve all; beyond it a batch would mix lengths."""
     factors = [1.0] * 8

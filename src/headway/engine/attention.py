@@ -16,7 +16,7 @@ from transformers import AttentionInterface, PretrainedConfig
 
 from headway.engine.expansion import expansion_of
 from headway.engine.kv_cache import KVCache, KVShape
-from headway.errors import UnsupportedError
+from headway.errors import HeadwayError, UnsupportedError
 from headway.problem import Mask
 from headway.serving.base import AttentionBackend, AttentionLayer
 from headway.serving.mla import MLALayer
@@ -187,8 +187,15 @@ def probe_layers(model: nn.Module, config: PretrainedConfig) -> LayerProbe:
     device = next(model.parameters()).device
     ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
     positions = torch.arange(2, device=device)[None]
-    with torch.inference_mode():
-        model(input_ids=ids, position_ids=positions, use_cache=False, headway=probe)
+    try:
+        with torch.inference_mode():
+            model(input_ids=ids, position_ids=positions, use_cache=False, headway=probe)
+    except (HeadwayError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a model does that was written for other attention
+        raise UnsupportedError(
+            f"{type(model).__name__} does not run on pages: {type(error).__name__}: {error}"
+        ) from error
     expected = getattr(config, "num_hidden_layers", len(probe.layers))
     if len(probe.layers) != expected or not probe.layers:
         raise UnsupportedError(

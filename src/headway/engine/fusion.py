@@ -17,6 +17,7 @@ checked on the whole model.
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -150,6 +151,8 @@ def _norm_of(module: nn.Module) -> Norm | None:
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, Tensor) or not isinstance(eps, float):
+        return None
+    if len(inspect.signature(module.forward).parameters) > 1:  # a gate, say
         return None
     x = random_like(1, TRIAL_ROWS, weight.shape[0], like=weight)
     want = module(x)

@@ -157,6 +157,9 @@ class LLM(Intake):
         self._eos_token_ids = loaded.eos_token_ids
         self.model = loaded.model
         keep_latent(self.model)
+        probe_layers(
+            self.model, loaded.config
+        )  # says what cannot run, before anything is exchanged
         self.acceleration = self._accelerate(loaded.max_model_len)
         self.probe = probe = probe_layers(self.model, loaded.config)
         (self.dtype,) = probe.dtypes
