@@ -73,7 +73,8 @@ def load(config: EngineConfig, *, progress: bool = False) -> LoadedModel:
     with _progress(title, show=progress), _shared_gguf_reader(source):
         model_config = load_config(config, source)
         check_shares(model_config, config.tensor_parallel_size)
-        longest = max_model_len(config, model_config.get_text_config())
+        if config.max_model_len is not None:  # more than the model's limit is refused before weights
+            max_model_len(config, model_config.get_text_config())
         tokenizer = _load_tokenizer(config, source)
         model = load_model(config, source, model_config)
     if config.tensor_parallel_size == 1:  # parts are where they belong
@@ -85,7 +86,7 @@ def load(config: EngineConfig, *, progress: bool = False) -> LoadedModel:
         config=text_config,
         tokenizer=tokenizer,
         name=config.model,
-        max_model_len=longest,
+        max_model_len=max_model_len(config, text_config),
         eos_token_ids=_eos_token_ids(model, tokenizer),
     )
 
