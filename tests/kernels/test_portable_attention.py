@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import headway
+from headway.providers import portable
 from tests import calls
 from tests.kernels.covering import covering_calls
 from tests.kernels.portable_device import DEVICE, EXAMPLES, requires_device
@@ -61,6 +62,28 @@ def test_any_call_matches_the_reference(seed: int) -> None:
     )
     def matches(call: calls.Call) -> None:
         check(call)
+
+    matches()
+
+
+def test_more_sequences_than_a_launch_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(portable, "MOST_SEQUENCES", 1)
+    solve, parts = portable._solve, []
+    monkeypatch.setattr(portable, "_solve", lambda *given: (parts.append(1), solve(*given)))
+
+    @hypothesis.seed(0)
+    @hypothesis.settings(
+        max_examples=24,
+        deadline=None,
+        database=None,
+        phases=[hypothesis.Phase.generate],
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    @hypothesis.given(call=calls.calls(DTYPES, (8, 64), (1, 16), max_len=20))
+    def matches(call: calls.Call) -> None:
+        parts.clear()
+        check(call)
+        assert len(parts) == call.problem().batch_size
 
     matches()
 

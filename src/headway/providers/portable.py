@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from headway.plan import Plan, PlanKey
-from headway.problem import Problem
+from headway.problem import Append, Descales, KVLayout, Problem
 from headway.providers.base import (
     ALL_FEATURES,
     Capabilities,
@@ -33,6 +33,9 @@ _DTYPES = frozenset(
         (torch.float16, _FLOAT8),
     }
 )
+
+#: Sequences of one launch: a grid's third dimension ends at 65,535, and takes pieces of sequences too.
+MOST_SEQUENCES = 1 << 15
 
 #: head_dim / head_dim_v of absorbed MLA: rope beside latent (``qv``), both together, latent alone.
 _LATENT_DIMS = frozenset({(64, 512), (576, 512), (512, 512)})
@@ -82,15 +85,15 @@ class PortableProvider(Provider):
         return []
 
     def run(self, problem: Problem) -> tuple[Tensor, Tensor | None]:
-        from headway.kernels.portable.append import append
-
-        if problem.append is not None:
-            q = append(problem, problem.append)
-            if q is not problem.q:
-                problem = dataclasses.replace(problem, q=q)
         out = problem.empty_out()
         lse = problem.empty_lse() if problem.return_lse else None
-        _attend(problem, out, lse)
+        if problem.batch_size <= MOST_SEQUENCES:
+            _solve(problem, out, lse)
+            return out, lse
+        for first in range(0, problem.batch_size, MOST_SEQUENCES):
+            some = slice(first, first + MOST_SEQUENCES)
+            own = slice(None) if problem.ragged_q else some
+            _solve(_part(problem, some), out[own], None if lse is None else lse[own])
         return out, lse
 
     def plan(
@@ -108,6 +111,66 @@ class PortableProvider(Provider):
             key, seqlens_k, kv_dtype=kv_dtype, num_splits=num_splits, sm_margin=sm_margin
         )
         return Plan(key, schedule.num_splits, schedule)
+
+
+def _part(p: Problem, some: slice) -> Problem:
+    """The problem of some of its sequences; a plan, which is of all of them, is left out."""
+
+    def cut(of_sequences: Any) -> Any:
+        return None if of_sequences is None else of_sequences[some]
+
+    def cut_ends(cu_seqlens: Any) -> Any:
+        return None if cu_seqlens is None else cu_seqlens[some.start : some.stop + 1]
+
+    by_row = p.kv_layout is KVLayout.DENSE and p.cache_batch_idx is None
+    new = p.append
+    if new is not None:
+        new = Append(
+            new.k if new.cu_seqlens is not None else cut(new.k),
+            new.v if new.cu_seqlens is not None else cut(new.v),
+            cut_ends(new.cu_seqlens),
+            new.rotary and dataclasses.replace(new.rotary, seqlens=cut(new.rotary.seqlens)),
+        )
+    return dataclasses.replace(
+        p,
+        q=p.q if p.ragged_q else cut(p.q),
+        qv=p.qv if p.ragged_q else cut(p.qv),
+        k=cut(p.k) if by_row else p.k,
+        v=cut(p.v) if by_row else p.v,
+        batch_size=len(range(p.batch_size)[some]),
+        cu_seqlens_q=cut_ends(p.cu_seqlens_q),
+        seqused_q=cut(p.seqused_q),
+        cu_seqlens_k=cut_ends(p.cu_seqlens_k),
+        seqlens_k=cut(p.seqlens_k),
+        leftpad_k=cut(p.leftpad_k),
+        cache_batch_idx=cut(p.cache_batch_idx),
+        page_table=cut(p.page_table) if p.cache_batch_idx is None else p.page_table,
+        append=new,
+        descales=Descales(cut(p.descales.q), cut(p.descales.k), cut(p.descales.v)),
+        scores=dataclasses.replace(
+            p.scores, score_mod=_counted_from(some.start, p.scores.score_mod, 1)
+        ),
+        mask=dataclasses.replace(p.mask, mask_mod=_counted_from(some.start, p.mask.mask_mod, 0)),
+        plan=None,
+    )
+
+
+def _counted_from(first: int, mod: Callable[..., Any] | None, at: int) -> Callable[..., Any] | None:
+    """A mod whose argument ``at``, the sequence, begins at ``first``."""
+    if mod is None:
+        return None
+    return lambda *given: mod(*given[:at], given[at] + first, *given[at + 1 :])
+
+
+def _solve(problem: Problem, out: Tensor, lse: Tensor | None) -> None:
+    """Append, if there is something to, and fill ``out`` and ``lse``."""
+    from headway.kernels.portable.append import append
+
+    if problem.append is not None:
+        q = append(problem, problem.append)
+        if q is not problem.q:
+            problem = dataclasses.replace(problem, q=q)
+    _attend(problem, out, lse)
 
 
 def _attend(problem: Problem, out: Tensor, lse: Tensor | None) -> None:
