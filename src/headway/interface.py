@@ -92,7 +92,8 @@ def flash_attn_func(
     Args:
         q: (B, Sq, Hq, D); k: (B, Sk, Hkv, D); v: (B, Sk, Hkv, Dv).
         qv: (B, Sq, Hq, Dv); adds qv·vᵀ to the scores (absorbed MLA). With ``only_qv``, replaces q·kᵀ:
-            k and ``k_descale`` are not read then, nor is q, in whose place qv is.
+            k and ``k_descale`` are not read then, nor is q, in whose place qv is. ``q_descale`` is of what
+            takes q's place; a float8 qv beside q has no scale of its own.
         softmax_scale: default 1/√D, with ``qv`` 1/√(D + Dv), with ``only_qv`` 1/√Dv.
         q_descale, k_descale, v_descale: float32 (B, Hkv), only beside float8 tensors.
         sinks (or ``learnable_sink``): (Hq,), finite, or -inf for a head without one; adds exp(sink) to each
