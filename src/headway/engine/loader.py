@@ -73,7 +73,7 @@ def load(config: EngineConfig, *, progress: bool = False) -> LoadedModel:
     with _progress(title, show=progress), _shared_gguf_reader(source):
         model_config = load_config(config, source)
         check_shares(model_config, config.tensor_parallel_size)
-        if config.max_model_len is not None:  # more than the model's limit is refused before weights
+        if config.max_model_len is not None:  # what is beyond the model's limit is refused early
             max_model_len(config, model_config.get_text_config())
         tokenizer = _load_tokenizer(config, source)
         model = load_model(config, source, model_config)
