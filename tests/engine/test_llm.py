@@ -48,6 +48,11 @@ def test_pieces_join_to_the_completion(llm: LLM) -> None:
     assert {piece.prompt_tokens for piece in pieces} == {5}
 
 
+def test_a_models_name_alone_is_no_configuration() -> None:
+    with pytest.raises(InvalidInputError, match=r"some/model.*EngineConfig\(model=\.\.\)"):
+        LLM("some/model")  # type: ignore[arg-type]
+
+
 def test_text_is_what_the_tokenizer_says(llm: LLM) -> None:
     (one,) = llm.generate(["Hello"], dataclasses.replace(GREEDY, max_tokens=40))
     expected = llm.tokenizer.decode(list(one.token_ids))

@@ -141,7 +141,9 @@ def test_they_are_new_to_the_prefix_cache() -> None:
 
 
 @pytest.mark.parametrize("guesses", [0, 3])
-def test_every_number_of_rows_is_looked_at(llama: TinyModel, guesses: int) -> None:
+def test_every_number_of_rows_is_looked_at(
+    llama: TinyModel, monkeypatch: pytest.MonkeyPatch, guesses: int
+) -> None:
     more = {"speculative": "ngram", "num_draft_tokens": guesses} if guesses else {}
     llm = engine(llama, acceleration="off", max_running_requests=5, **more)
     seen: list[tuple[int, ...]] = []
@@ -149,6 +151,11 @@ def test_every_number_of_rows_is_looked_at(llama: TinyModel, guesses: int) -> No
     head.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape)))
     warm_up.look_at_rows(llm)
     assert seen == [(1, n, head.in_features) for n in range(1, 5 * (1 + guesses) + 1)]
+    seen.clear()
+    monkeypatch.setattr(warm_up, "EACH", 3)
+    monkeypatch.setattr(warm_up, "COARSE", 4)
+    warm_up.look_at_rows(llm)
+    assert [n for _, n, _ in seen] == ([1, 2, 3] if guesses == 0 else [1, 2, 3, 7, 11, 15, 19])
 
 
 def test_seeds_are_those_of_an_engine_without_it(llama: TinyModel) -> None:

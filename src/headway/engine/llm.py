@@ -145,6 +145,8 @@ class LLM(Intake):
     """
 
     def __init__(self, config: EngineConfig, *, progress: bool = False) -> None:
+        if not isinstance(config, EngineConfig):
+            raise InvalidInputError("config", config, "EngineConfig(model=..)")
         early.insist(config)
         loaded = loader.load(config, progress=progress)
         self.device = next(loaded.model.parameters()).device
@@ -157,9 +159,8 @@ class LLM(Intake):
         self._eos_token_ids = loaded.eos_token_ids
         self.model = loaded.model
         keep_latent(self.model)
-        probe_layers(
-            self.model, loaded.config
-        )  # says what cannot run, before anything is exchanged
+        # Says what cannot run, before anything is exchanged.
+        probe_layers(self.model, loaded.config)
         self.acceleration = self._accelerate(loaded.max_model_len)
         self.probe = probe = probe_layers(self.model, loaded.config)
         (self.dtype,) = probe.dtypes

@@ -29,6 +29,9 @@ MORE_MEMORY = (
     "--kv-cache-tokens, or a smaller --chunked-prefill-size"
 )
 
+#: Rows of the vocabulary's product: up to here every number is tried, beyond it some.
+EACH, COARSE = 512, 64
+
 #: New tokens of a prompt of which the rest is found in the prefix cache.
 FEW = 256
 
@@ -67,7 +70,7 @@ def look_at_rows(llm: LLM) -> None:
     guesses = config.num_draft_tokens if config.speculative == "ngram" else 0
     rows = (config.max_running_requests or 1) * (1 + guesses)
     hidden = torch.zeros(1, rows, head.in_features, dtype=head.weight.dtype, device=llm.device)
-    for count in range(1, rows + 1):
+    for count in (*range(1, min(rows, EACH) + 1), *range(EACH + COARSE, rows + 1, COARSE)):
         head(hidden[:, :count])
 
 
