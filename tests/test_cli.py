@@ -36,6 +36,25 @@ def headway(*words: str, **kwargs: object) -> subprocess.CompletedProcess[str]:
     )  # type: ignore[call-overload]
 
 
+def test_compiling_says_in_a_log_how_far_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from headway import precompile
+
+    now = [0.0]
+    monkeypatch.setattr(cli.time, "monotonic", lambda: now[0])
+
+    def compile_all(cases, targets, jobs, progress):  # type: ignore[no-untyped-def]
+        for done in range(31):
+            progress(done, 30, "sm90 forward")
+            now[0] += 1.0
+
+    monkeypatch.setattr(precompile, "compile_all", compile_all)
+    cli._compile((), ("sm90",), 1)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"compiling: {done} of 30 kernels" for done in (10, 20, 30)]
+
+
 @pytest.mark.parametrize("words", [["--help"], ["serve", "-h"], ["bench", "serve", "--help"]])
 def test_help_imports_nothing_heavy(words: list[str]) -> None:
     code = (

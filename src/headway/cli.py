@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -39,6 +39,9 @@ if TYPE_CHECKING:
     from headway.precompile import Precompiled
     from headway.providers.base import Capabilities
     from headway.server.async_engine import Engine
+
+#: How often long work that is not watched on a terminal says how far it is.
+SECONDS_BETWEEN_LINES = 10.0
 
 app = typer.Typer(
     name="headway",
@@ -608,7 +611,7 @@ def _need_no(settings: dict[str, Any]) -> None:
 
 
 def _compile(cases: tuple[Case, ...], targets: tuple[str, ...], jobs: int) -> Precompiled:
-    """Compile with a progress bar, on terminals."""
+    """Compile with a progress bar on terminals, and with a line now and then in logs."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -620,19 +623,36 @@ def _compile(cases: tuple[Case, ...], targets: tuple[str, ...], jobs: int) -> Pr
 
     from headway import precompile
 
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        return precompile.compile_all(cases, targets, jobs, _line_now_and_then())
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("compiling")
 
         def show(done: int, total: int, label: str) -> None:
             bar.update(task, completed=done, total=total, description=label or "compiling")
 
         return precompile.compile_all(cases, targets, jobs, show)
+
+
+def _line_now_and_then() -> Callable[[int, int, str], None]:
+    """Says how far it is, at most every SECONDS_BETWEEN_LINES."""
+    said = time.monotonic()
+
+    def show(done: int, total: int, label: str) -> None:
+        nonlocal said
+        now = time.monotonic()
+        if now - said >= SECONDS_BETWEEN_LINES:
+            said = now
+            print(f"compiling: {done} of {total} kernels", file=sys.stderr, flush=True)
+
+    return show
 
 
 # --- bench --------------------------------------------------------------------------------------------
