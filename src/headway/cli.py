@@ -490,9 +490,9 @@ def _explain_model(config: EngineConfig, batch_size: int, seqlen_q: int, seqlen_
 def list_providers() -> None:
     """The attention providers: what is installed, what it can do here, and why not."""
     import torch
-    from rich.console import Console
     from rich.table import Table
 
+    from headway.bench import report
     from headway.providers.table import status
 
     kinds = ["cpu", *(kind for kind in ("cuda", "musa") if _has(kind))]
@@ -501,7 +501,7 @@ def list_providers() -> None:
         for row in status(torch.device(kind)):
             here = f"{kind}: no: {row.reason}" if row.reason else f"{kind}: yes"
             table.add_row(row.provider, row.package or "-", here, *_abilities(row.capabilities))
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    report.console().print(table)
 
 
 def _has(kind: str) -> bool:
@@ -579,9 +579,8 @@ def compile_kernels(
 
     With --model what `headway serve` launches for it, given the same settings.
     """
-    from rich.console import Console
-
     from headway import precompile
+    from headway.bench import report
 
     targets = precompile.check_targets(target or [])
     if model is None:
@@ -592,7 +591,7 @@ def compile_kernels(
     else:
         cases = precompile.model_cases(EngineConfig(model=model, **settings))
     done = _compile(cases, targets, jobs or os.cpu_count() or 1)
-    Console(width=None if sys.stdout.isatty() else 140).print(precompile.table(done))
+    report.console().print(precompile.table(done))
     if json is not None:
         done.save(json)
     counts = f"{len(done.reports)} kernels in {done.seconds:.0f} s, {len(done.failures)} failed"

@@ -15,7 +15,7 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from numbers import Integral
 from typing import Any, Literal
@@ -269,6 +269,44 @@ class Problem:
             softmax_scale=self.scores.softmax_scale,
             has_sinks=self.scores.sinks is not None,
             has_qv=self.qv is not None,
+        )
+
+    def of_sequences(self, some: slice) -> Problem:
+        """The call for some of its sequences, alone. Its ``out``, its plan, and what mods know as the
+        sequence's number stay those of all; so do ragged tensors, of which ends say where each begins."""
+
+        def cut(of_each: Any) -> Any:
+            return None if of_each is None else of_each[some]
+
+        def cut_ends(cu_seqlens: Any) -> Any:
+            return None if cu_seqlens is None else cu_seqlens[some.start : some.stop + 1]
+
+        by_row = self.kv_layout is KVLayout.DENSE and self.cache_batch_idx is None
+        new = self.append
+        if new is not None:
+            ragged = new.cu_seqlens is not None
+            new = Append(
+                new.k if ragged else cut(new.k),
+                new.v if ragged else cut(new.v),
+                cut_ends(new.cu_seqlens),
+                new.rotary and replace(new.rotary, seqlens=cut(new.rotary.seqlens)),
+            )
+        return replace(
+            self,
+            q=self.q if self.ragged_q else cut(self.q),
+            qv=self.qv if self.ragged_q else cut(self.qv),
+            k=cut(self.k) if by_row else self.k,
+            v=cut(self.v) if by_row else self.v,
+            batch_size=len(range(self.batch_size)[some]),
+            cu_seqlens_q=cut_ends(self.cu_seqlens_q),
+            seqused_q=cut(self.seqused_q),
+            cu_seqlens_k=cut_ends(self.cu_seqlens_k),
+            seqlens_k=cut(self.seqlens_k),
+            leftpad_k=cut(self.leftpad_k),
+            cache_batch_idx=cut(self.cache_batch_idx),
+            page_table=cut(self.page_table) if self.cache_batch_idx is None else self.page_table,
+            append=new,
+            descales=Descales(cut(self.descales.q), cut(self.descales.k), cut(self.descales.v)),
         )
 
     def empty_out(self) -> Tensor:

@@ -24,12 +24,8 @@ def ask_as_on_a_gpu(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(warm_up, "large_steps", lambda _: large)
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("tokens", [32, 64, 512])
-def test_nothing_of_it_stays(
-    llama: TinyModel, monkeypatch: pytest.MonkeyPatch, overlap: bool, tokens: int
-) -> None:
-    llm = engine(llama, max_model_len=32, kv_cache_tokens=tokens, overlap=overlap)
+def steps_of_warm_up(llm: Any, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The new tokens of each sequence in each of its steps, fewest first; nothing of it stays."""
     steps: list[list[int]] = []
     run = llm._runner.run
 
@@ -42,6 +38,16 @@ def test_nothing_of_it_stays(
     before = llm.stats()
     warm_up.warm_up(llm)
     assert llm.stats() == before
+    return steps
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("tokens", [32, 64, 512])
+def test_nothing_of_it_stays(
+    llama: TinyModel, monkeypatch: pytest.MonkeyPatch, overlap: bool, tokens: int
+) -> None:
+    llm = engine(llama, max_model_len=32, kv_cache_tokens=tokens, overlap=overlap)
+    steps = steps_of_warm_up(llm, monkeypatch)
     assert not llm.has_unfinished()
     assert [8] in steps
     assert [1] in steps
@@ -68,23 +74,13 @@ def test_several_prompts_fill_a_step(
     monkeypatch.setattr(pieces, "MOST_ROWS", 30)
     sizes = {"max_model_len": 65, "chunked_prefill_size": 160, "kv_cache_tokens": tokens}
     llm = engine(llama, overlap=overlap, **sizes)
-    steps: list[list[int]] = []
-    run = llm._runner.run
-
-    def seen(chunks):  # type: ignore[no-untyped-def]
-        steps.append([chunk.num_tokens for chunk in chunks if chunk.num_tokens > 1])
-        return run(chunks)
-
-    monkeypatch.setattr(llm._runner, "run", seen)
-    ask_as_on_a_gpu(llm, monkeypatch)
-    before = llm.stats()
-    warm_up.warm_up(llm)
-    assert llm.stats() == before
+    steps = steps_of_warm_up(llm, monkeypatch)
     full = 160 if tokens == 4096 else 128
-    assert ([64, 64, 32] if full == 160 else [64, 64]) in steps
+    assert ([32, 64, 64] if full == 160 else [64, 64]) in steps
     wanted = [full, *warm_up.lengths_below(full)]
-    assert [sum(step) for step in steps if sum(step) > 30][-len(wanted) :] == wanted
-    assert max(map(max, filter(None, steps))) == 64
+    prompts = [sum(tokens for tokens in step if tokens > 1) for step in steps]
+    assert [new for new in prompts if new > 30][-len(wanted) :] == wanted
+    assert max(map(max, steps)) == 64
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -96,19 +92,8 @@ def test_they_take_their_turns_where_pages_are_few(
     monkeypatch.setattr(pieces, "MOST_ROWS", 30)
     sizes = {"max_model_len": 170, "chunked_prefill_size": 160, "kv_cache_tokens": tokens}
     llm = engine(llama, overlap=overlap, **sizes)
-    steps: list[set[int]] = []
-    run = llm._runner.run
-
-    def seen(chunks):  # type: ignore[no-untyped-def]
-        steps.append({chunk.num_tokens for chunk in chunks})
-        return run(chunks)
-
-    monkeypatch.setattr(llm._runner, "run", seen)
-    ask_as_on_a_gpu(llm, monkeypatch)
-    before = llm.stats()
-    warm_up.warm_up(llm)
-    assert llm.stats() == before
-    assert {1, longest} in steps  # beside one that decodes
+    steps = steps_of_warm_up(llm, monkeypatch)
+    assert {1, longest} in map(set, steps)  # beside one that decodes
     new = set().union(*steps)
     assert new >= {longest, 160, *warm_up.lengths_below(160)}  # those run alone
     assert max(new) == 160

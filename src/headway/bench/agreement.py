@@ -393,7 +393,6 @@ def command(
     output: Annotated[Path | None, typer.Option(help="Write the reading here.")] = None,
 ) -> None:
     """Compare the engine's greedy answers with transformers' own."""
-
     names = [model_path.stem] if model_path is not None else models.split(",")
     asked = settings.split(",")
     if not set(asked) <= set(SETTINGS):

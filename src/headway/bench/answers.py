@@ -170,7 +170,6 @@ def command(
     output: Annotated[Path | None, typer.Option(help="Write the reading here.")] = None,
 ) -> None:
     """Compare answers and scores under the values of a setting."""
-
     from headway.engine.llm import LLM
 
     name, _, values = settings.partition("=")

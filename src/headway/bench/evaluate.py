@@ -268,7 +268,6 @@ def command(
     ] = None,
 ) -> None:
     """Run a task of lm-eval against a server, and compare servers on it."""
-
     console = report.console()
     if matrix:
         if serve_model is None:

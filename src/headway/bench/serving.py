@@ -552,7 +552,6 @@ def command(
     ] = None,
 ) -> None:
     """Put load on an OpenAI-compatible server and measure what its clients see."""
-
     console = report.console()
     if matrix:
         _compare(console, settings, matrix, serve_model, serve_flags, output, plot)

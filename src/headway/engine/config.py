@@ -105,6 +105,11 @@ class EngineConfig:
         if self.mem_fraction is not None and not 0 < self.mem_fraction < 1:
             raise InvalidInputError("mem_fraction", self.mem_fraction, "between 0 and 1, or None")
 
+    @property
+    def most_guesses(self) -> int:
+        """Tokens guessed in a step for each sequence, at most."""
+        return self.num_draft_tokens if self.speculative == "ngram" else 0
+
     def resolved(self, device_type: str) -> EngineConfig:
         """The same with every setting that depends on the kind of device filled in."""
         gpu = device_type == "cuda"

@@ -159,7 +159,7 @@ class LLM(Intake):
         self._eos_token_ids = loaded.eos_token_ids
         self.model = loaded.model
         keep_latent(self.model)
-        # Says what cannot run, before anything is exchanged.
+        # Twice: what cannot run is said before anything is exchanged; what is exchanged is what will run.
         probe_layers(self.model, loaded.config)
         self.acceleration = self._accelerate(loaded.max_model_len)
         self.probe = probe = probe_layers(self.model, loaded.config)
@@ -278,10 +278,7 @@ class LLM(Intake):
 
     def _uniform_drafts(self) -> int:
         """How many guesses every sequence of a step has, right or not, so that a graph covers it."""
-        config = self.config
-        return (
-            config.num_draft_tokens if config.speculative == "ngram" and config.cuda_graphs else 0
-        )
+        return self.config.most_guesses if self.config.cuda_graphs else 0
 
     def _propose(self, sequence: TokenSequence) -> tuple[int, ...]:
         """Guesses at what a sequence says next."""
@@ -697,9 +694,8 @@ class LLM(Intake):
     def _most_tokens(self, longest: int) -> int:
         """Of a step, where no sequence has more than ``longest``."""
         config = self.config
-        guesses = config.num_draft_tokens if config.speculative == "ngram" else 0
         running, prompts = config.max_running_requests or 1, config.chunked_prefill_size or 1
-        return min(prompts + running * (1 + guesses), running * longest)
+        return min(prompts + running * (1 + config.most_guesses), running * longest)
 
     def _most_read(self) -> int:
         """Prompt tokens of a step whose logits there is room for: in a quarter of what is free by now."""
@@ -720,13 +716,13 @@ class LLM(Intake):
         config = self.config
         size = config.page_size
         page_bytes = size * kv_cache.bytes_per_token(shapes, self.kv_dtype)
+        left = max(0, _free_bytes(self.device) - self._step_bytes(limit))
         if config.kv_cache_tokens is not None:
             asked, pages = "kv_cache_tokens", config.kv_cache_tokens // size
         elif config.kv_cache_memory_bytes is not None:
             asked, pages = "kv_cache_memory_bytes", config.kv_cache_memory_bytes // page_bytes
         else:
-            free = _free_bytes(self.device) - self._step_bytes(limit)
-            asked, pages = "mem_fraction", int(free * (config.mem_fraction or 1)) // page_bytes
+            asked, pages = "mem_fraction", int(left * (config.mem_fraction or 1)) // page_bytes
             # No more than everything that could run at once would fill.
             most = config.max_running_requests or 1
             pages = min(pages, most * kv_cache.pages_for(limit, size))
@@ -734,8 +730,9 @@ class LLM(Intake):
         if pages * size < 2:  # a token of a prompt, and one that follows
             wanted = f"room for two tokens, in pages of {size} ({page_bytes} bytes each)"
             if asked == "mem_fraction":
-                free = max(0, _free_bytes(self.device) - self._step_bytes(limit)) >> 20
-                wanted += f", in the {free} MiB that the model and a full step leave; a smaller "
+                wanted += (
+                    f", in the {left >> 20} MiB that the model and a full step leave; a smaller "
+                )
                 wanted += "chunked_prefill_size leaves more"
             raise InvalidInputError(asked, getattr(config, asked), wanted)
         if pages * size >= limit:

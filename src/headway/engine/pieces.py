@@ -35,8 +35,8 @@ MOST_ROWS = 2048
 #: that takes more has layers so wide that the device is the slower one anyway.
 FULL = 7 / 8
 MOST_BYTES = 1 << 30
-#: Of the memory that is free beside the KV cache, what they leave to steps that run whole and to sampling.
-LEFT = 3 / 4
+#: Of the memory that is free beside the KV cache: the rest is for steps that run whole, and for sampling.
+SHARE = 1 / 4
 
 
 def row_counts(most: int, row_bytes: int = 0, free_bytes: float = math.inf) -> list[int]:
@@ -47,7 +47,7 @@ def row_counts(most: int, row_bytes: int = 0, free_bytes: float = math.inf) -> l
         row_bytes: what a row takes; free_bytes: memory beside the KV cache.
     """
     counts = [16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, MOST_ROWS]
-    if most * row_bytes > min(MOST_BYTES, (1 - LEFT) * free_bytes):
+    if most * row_bytes > min(MOST_BYTES, SHARE * free_bytes):
         most = min(most, MOST_ROWS)
     return [*(count for count in counts if count < most), max(most, counts[0])]
 

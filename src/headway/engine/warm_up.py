@@ -67,8 +67,7 @@ def look_at_rows(llm: LLM) -> None:
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear:  # some that are derived from it hold weights in other forms
         return
-    guesses = config.num_draft_tokens if config.speculative == "ngram" else 0
-    rows = (config.max_running_requests or 1) * (1 + guesses)
+    rows = (config.max_running_requests or 1) * (1 + config.most_guesses)
     hidden = torch.zeros(1, rows, head.in_features, dtype=head.weight.dtype, device=llm.device)
     for count in (*range(1, min(rows, EACH) + 1), *range(EACH + COARSE, rows + 1, COARSE)):
         head(hidden[:, :count])

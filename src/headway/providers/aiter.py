@@ -248,10 +248,8 @@ class _Work:
 
 def _run_prefill(p: Problem) -> Tensor:
     part = _prefill_work(p)
-    out, padded = (
-        p.out,
-        part.work.num_heads_k != p.num_q_heads,
-    )  # those are copied, padding rows too
+    out = p.out
+    padded = part.work.num_heads_k != p.num_q_heads  # those are copied, padding rows too
     if padded or out is None or out.dtype != torch.bfloat16 or not out.is_contiguous():
         out = torch.empty(p.out_shape, dtype=torch.bfloat16, device=p.device)
     d = p.descales

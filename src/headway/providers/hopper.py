@@ -485,29 +485,22 @@ def _widened(attend: _Prefill, p: Problem, q: Tensor, out: Tensor, lse: Tensor |
 
 
 def _sequences(p: Problem, some: slice) -> Problem:
-    """Some of a problem's sequences, all but its q and out. The keys are not ragged."""
-
-    def cut(t: Tensor | None, more: int = 0) -> Tensor | None:
-        if t is None:
-            return None
-        t = t[some.start : some.stop + more]
-        return t.clone() if t.data_ptr() % 16 else t  # what is ready is for aligned ones
-
-    everyone = p.cache_batch_idx is not None
-    own = p.kv_layout is KVLayout.DENSE and not everyone
+    """Some of a problem's sequences. What is ready is for tensors at multiples of 16 bytes."""
+    part = p.of_sequences(some)
     return dataclasses.replace(
-        p,
-        k=p.k[some] if own else p.k,
-        v=p.v[some] if own else p.v,
-        batch_size=some.stop - some.start,
-        cu_seqlens_q=cut(p.cu_seqlens_q, 1),
-        seqused_q=cut(p.seqused_q),
-        seqlens_k=cut(p.seqlens_k),
-        leftpad_k=cut(p.leftpad_k),
-        cache_batch_idx=cut(p.cache_batch_idx),
-        page_table=p.page_table if everyone else cut(p.page_table),
-        descales=Descales(None, cut(p.descales.k), cut(p.descales.v)),
+        part,
+        cu_seqlens_q=_aligned(part.cu_seqlens_q),
+        seqused_q=_aligned(part.seqused_q),
+        seqlens_k=_aligned(part.seqlens_k),
+        leftpad_k=_aligned(part.leftpad_k),
+        cache_batch_idx=_aligned(part.cache_batch_idx),
+        page_table=_aligned(part.page_table),
+        descales=Descales(None, _aligned(part.descales.k), _aligned(part.descales.v)),
     )
+
+
+def _aligned(t: Tensor | None) -> Tensor | None:
+    return t if t is None or t.data_ptr() % 16 == 0 else t.clone()
 
 
 def _prefill(p: Problem) -> Solver:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from headway.plan import Plan, PlanKey
-from headway.problem import Append, Descales, KVLayout, Problem
+from headway.problem import Problem
 from headway.providers.base import (
     ALL_FEATURES,
     Capabilities,
@@ -115,42 +115,12 @@ class PortableProvider(Provider):
 
 def _part(p: Problem, some: slice) -> Problem:
     """The problem of some of its sequences; a plan, which is of all of them, is left out."""
-
-    def cut(of_sequences: Any) -> Any:
-        return None if of_sequences is None else of_sequences[some]
-
-    def cut_ends(cu_seqlens: Any) -> Any:
-        return None if cu_seqlens is None else cu_seqlens[some.start : some.stop + 1]
-
-    by_row = p.kv_layout is KVLayout.DENSE and p.cache_batch_idx is None
-    new = p.append
-    if new is not None:
-        new = Append(
-            new.k if new.cu_seqlens is not None else cut(new.k),
-            new.v if new.cu_seqlens is not None else cut(new.v),
-            cut_ends(new.cu_seqlens),
-            new.rotary and dataclasses.replace(new.rotary, seqlens=cut(new.rotary.seqlens)),
-        )
+    score_mod = _counted_from(some.start, p.scores.score_mod, 1)
+    mask_mod = _counted_from(some.start, p.mask.mask_mod, 0)
     return dataclasses.replace(
-        p,
-        q=p.q if p.ragged_q else cut(p.q),
-        qv=p.qv if p.ragged_q else cut(p.qv),
-        k=cut(p.k) if by_row else p.k,
-        v=cut(p.v) if by_row else p.v,
-        batch_size=len(range(p.batch_size)[some]),
-        cu_seqlens_q=cut_ends(p.cu_seqlens_q),
-        seqused_q=cut(p.seqused_q),
-        cu_seqlens_k=cut_ends(p.cu_seqlens_k),
-        seqlens_k=cut(p.seqlens_k),
-        leftpad_k=cut(p.leftpad_k),
-        cache_batch_idx=cut(p.cache_batch_idx),
-        page_table=cut(p.page_table) if p.cache_batch_idx is None else p.page_table,
-        append=new,
-        descales=Descales(cut(p.descales.q), cut(p.descales.k), cut(p.descales.v)),
-        scores=dataclasses.replace(
-            p.scores, score_mod=_counted_from(some.start, p.scores.score_mod, 1)
-        ),
-        mask=dataclasses.replace(p.mask, mask_mod=_counted_from(some.start, p.mask.mask_mod, 0)),
+        p.of_sequences(some),
+        scores=dataclasses.replace(p.scores, score_mod=score_mod),
+        mask=dataclasses.replace(p.mask, mask_mod=mask_mod),
         plan=None,
     )
 
